@@ -1,0 +1,149 @@
+"""The defaults of every config field, in one place. A config file starts from these and changes what it needs."""
+
+import ml_collections
+from ml_collections import config_dict
+
+# What an AFT preset stands for; a field that the config leaves empty is taken from here.
+AFT_PRESETS: dict[str, dict[str, float | int | str | bool]] = {
+    # The authors' released code: 3 of 20 epochs on adversarial examples, the rest on clean images.
+    'released': {
+        'norm': 'linf',
+        'eps': 6 / 255,
+        'step_size': 6 / 255 / 5,
+        'pgd_steps': 7,
+        'random_start': False,
+        'clip': False,
+        'epochs': 20,
+        'adversarial_epochs': 3.0,
+        'adversarial_share': 1.0,
+        'distillation': 0.0,
+        'learning_rate': 1e-3,
+        'schedule': 'constant',
+    },
+    # Ours: half of each batch adversarial, clean predictions held by distillation, a decaying learning rate.
+    'default': {
+        'norm': 'linf',
+        'eps': 16 / 255,
+        'step_size': 4 / 255,
+        'pgd_steps': 7,
+        'random_start': True,
+        'clip': True,
+        'epochs': 40,
+        'adversarial_epochs': 20.0,
+        'adversarial_share': 0.5,
+        'distillation': 1.0,
+        'learning_rate': 0.03,
+        'schedule': 'cosine',
+    },
+}
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Returns every field with its default value.
+
+    Images are in [0, 1] wherever a budget or an amplitude is given: 8/255, not 8.
+    """
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.stages = ('infect', 'purify', 'report')
+
+    config.dataset = 'mnist5k'
+    config.data = ml_collections.ConfigDict(
+        {
+            'dir': '',  # where TFDS keeps prepared sets; '' is its own default
+            'idx_dir': '',  # a folder with Fashion-MNIST's four IDX .gz files
+            'size': 0,  # resize to size x size; 0 leaves the images alone
+            'pad': 0,  # pixels of black added on every side
+            'rgb': False,  # grey images repeated to three channels
+            'test_share': 0.2,  # held out of a folder: set that has no split of its own
+        }
+    )
+    config.augment = ml_collections.ConfigDict(
+        {
+            'crop': 0,  # random shift by at most so many pixels
+            'flip': False,  # random horizontal flip; not for digits, letters or signs
+            'rotation': 0.0,  # random rotation by at most so many degrees
+        }
+    )
+
+    config.model = ml_collections.ConfigDict(
+        {
+            'name': 'mnist_cnn',
+            'depth': 18,  # preact_resnet: 18, 34 or 50
+            'width': 64,  # preact_resnet: channels of the first stage
+            'final_norm': False,  # preact_resnet: BatchNorm and ReLU before the pooling
+            'dropout': 0.3,  # mnist_cnn
+            'mean': (0.5,),  # pixel normalisation, one value or one a channel
+            'std': (0.25,),
+        }
+    )
+    config.dtype = 'float32'  # of the computation; parameters and statistics stay float32
+    config.batch_size = 128
+    config.train = ml_collections.ConfigDict(
+        {
+            'epochs': 20,
+            'learning_rate': 0.01,
+            'schedule': 'cosine',
+            'momentum': 0.9,
+            'weight_decay': 5e-4,
+        }
+    )
+
+    config.attack = ml_collections.ConfigDict(
+        {
+            'name': 'badnets',
+            'label_mode': 'all2one',
+            'target': 0,  # all2one: the label that the trigger commands
+            'poisoned_share': 0.1,
+            'poisoning': 'fixed',
+            'badnets': {'pattern': '001/010/101', 'row': -1, 'column': -1},
+            'blend': {'alpha': 0.1, 'pattern_path': ''},
+            'sig': {'delta': 20 / 255, 'frequency': 6.0, 'clean_label': False},
+        }
+    )
+
+    config.defenses = 'ft,aft'
+    config.clean_share = 0.05  # of the training set's size: what the defender holds
+    config.ft = ml_collections.ConfigDict({'epochs': 40, 'learning_rate': 0.01, 'schedule': 'cosine'})
+    config.aft = ml_collections.ConfigDict(
+        {
+            'preset': 'default',
+            'norm': config_dict.placeholder(str),
+            'eps': config_dict.placeholder(float),
+            'step_size': config_dict.placeholder(float),
+            'pgd_steps': config_dict.placeholder(int),
+            'random_start': config_dict.placeholder(bool),
+            'clip': config_dict.placeholder(bool),
+            'epochs': config_dict.placeholder(int),
+            'adversarial_epochs': config_dict.placeholder(float),
+            'adversarial_share': config_dict.placeholder(float),
+            'distillation': config_dict.placeholder(float),
+            'learning_rate': config_dict.placeholder(float),
+            'schedule': config_dict.placeholder(str),
+        }
+    )
+
+    # How a run is carried out; none of it changes a result, and it may differ when a run is resumed.
+    config.run = ml_collections.ConfigDict(
+        {
+            'steps_per_call': 0,  # training steps in one compiled call; 0 chooses by backend
+            'log_every': 50,  # steps
+            'checkpoint_every': 500,  # steps
+            'keep_checkpoints': 2,  # a stage
+            'evaluate_every': 0,  # epochs between evaluations while infecting; 0 only at the end
+            'eval_batch_size': 500,
+        }
+    )
+    return config
+
+
+def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns a frozen-in copy of `config` in which every value is set: presets and budgets filled in.
+
+    The config must have passed `validation.validate`.
+    """
+    resolved = ml_collections.ConfigDict(config.to_dict())
+    for field, value in AFT_PRESETS[resolved.aft.preset].items():
+        if resolved.aft[field] is None:
+            resolved.aft[field] = value
+    return resolved

@@ -1,0 +1,51 @@
+"""Random shift, flip and rotation of a batch, on the device."""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from aft_jax.sampling import sample_bilinear
+
+
+def augment(key: jax.Array, images: jax.Array, options: ml_collections.ConfigDict) -> jax.Array:
+    """Returns the images, each moved at random; what leaves the frame is gone, what enters it is black.
+
+    Args:
+        key: PRNG key of this batch.
+        images: float32 [B, H, W, C].
+        options: `config.augment`: crop (pixels; a shift by up to so many, as a random crop of the padded image),
+            flip (left to right, half of the images), rotation (degrees, up to so many either way).
+
+    Returns:
+        float32 [B, H, W, C].
+    """
+    shift_key, flip_key, angle_key = jax.random.split(key, 3)
+    if options.crop:
+        images = _shift(shift_key, images, options.crop)
+    if options.flip:
+        flipped = jax.random.bernoulli(flip_key, 0.5, (images.shape[0], 1, 1, 1))
+        images = jnp.where(flipped, images[:, :, ::-1], images)
+    if options.rotation:
+        images = _rotate(angle_key, images, options.rotation)
+    return images
+
+
+def _shift(key: jax.Array, images: jax.Array, crop: int) -> jax.Array:
+    batch, height, width, channels = images.shape
+    padded = jnp.pad(images, ((0, 0), (crop, crop), (crop, crop), (0, 0)))
+    corners = jax.random.randint(key, (batch, 2), 0, 2 * crop + 1)
+
+    def cut(image: jax.Array, corner: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (height, width, channels))
+
+    return jax.vmap(cut)(padded, corners)
+
+
+def _rotate(key: jax.Array, images: jax.Array, degrees: float) -> jax.Array:
+    batch, height, width, _ = images.shape
+    angles = jax.random.uniform(key, (batch, 1, 1), jnp.float32, -degrees, degrees) * (jnp.pi / 180)
+    rows = (jnp.arange(height, dtype=jnp.float32) - (height - 1) / 2)[None, :, None]
+    columns = (jnp.arange(width, dtype=jnp.float32) - (width - 1) / 2)[None, None, :]
+    source_rows = jnp.cos(angles) * rows - jnp.sin(angles) * columns + (height - 1) / 2
+    source_columns = jnp.sin(angles) * rows + jnp.cos(angles) * columns + (width - 1) / 2
+    return sample_bilinear(images, source_rows, source_columns)

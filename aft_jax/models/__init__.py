@@ -1,0 +1,45 @@
+"""Image classifiers as Flax linen modules: pure functions of (variables, images).
+
+Every module takes float32 images [B, H, W, C] in [0, 1], normalises them itself, and returns float32 logits
+[B, K]; with `features=True` it returns (logits, feature maps of its stages, first to last).
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from aft_jax.models.mnist_cnn import MnistCNN
+from aft_jax.models.preact_resnet import PreActResNet
+
+NAMES = ('mnist_cnn', 'preact_resnet')
+RESNET_DEPTHS = (18, 34, 50)
+
+
+def build(config: ml_collections.ConfigDict, num_classes: int) -> nn.Module:
+    """Returns the classifier that `config.model` and `config.dtype` describe, without parameters."""
+    options = config.model
+    common = {
+        'num_classes': num_classes,
+        'mean': tuple(options.mean),
+        'std': tuple(options.std),
+        'dtype': jnp.dtype(config.dtype),
+    }
+    match options.name:
+        case 'mnist_cnn':
+            return MnistCNN(dropout=options.dropout, **common)
+        case 'preact_resnet':
+            return PreActResNet(depth=options.depth, width=options.width, final_norm=options.final_norm, **common)
+    raise ValueError(f'no model is called {options.name!r}')
+
+
+def initialise(module: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]) -> dict:
+    """Returns fresh variables {'params', 'batch_stats'} for images of shape (H, W, C)."""
+    return jax.jit(module.init)(key, jnp.zeros((1, *image_shape), jnp.float32))
+
+
+def logits_function(module: nn.Module, variables: dict) -> Callable[[jax.Array], jax.Array]:
+    """Returns images -> logits in evaluation mode (running BatchNorm statistics, no dropout)."""
+    return lambda images: module.apply(variables, images)

@@ -1,0 +1,36 @@
+"""All randomness, as a pure function of (seed, purpose, counter).
+
+No key and no generator is ever saved: a resumed run derives the same ones from the step number.
+"""
+
+import zlib
+
+import jax
+import numpy as np
+
+
+def key_for(seed: int, purpose: str) -> jax.Array:
+    """Returns the JAX key of a named purpose; a step folds its own number into it.
+
+    Args:
+        seed: The experiment's seed, the only source of randomness.
+        purpose: What the key is for, such as 'infect/augment'. Another name gives an independent key.
+
+    Returns:
+        A scalar typed PRNG key.
+    """
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
+
+
+def generator_for(seed: int, purpose: str, counter: int = 0) -> np.random.Generator:
+    """Returns the NumPy generator of a named purpose, for choices that are made on the host.
+
+    Args:
+        seed: The experiment's seed.
+        purpose: What the generator is for, such as 'poison'.
+        counter: A further number, such as the epoch.
+
+    Returns:
+        A generator that depends on the three arguments alone.
+    """
+    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), counter])

@@ -1,0 +1,85 @@
+"""results.json, the contract that scripts and people read, and the table on the terminal.
+
+Shares are in 0..1, times in seconds; a share that does not exist (ASR without an attack) is null.
+"""
+
+import math
+from typing import Any
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from aft_jax.evaluation import Scores, defense_effectiveness
+
+SCHEMA = 1
+
+
+def begin(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
+    """Returns the results of an experiment that has measured nothing yet."""
+    return {
+        'schema': SCHEMA,
+        'dataset': config.dataset,
+        'model': config.model.name,
+        'attack': config.attack.name,
+        'label_mode': config.attack.label_mode,
+        'seed': config.seed,
+        'clean_share': config.clean_share,
+        'infected': {},
+        'purified': {},
+        'environment': {
+            'jax': jax.__version__,
+            'backend': jax.default_backend(),
+            'devices': mesh.size,
+            'processes': jax.process_count(),
+        },
+    }
+
+
+def add_infected(outcome: dict[str, Any], scores: Scores, seconds: float) -> None:
+    """Adds the scores of the infected model, and what its training took."""
+    outcome['infected'] = _shares(scores) | {'seconds': round(seconds, 3), 'per_class': _per_class(scores)}
+
+
+def add_purified(outcome: dict[str, Any], defense: str, before: Scores, after: Scores, seconds: float) -> None:
+    """Adds the scores of the model that a defense returned, with its DER, and what the defense took."""
+    effectiveness = _number(defense_effectiveness(before, after)) if not math.isnan(before.asr) else None
+    outcome['purified'][defense] = _shares(after) | {
+        'der': effectiveness,
+        'seconds': round(seconds, 3),
+        'per_class': _per_class(after),
+    }
+
+
+def table(outcome: dict[str, Any]) -> str:
+    """Returns the table of an experiment for a terminal, shares in percent."""
+    attack = f'{outcome["attack"]} ({outcome["label_mode"]})' if outcome['attack'] != 'none' else 'no attack'
+    lines = [
+        f'{outcome["dataset"]}, {outcome["model"]}, {attack}, seed {outcome["seed"]}, '
+        f'defender holds {100 * outcome["clean_share"]:g} % clean images',
+        '',
+        f'{"":<12}{"ACC %":>8}{"ASR %":>8}{"RA %":>8}{"DER %":>8}{"seconds":>9}',
+    ]
+    first = 'infected' if outcome['attack'] != 'none' else 'benign'
+    for name, row in [(first, outcome['infected']), *outcome['purified'].items()]:
+        shares = ''.join(f'{_percent(row.get(share)):>8}' for share in ('acc', 'asr', 'ra', 'der'))
+        lines.append(f'{name:<12}{shares}{row["seconds"]:>9.1f}')
+    lines += ['', "ACC clean accuracy; ASR triggered images that get the attacker's label; RA those that get their own"]
+    return '\n'.join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return '-' if share is None else f'{100 * share:.1f}'
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _shares(scores: Scores) -> dict[str, Any]:
+    return {'acc': _number(scores.acc), 'asr': _number(scores.asr), 'ra': _number(scores.ra)}
+
+
+def _per_class(scores: Scores) -> dict[str, list[float | None]]:
+    arrays = {'acc': scores.acc_per_class, 'asr': scores.asr_per_class, 'ra': scores.ra_per_class}
+    return {name: [_number(float(x)) for x in array] for name, array in arrays.items()}

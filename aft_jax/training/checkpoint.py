@@ -1,0 +1,95 @@
+"""Checkpoints of one stage, written by Orbax in the background, verified when they are read back.
+
+A checkpoint is complete or absent: Orbax writes to a temporary name and renames. One that was damaged afterwards is
+found out by the checksum that stands beside the arrays, moved aside, and the one before it is used.
+"""
+
+import json
+import logging
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+log = logging.getLogger(__name__)
+State = TypeVar('State')
+
+
+class Checkpoints:
+    """The checkpoints of one stage in one directory; use as a context manager, so that writing is finished."""
+
+    def __init__(self, directory: Path, keep: int):
+        """Opens `directory`, which is made when it is not there; the newest `keep` checkpoints stay."""
+        self.directory = Path(directory).absolute()
+        self._keep = keep
+        self._manager = self._open()
+
+    def __enter__(self) -> 'Checkpoints':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, enable_async_checkpointing=True)
+        return ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
+        """Starts writing the state under its step; returns when the state may be changed.
+
+        Args:
+            step: Steps taken.
+            state: Pytree of replicated arrays.
+            info: Plain values that are kept beside it.
+        """
+        info = info | {'checksum': checksum(state)}
+        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info)))
+
+    def restore(self, template: State) -> tuple[State, dict[str, Any]] | None:
+        """Returns the newest whole checkpoint and its info, or None where there is none.
+
+        Args:
+            template: A state of the same structure, shapes, dtypes and shardings.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return self._read(step, template)
+            except Exception as error:  # Orbax and TensorStore raise whatever the damage makes them raise.
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                log.warning('The checkpoint %s is damaged and is skipped (%s).', self.directory / str(step), reason)
+                self._set_aside(step)
+        return None
+
+    def _read(self, step: int, template: State) -> tuple[State, dict[str, Any]]:
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template)
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), info=ocp.args.JsonRestore())
+        )
+        state, info = restored['state'], restored['info']
+        if checksum(state) != info['checksum']:
+            raise ValueError('its arrays do not have the checksum that was stored with them')
+        return state, info
+
+    def _set_aside(self, step: int) -> None:
+        self._manager.close()
+        aside = self.directory.parent / f'{self.directory.name}.damaged'
+        if jax.process_index() == 0:
+            aside.mkdir(exist_ok=True)
+            shutil.rmtree(aside / str(step), ignore_errors=True)
+            (self.directory / str(step)).rename(aside / str(step))
+        self._manager = self._open()
+
+
+def checksum(state: Any) -> int:
+    """Returns a CRC-32 over the paths, dtypes, shapes and bytes of a pytree of replicated arrays."""
+    value = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        array = np.asarray(leaf)
+        header = json.dumps([jax.tree_util.keystr(path), str(array.dtype), array.shape])
+        value = zlib.crc32(np.ascontiguousarray(array), zlib.crc32(header.encode(), value))
+    return value

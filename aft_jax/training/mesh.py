@@ -1,0 +1,49 @@
+"""Where arrays live: state replicated, batches cut along a one-axis mesh called 'data'.
+
+Batch statistics and losses are those of the global batch, so a result does not depend on the number of devices.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from aft_jax.errors import UserError
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh over the devices (default: all of them, of every process)."""
+    devices = devices or jax.devices()
+    return jax.make_mesh((len(devices),), ('data',), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def along(mesh: Mesh, axis: int) -> NamedSharding:
+    """Cut along one axis of the array, the batch's."""
+    return NamedSharding(mesh, P(*[None] * axis, 'data'))
+
+
+def place(mesh: Mesh, tree: Any) -> Any:
+    """Returns the pytree with every array on all devices of the mesh."""
+    return jax.device_put(tree, replicated(mesh))
+
+
+def copy(mesh: Mesh, tree: Any) -> Any:
+    """Returns the pytree in new memory on all devices of the mesh, so that it may be donated."""
+    fresh = jax.jit(lambda t: jax.tree.map(jnp.copy, t), out_shardings=replicated(mesh))
+    return fresh(place(mesh, tree))
+
+
+def check_batch_size(mesh: Mesh, batch_size: int, field: str) -> None:
+    """Raises UserError, naming sizes that work, when the devices do not divide the batch."""
+    count = mesh.size
+    if batch_size % count:
+        below, above = batch_size // count * count, (batch_size // count + 1) * count
+        fitting = f'{below} or {above}' if below else f'{above}'
+        raise UserError(f'{field}={batch_size} cannot be divided among {count} devices; {fitting} would work.')

@@ -1,0 +1,98 @@
+"""Where metrics go: metrics.jsonl, TensorBoard events beside it, and the terminal."""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+import jax
+from tqdm import tqdm
+
+from aft_jax.workdir import write_text
+
+log = logging.getLogger(__name__)
+PLAIN_LINE_SECONDS = 10.0
+
+
+class MetricWriter:
+    """Appends metrics to WORKDIR/metrics.jsonl and WORKDIR/tensorboard; process 0 alone writes."""
+
+    def __init__(self, workdir: Path):
+        """Writes under `workdir`, after what is there already."""
+        self._path = workdir / 'metrics.jsonl'
+        self._events_dir = workdir / 'tensorboard'
+        self._writes = jax.process_index() == 0
+        self._events: dict = {}
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forgets what was written for `stage` after `step`: those steps are about to be taken again.
+
+        A last line that was cut short when the process died goes too.
+        """
+        if not self._writes or not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if entry['stage'] != stage or entry['step'] <= step:
+                kept.append(line + '\n')
+        write_text(self._path, ''.join(kept))
+
+    def write(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """Records scalars of a stage at a step."""
+        if not self._writes:
+            return
+        with self._path.open('a') as file:
+            file.write(json.dumps({'step': step, 'stage': stage} | values) + '\n')
+        if stage not in self._events:
+            from tensorboardX import SummaryWriter
+
+            self._events[stage] = SummaryWriter(str(self._events_dir / stage), purge_step=step)
+        for name, value in values.items():
+            self._events[stage].add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes what is not yet on disk."""
+        for events in self._events.values():
+            events.close()
+
+
+class Progress:
+    """A bar on a terminal, a plain line every ten seconds elsewhere; process 0 alone shows it."""
+
+    def __init__(self, stage: str, first: int, total: int, batch_size: int):
+        """Shows `stage` from step `first` to `total`, in steps of `batch_size` images."""
+        self._stage, self._total, self._batch_size = stage, total, batch_size
+        self._shows = jax.process_index() == 0
+        self._bar = None
+        self._first = self._step = first
+        self._started = self._spoke = time.monotonic()
+        if self._shows and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=first, desc=stage, unit='step', dynamic_ncols=True)
+
+    def __enter__(self) -> 'Progress':
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Tells how far the stage is, with its latest metrics."""
+        if not self._shows:
+            return
+        now = time.monotonic()
+        rate = (step - self._first) * self._batch_size / max(now - self._started, 1e-9)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f'loss {values["loss"]:.4f}, {rate:,.0f} images/s')
+            self._bar.update(step - self._step)
+        elif now - self._spoke >= PLAIN_LINE_SECONDS or step == self._total:
+            line = f'{self._stage}: step {step} of {self._total}, loss {values["loss"]:.4f}, {rate:,.0f} images/s'
+            print(line, file=sys.stderr, flush=True)
+            self._spoke = now
+        self._step = step

@@ -1,0 +1,173 @@
+"""Finds what is wrong with a config before anything slow starts, and says it in one sentence."""
+
+import difflib
+from collections.abc import Iterable
+
+import ml_collections
+
+from aft_jax import attacks, data, models
+from aft_jax.adversarial import NORMS
+from aft_jax.config import AFT_PRESETS
+from aft_jax.data.dataset import Dataset
+from aft_jax.defenses import DEFENSES
+from aft_jax.errors import UserError
+from aft_jax.training.optimiser import SCHEDULES
+
+STAGES = ('infect', 'purify', 'report')
+DTYPES = ('float32', 'bfloat16')
+# The largest budgets that still make sense for images in [0, 1].
+LARGEST_LINF = 1.0
+
+
+def names(text: str) -> list[str]:
+    """Returns ['aft', 'ft'] for 'aft,ft', each name once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(',') if name.strip()))
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks every field that can be wrong by itself or against another.
+
+    Args:
+        config: As a config file and the command line made it, before `config.resolve`.
+
+    Raises:
+        UserError: The first wrong field, with the values that are allowed.
+    """
+    data.check_name(config.dataset)
+    _one_of('model.name', config.model.name, models.NAMES)
+    _one_of('attack.name', config.attack.name, attacks.NAMES)
+    _one_of('attack.label_mode', config.attack.label_mode, attacks.LABEL_MODES)
+    _one_of('attack.poisoning', config.attack.poisoning, attacks.POISONINGS)
+    for name in names(config.defenses):
+        _one_of('defenses', name, tuple(DEFENSES))
+    for stage in config.stages:
+        _one_of('stages', stage, STAGES)
+    if 'infect' not in config.stages:
+        raise UserError("stages must contain 'infect': a finished one is loaded, not run again.")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f'seed={config.seed} must lie between 0 and 2**32 - 1.')
+    _one_of('dtype', config.dtype, DTYPES)
+    if config.model.name == 'preact_resnet':
+        _one_of('model.depth', config.model.depth, models.RESNET_DEPTHS)
+    _positive(
+        config,
+        *('batch_size', 'model.width', 'train.epochs', 'ft.epochs', 'train.learning_rate', 'ft.learning_rate'),
+        *('run.log_every', 'run.checkpoint_every', 'run.keep_checkpoints', 'run.eval_batch_size'),
+    )
+    _not_negative(
+        config,
+        *('train.momentum', 'train.weight_decay', 'run.evaluate_every', 'run.steps_per_call'),
+        *('data.size', 'data.pad', 'augment.crop', 'augment.rotation'),
+    )
+    for field in ('clean_share', 'attack.poisoned_share', 'data.test_share'):
+        share = _value(config, field)
+        if not 0 < share < 1:
+            raise UserError(f'{field}={share} must lie strictly between 0 and 1.')
+    for field in ('model.dropout', 'train.momentum'):
+        if not 0 <= _value(config, field) < 1:
+            raise UserError(f'{field}={_value(config, field)} must be at least 0 and below 1.')
+    for field in ('train.schedule', 'ft.schedule'):
+        _one_of(field, _value(config, field), SCHEDULES)
+    if any(value <= 0 for value in config.model.std):
+        raise UserError(f'model.std={config.model.std} must be positive.')
+    _validate_attack(config)
+    _validate_aft(config)
+
+
+def _validate_attack(config: ml_collections.ConfigDict) -> None:
+    options = config.attack
+    if options.target < 0:
+        raise UserError(f'attack.target={options.target} must be a label, 0 or more.')
+    if not 0 < options.blend.alpha <= 1:
+        raise UserError(f'attack.blend.alpha={options.blend.alpha} must lie above 0 and at most at 1.')
+    _in_pixels('attack.sig.delta', options.sig.delta)
+    if options.name == 'sig' and options.sig.clean_label and options.label_mode == 'all2all':
+        raise UserError(
+            "attack.sig.clean_label poisons the target class alone, so it needs attack.label_mode='all2one', not "
+            "'all2all'."
+        )
+    if options.name == 'blend' and options.blend.alpha < 1 / 255:
+        raise UserError(f'attack.blend.alpha={options.blend.alpha} changes no stored pixel; use at least 1/255.')
+
+
+def _validate_aft(config: ml_collections.ConfigDict) -> None:
+    _one_of('aft.preset', config.aft.preset, tuple(AFT_PRESETS))
+    # The preset fills what the config leaves open, so that checks see what will be used.
+    aft = {field: value if value is not None else AFT_PRESETS[config.aft.preset][field] for field, value in
+           config.aft.items() if field != 'preset'}
+    _one_of('aft.norm', aft['norm'], NORMS)
+    _one_of('aft.schedule', aft['schedule'], SCHEDULES)
+    if aft['norm'] == 'linf':
+        _in_pixels('aft.eps', aft['eps'])
+        _in_pixels('aft.step_size', aft['step_size'])
+    for field in ('eps', 'step_size', 'pgd_steps', 'epochs', 'learning_rate', 'adversarial_epochs'):
+        if aft[field] <= 0:
+            raise UserError(f'aft.{field}={aft[field]} must be positive.')
+    if aft['adversarial_epochs'] > aft['epochs']:
+        raise UserError(f'aft.adversarial_epochs={aft["adversarial_epochs"]} is more than aft.epochs={aft["epochs"]}.')
+    if not 0 < aft['adversarial_share'] <= 1:
+        raise UserError(f'aft.adversarial_share={aft["adversarial_share"]} must lie above 0 and at most at 1.')
+    if aft['distillation'] < 0:
+        raise UserError(f'aft.distillation={aft["distillation"]} must not be negative.')
+
+
+def validate_against_data(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
+    """Checks what only the data can tell.
+
+    Raises:
+        UserError: A label or a batch that the data does not have, or a normalisation for other channels.
+    """
+    if config.attack.name != 'none' and config.attack.target >= dataset.num_classes:
+        raise UserError(
+            f'attack.target={config.attack.target} is not a label of {config.dataset}, which has '
+            f'{dataset.num_classes} classes (0 to {dataset.num_classes - 1}).'
+        )
+    if config.batch_size > len(dataset.train_labels):
+        raise UserError(
+            f'batch_size={config.batch_size} is larger than the training set of {config.dataset}, which has '
+            f'{len(dataset.train_labels)} images.'
+        )
+    channels = dataset.image_shape[2]
+    for field in ('mean', 'std'):
+        count = len(config.model[field])
+        if count not in (1, channels):
+            raise UserError(
+                f'model.{field} has {count} values, but the images of {config.dataset} have {channels} '
+                f'channel{"s" if channels > 1 else ""}; give one value, or one a channel.'
+            )
+
+
+def _one_of(field: str, value: str | int, allowed: Iterable) -> None:
+    allowed = tuple(allowed)
+    if value in allowed:
+        return
+    near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+    hint = f', did you mean {near[0]!r}?' if near else ''
+    raise UserError(f'{field}={value!r} does not exist{hint} Allowed: {", ".join(str(a) for a in allowed)}.'.replace(
+        'exist Allowed', 'exist. Allowed'))
+
+
+def _value(config: ml_collections.ConfigDict, field: str):
+    for name in field.split('.'):
+        config = config[name]
+    return config
+
+
+def _positive(config: ml_collections.ConfigDict, *fields: str) -> None:
+    for field in fields:
+        if _value(config, field) <= 0:
+            raise UserError(f'{field}={_value(config, field)} must be positive.')
+
+
+def _not_negative(config: ml_collections.ConfigDict, *fields: str) -> None:
+    for field in fields:
+        if _value(config, field) < 0:
+            raise UserError(f'{field}={_value(config, field)} must not be negative.')
+
+
+def _in_pixels(field: str, value: float) -> None:
+    """A budget or amplitude in [0, 1] pixels; a value above 1 was surely meant in units of 1/255."""
+    if value > LARGEST_LINF:
+        raise UserError(f'{field}={value:g} is in units of [0, 1] pixels; {value:g}/255 is written as {value / 255:.6f}.')
+    if value <= 0:
+        raise UserError(f'{field}={value:g} must be positive.')

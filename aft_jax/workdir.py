@@ -1,0 +1,98 @@
+"""The work directory: who it belongs to, and files that are whole or absent."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from aft_jax.errors import UserError
+
+# Fields that a later start may change in the same directory: how the work is done and how much of it.
+FREE_FIELDS = ('run', 'stages', 'defenses')
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader finds the old content or the new one, never a part."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', delete=False) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Writes text as `write_bytes` does."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON as `write_bytes` does."""
+    write_text(path, json.dumps(value, indent=2) + '\n')
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a compressed .npz as `write_bytes` does."""
+    import io
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_bytes(path, buffer.getvalue())
+
+
+def claim(workdir: Path, config: ml_collections.ConfigDict, writes: bool = True) -> None:
+    """Makes the work directory this experiment's, or finds that it is already.
+
+    Args:
+        workdir: The directory; made when it is not there.
+        config: The resolved config, kept as config.json.
+        writes: Whether this process writes; the others only check.
+
+    Raises:
+        UserError: The directory cannot be written, holds another experiment, or holds files that are not ours.
+    """
+    path = workdir / 'config.json'
+    wanted = json.loads(json.dumps(config.to_dict()))
+    try:
+        if writes:
+            workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _check_same(path, wanted)
+        elif writes and any(workdir.iterdir()):
+            raise UserError(f'--workdir={workdir} holds other files but no config.json; name an empty or a new directory.')
+        if writes:
+            write_json(path, wanted)
+    except OSError as error:
+        raise UserError(f'--workdir={workdir} cannot be written ({error.strerror}); name another directory.') from error
+
+
+def _check_same(path: Path, wanted: dict) -> None:
+    try:
+        found = flatten(json.loads(path.read_text()))
+    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError):
+        raise UserError(f'{path} is damaged, so it cannot be told whose work this is; name another --workdir.') from None
+    asked = flatten(wanted)
+    differing = [
+        name
+        for name in sorted(found.keys() | asked.keys())
+        if name.split('.')[0] not in FREE_FIELDS and found.get(name) != asked.get(name)
+    ]
+    if differing:
+        shown = ', '.join(f'{name} is {found.get(name)!r} there and {asked.get(name)!r} here' for name in differing[:3])
+        more = f' and {len(differing) - 3} more fields differ' if len(differing) > 3 else ''
+        raise UserError(
+            f'--workdir={path.parent} belongs to another config ({shown}{more}); name another directory, '
+            'or repeat the config it was made with.'
+        )
+
+
+def flatten(tree: dict, prefix: str = '') -> dict[str, Any]:
+    """Returns {'a.b': value} for {'a': {'b': value}}."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f'{prefix}{name}.') if isinstance(value, dict) else {f'{prefix}{name}': value}
+    return flat
