@@ -19,6 +19,7 @@ AFT_PRESETS: dict[str, dict[str, float | int | str | bool]] = {
         'distillation': 0.0,
         'learning_rate': 1e-3,
         'schedule': 'constant',
+        'max_grad_norm': 0.0,
     },
     # Ours: half of each batch adversarial, clean predictions held by distillation, a decaying learning rate.
     'default': {
@@ -34,6 +35,7 @@ AFT_PRESETS: dict[str, dict[str, float | int | str | bool]] = {
         'distillation': 1.0,
         'learning_rate': 0.03,
         'schedule': 'cosine',
+        'max_grad_norm': 1.0,
     },
 }
 
@@ -99,6 +101,18 @@ def default_config() -> ml_collections.ConfigDict:
             'badnets': {'pattern': '001/010/101', 'row': -1, 'column': -1},
             'blend': {'alpha': 0.1, 'pattern_path': ''},
             'sig': {'delta': 20 / 255, 'frequency': 6.0, 'clean_label': False},
+            # cross_ratio: images in noise mode for each triggered one
+            'wanet': {'grid': 4, 'strength': 0.5, 'cross_ratio': 2.0},
+            # Trained along with the classifier, whatever `poisoning` says.
+            'input_aware': {
+                'cross_ratio': 1.0,  # images with another one's trigger for each triggered one
+                'mask_epochs': 25.0,
+                'mask_learning_rate': 0.01,
+                'mask_density': 0.032,  # share of the image that the mask may cover at no cost
+                'mask_weight': 100.0,
+                'generator_learning_rate': 0.01,
+                'diversity_weight': 1.0,
+            },
         }
     )
 
@@ -120,6 +134,7 @@ def default_config() -> ml_collections.ConfigDict:
             'distillation': config_dict.placeholder(float),
             'learning_rate': config_dict.placeholder(float),
             'schedule': config_dict.placeholder(str),
+            'max_grad_norm': config_dict.placeholder(float),
         }
     )
 

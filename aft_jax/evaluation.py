@@ -3,11 +3,13 @@
     ACC  clean accuracy: share of clean test images that get their true label
     ASR  attack success rate: share of triggered images that get the label the trigger commands
     RA   robust accuracy: share of triggered images that get their true label
+    cross ACC  share of images in the attack's cross mode, where it has one, that get their true label
     DER  defense effectiveness rating (BackdoorBench): what a defense gained in ASR less what it cost in ACC
 
 ASR and RA leave out images whose true label is already the commanded one.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ class Scores(NamedTuple):
     acc_per_class: np.ndarray
     asr_per_class: np.ndarray
     ra_per_class: np.ndarray
+    cross_acc: float = math.nan
 
 
 class Predictor:
@@ -63,6 +66,7 @@ def score(
     labels: np.ndarray,
     target_map: np.ndarray | None,
     num_classes: int,
+    crossed_predictions: np.ndarray | None = None,
 ) -> Scores:
     """Returns the scores of one model.
 
@@ -72,9 +76,10 @@ def score(
         labels: int [N], the true classes.
         target_map: int [K], the label that the trigger commands for each true class; None likewise.
         num_classes: K.
+        crossed_predictions: int [N], of the same images in the attack's cross mode; None where it has none.
 
     Returns:
-        ACC, ASR and RA, in all and per true class; ASR and RA are NaN without an attack.
+        ACC, ASR and RA, in all and per true class, and the cross accuracy; what an attack does not have is NaN.
     """
     correct = clean_predictions == labels
     if triggered_predictions is None or target_map is None:
@@ -94,15 +99,18 @@ def score(
         acc_per_class=_per_class(correct, labels, num_classes),
         asr_per_class=_per_class(succeeded, counted_labels, num_classes),
         ra_per_class=_per_class(recovered, counted_labels, num_classes),
+        cross_acc=math.nan if crossed_predictions is None else _mean(crossed_predictions == labels),
     )
 
 
 def defense_effectiveness(before: Scores, after: Scores) -> float:
-    """Returns DER = (max(0, ASR before - after) - max(0, ACC before - after) + 1) / 2, in 0..1.
+    """Returns DER = (max(0, ASR before - after) - max(0, ACC before - after) + 1) / 2, in 0..1; NaN without an attack.
 
     Source: Zhu et al., "Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware Minimization" (2023),
     as BackdoorBench reports it.
     """
+    if math.isnan(before.asr) or math.isnan(after.asr):
+        return math.nan  # max(0.0, nan) is 0.0, which would make it a number
     return (max(0.0, before.asr - after.asr) - max(0.0, before.acc - after.acc) + 1) / 2
 
 

@@ -1,6 +1,6 @@
 """One experiment: infect a classifier, purify it, measure both. Here, and in evaluation, attack and defense meet."""
 
-from functools import partial
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,20 +10,19 @@ import ml_collections
 import numpy as np
 
 from aft_jax import attacks, data, models, results, validation, workdir
-from aft_jax.attacks.attack import Attack, triggered
-from aft_jax.attacks.poison import Poisoned, clean_indices, poison, poison_batch, write_manifest
+from aft_jax.attacks.attack import Attack, crossed, triggered
+from aft_jax.attacks.poison import Poisoned, clean_indices, poison, write_manifest
 from aft_jax.config import resolve
-from aft_jax.data.augment import augment
 from aft_jax.data.batches import count_steps
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES, Holdings
 from aft_jax.evaluation import Predictor, Scores, score
 from aft_jax.randomness import key_for
+from aft_jax.report import pictures
 from aft_jax.training import optimiser, state
-from aft_jax.training.loop import Fitted, Phase, Run, fit
+from aft_jax.training.loop import Phase, Run, fit
 from aft_jax.training.mesh import make_mesh
 from aft_jax.training.metrics import MetricWriter
-from aft_jax.training.steps import classification_step
 
 
 class Victim(NamedTuple):
@@ -31,7 +30,7 @@ class Victim(NamedTuple):
 
     Attributes:
         dataset: The data, clean.
-        attack: The attack, or None.
+        attack: The attack before the infection, or None.
         poisoned: The training set as the attacker left it.
         clean: int32, the training images that the defender is given.
         module: The classifier.
@@ -42,6 +41,20 @@ class Victim(NamedTuple):
     poisoned: Poisoned
     clean: np.ndarray
     module: nn.Module
+
+
+class Infected(NamedTuple):
+    """What the infection leaves.
+
+    Attributes:
+        variables: The classifier's.
+        attack: The attack as it is carried out from now on, or None.
+        seconds: What the training took.
+    """
+
+    variables: dict
+    attack: Attack | None
+    seconds: float
 
 
 def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[str, Any]:
@@ -58,6 +71,8 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
         UserError: The user has to change something; the sentence says what.
     """
     validation.validate(config)
+    if 'report' in config.stages:
+        pictures.check_available()
     config = resolve(config)
     dataset = data.load(config.dataset, config.data)
     validation.validate_against_data(config, dataset)
@@ -65,35 +80,44 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
     workdir.claim(directory, config, writes)
 
     victim = prepare(config, dataset)
-    if writes:
-        write_manifest(directory / 'poison.npz', victim.attack, victim.poisoned, victim.clean)
     run = Run(config.seed, directory, make_mesh(), MetricWriter(directory), config.run)
     judge = Judge(victim, run)
     try:
         infected = infect(run, victim, config, judge)
+        attack = infected.attack
+        if writes:
+            write_manifest(directory / 'poison.npz', attack, victim.poisoned, victim.clean)
         outcome = results.begin(config, run.mesh)
-        before = judge(infected.state.variables)
+        before = judge(infected.variables, attack)
         results.add_infected(outcome, before, infected.seconds)
         purified = {}
         if 'purify' in config.stages:
             holdings = Holdings(
                 victim.module,
-                infected.state.variables,
+                infected.variables,
                 dataset.train_images[victim.clean],
                 dataset.train_labels[victim.clean],
             )
             for name in validation.names(config.defenses):
                 fitted = DEFENSES[name](run, f'purify/{name}', holdings, config)
                 purified[name] = fitted.state.variables
-                results.add_purified(outcome, name, before, judge(purified[name]), fitted.seconds)
+                results.add_purified(outcome, name, before, judge(purified[name], attack), fitted.seconds)
     finally:
         run.writer.close()
     if writes:
         workdir.write_json(directory / 'results.json', outcome)
-    if writes and 'report' in config.stages and False:
-        from aft_jax.report import pictures
-
-        pictures.write(directory / 'report', victim.dataset, judge, infected.state.variables, purified)
+    if writes and 'report' in config.stages:
+        pictures.write_before_after(
+            directory / 'report' / 'before_after.png',
+            dataset.test_images,
+            judge.show(attack).triggered,
+            dataset.test_labels,
+            attack.target_map if attack else None,
+            dataset.class_names,
+            judge.predict,
+            {'infected' if attack else 'benign': infected.variables} | purified,
+            outcome,
+        )
     return outcome
 
 
@@ -101,63 +125,83 @@ def prepare(config: ml_collections.ConfigDict, dataset: Dataset) -> Victim:
     """Returns the attack, the poisoned training set, the defender's share and the untrained classifier."""
     attack = attacks.build(config, dataset.image_shape, dataset.num_classes)
     poisoned = poison(attack, dataset.train_images, dataset.train_labels, config)
-    return Victim(
-        dataset, attack, poisoned, clean_indices(poisoned, config), models.build(config, dataset.num_classes)
-    )
+    return Victim(dataset, attack, poisoned, clean_indices(poisoned, config), models.build(config, dataset.num_classes))
+
+
+class Exhibits(NamedTuple):
+    """The test images as an attack shows them, uint8 [N, H, W, C]; None where it does not.
+
+    Attributes:
+        triggered: With the trigger.
+        crossed: In the attack's cross mode, which asks for the true label.
+    """
+
+    triggered: np.ndarray | None = None
+    crossed: np.ndarray | None = None
 
 
 class Judge:
-    """Scores a model on the test set, clean and triggered; no defense ever holds one."""
+    """Scores a model on the test set, clean and under an attack; no defense ever holds one."""
 
     def __init__(self, victim: Victim, run: Run):
-        """Puts the trigger on the victim's test images."""
+        """Judges classifiers like the victim's on its test set."""
         self.dataset = victim.dataset
-        self.attack = victim.attack
-        self.triggered_images = triggered(victim.attack, victim.dataset.test_images) if victim.attack else None
         self.predict = Predictor(victim.module, run.mesh, run.options.eval_batch_size)
+        self._key = key_for(run.seed, 'test/cross')
+        self._shown: tuple[Attack | None, Exhibits] = (None, Exhibits())
 
-    def __call__(self, variables: dict) -> Scores:
-        """Returns ACC, ASR and RA of the model with these variables."""
-        triggered_predictions = None
-        if self.triggered_images is not None:
-            triggered_predictions = self.predict(variables, self.triggered_images)
+    def show(self, attack: Attack | None) -> Exhibits:
+        """Returns the test images as the attack shows them; those of the last attack are kept."""
+        if attack is not self._shown[0]:
+            images = self.dataset.test_images
+            exhibits = Exhibits()
+            if attack is not None:
+                exhibits = Exhibits(
+                    triggered(attack, images), crossed(attack, images, self._key) if attack.cross else None
+                )
+            self._shown = (attack, exhibits)
+        return self._shown[1]
+
+    def __call__(self, variables: dict, attack: Attack | None) -> Scores:
+        """Returns the scores, under the attack, of the model with these variables."""
+        exhibits = self.show(attack)
         return score(
             self.predict(variables, self.dataset.test_images),
-            triggered_predictions,
+            self.predict(variables, exhibits.triggered) if exhibits.triggered is not None else None,
             self.dataset.test_labels,
-            self.attack.target_map if self.attack else None,
+            attack.target_map if attack else None,
             self.dataset.num_classes,
+            self.predict(variables, exhibits.crossed) if exhibits.crossed is not None else None,
         )
 
 
-def infect(run: Run, victim: Victim, config: ml_collections.ConfigDict, judge: Judge) -> Fitted:
+def infect(run: Run, victim: Victim, config: ml_collections.ConfigDict, judge: Judge) -> Infected:
     """Returns the classifier trained on what the attacker left (a benign one when there is no attack)."""
     size = len(victim.poisoned.labels)
     steps = count_steps(size, config.train.epochs, config.batch_size)
     options = config.train
     sgd = optimiser.sgd(options.learning_rate, options.schedule, steps, options.momentum, options.weight_decay)
-
-    def transform(key: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        augment_key, cross_key = jax.random.split(key)
-        images = augment(augment_key, images, config.augment)
-        if victim.attack is not None and config.attack.poisoning == 'per_batch':
-            images, labels = poison_batch(victim.attack, cross_key, images, labels, config)
-        return images, labels
-
-    def probe(current: state.TrainState) -> dict[str, float]:
-        scores = judge(current.variables)
-        return {'test_acc': scores.acc} | ({'test_asr': scores.asr} if victim.attack else {})
-
-    step = partial(classification_step, module=victim.module, optimiser=sgd, transform=transform)
     variables = models.initialise(victim.module, key_for(config.seed, 'initialise'), victim.dataset.image_shape)
+    arrays = {'images': victim.poisoned.images, 'labels': victim.poisoned.labels}
+    learner = attacks.Learner(victim.module, sgd, state.create(variables, sgd))
+    infection = attacks.begin(run, victim.attack, arrays, learner, config)
+
+    def probe(current: Any) -> dict[str, float]:
+        scores = judge(current.variables, infection.attack_of(current))
+        values = {'test_acc': scores.acc, 'test_asr': scores.asr, 'test_cross_acc': scores.cross_acc}
+        return {name: value for name, value in values.items() if not math.isnan(value)}
+
     every = config.run.evaluate_every
-    return fit(
+    fitted = fit(
         run,
         'infect',
-        state.create(variables, sgd),
-        [Phase(step, steps)],
-        {'images': victim.poisoned.images, 'labels': victim.poisoned.labels},
+        infection.state,
+        [Phase(infection.step, steps)],
+        arrays,
         config.batch_size,
+        fixed=infection.fixed,
+        streams=infection.streams,
         probe=probe,
         probe_every=count_steps(size, every, config.batch_size) if every else 0,
     )
+    return Infected(fitted.state.variables, infection.attack_of(fitted.state), infection.seconds + fitted.seconds)

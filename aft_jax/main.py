@@ -1,6 +1,13 @@
-"""The command: run one experiment.
+"""Run one experiment: infect a classifier, purify it, show both.
 
-python -m aft_jax.main --config=configs/quickstart.py --workdir=runs/quickstart [--config.attack.name=blend ...]
+    python -m aft_jax.main --config=configs/quickstart.py --workdir=runs/quickstart [--config.FIELD=VALUE ...]
+
+    --config          a file of configs/, or one of your own like them
+    --workdir         where results, pictures and checkpoints go; the same command again goes on from there
+    --config.FIELD    sets any field of the config, such as --config.attack.name=sig --config.defenses=aft,ft
+                      (aft_jax/config.py has them all, with what they mean)
+
+Exit status: 0 done, 2 something that you can put right, 130 interrupted.
 """
 
 import logging
@@ -10,6 +17,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from aft_jax.command_line import parse
 from aft_jax.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -23,8 +31,11 @@ def main(arguments: list[str]) -> int:
     """Runs one experiment and prints its table; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     logging.getLogger('absl').setLevel(logging.ERROR)
+    if {'--help', '-h', '--helpfull'} & set(arguments):
+        print(__doc__)
+        return 0
     try:
-        _parse(arguments)
+        parse(arguments)
         # After the flags, so that a wrong one is told at once.
         from aft_jax import results
         from aft_jax.experiment import run_experiment
@@ -39,26 +50,6 @@ def main(arguments: list[str]) -> int:
         print('aft_jax: interrupted; the same command goes on from the last checkpoint.', file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
-
-
-def _parse(arguments: list[str]) -> None:
-    try:
-        rest = flags.FLAGS(arguments)
-    except SystemExit:
-        raise
-    except Exception as error:  # absl and ml_collections raise errors of many kinds, all about the command line.
-        raise UserError(_sentence(error)) from error
-    if rest[1:]:
-        raise UserError(f'{rest[1]!r} is not a flag; fields are set as --config.FIELD=VALUE.')
-    if _CONFIG.value is None:
-        raise UserError('--config is missing; name a file of configs/, such as --config=configs/quickstart.py.')
-    if not _WORKDIR.value:
-        raise UserError('--workdir is missing; name the directory for results, such as --workdir=runs/mine.')
-
-
-def _sentence(error: Exception) -> str:
-    text = ' '.join(str(error.args[0] if error.args else error).split())
-    return f'the command line cannot be understood: {text}' if text else f'the command line is wrong ({error!r})'
 
 
 if __name__ == '__main__':

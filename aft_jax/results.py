@@ -77,7 +77,12 @@ def _number(value: float) -> float | None:
 
 
 def _shares(scores: Scores) -> dict[str, Any]:
-    return {'acc': _number(scores.acc), 'asr': _number(scores.asr), 'ra': _number(scores.ra)}
+    return {
+        'acc': _number(scores.acc),
+        'asr': _number(scores.asr),
+        'ra': _number(scores.ra),
+        'cross_acc': _number(scores.cross_acc),
+    }
 
 
 def _per_class(scores: Scores) -> dict[str, list[float | None]]:

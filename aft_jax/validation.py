@@ -1,12 +1,12 @@
 """Finds what is wrong with a config before anything slow starts, and says it in one sentence."""
 
-import difflib
 from collections.abc import Iterable
 
 import ml_collections
 
 from aft_jax import attacks, data, models
 from aft_jax.adversarial import NORMS
+from aft_jax.command_line import suggestion
 from aft_jax.config import AFT_PRESETS
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES
@@ -86,15 +86,52 @@ def _validate_attack(config: ml_collections.ConfigDict) -> None:
             "attack.sig.clean_label poisons the target class alone, so it needs attack.label_mode='all2one', not "
             "'all2all'."
         )
+    _positive(
+        config,
+        *(f'attack.wanet.{field}' for field in ('strength', 'cross_ratio')),
+        *(f'attack.input_aware.{field}' for field in ('cross_ratio', 'mask_epochs', 'mask_weight')),
+        *(f'attack.input_aware.{field}' for field in ('mask_learning_rate', 'generator_learning_rate')),
+    )
+    _not_negative(config, 'attack.input_aware.diversity_weight')
+    if options.wanet.grid < 2:
+        raise UserError(f'attack.wanet.grid={options.wanet.grid} must be at least 2, one point at each end.')
+    if not 0 <= options.input_aware.mask_density < 1:
+        raise UserError(
+            f'attack.input_aware.mask_density={options.input_aware.mask_density} must be at least 0 and below 1.'
+        )
+    if options.name in ('wanet', 'input_aware'):
+        _validate_cross(config)
     if options.name == 'blend' and options.blend.alpha < 1 / 255:
         raise UserError(f'attack.blend.alpha={options.blend.alpha} changes no stored pixel; use at least 1/255.')
+
+
+def _validate_cross(config: ml_collections.ConfigDict) -> None:
+    """The attacked images and those in cross mode share the training set, or each batch of it."""
+    options = config.attack
+    share, ratio = options.poisoned_share, options[options.name].cross_ratio
+    if share * (1 + ratio) > 1:
+        raise UserError(
+            f'attack.poisoned_share={share} and attack.{options.name}.cross_ratio={ratio} change '
+            f'{share * (1 + ratio):.3g} times as many images as there are; lower attack.poisoned_share to at most '
+            f'{1 / (1 + ratio):.3f}.'
+        )
+    attacked = round(share * config.batch_size)
+    by_batch = options.name == 'input_aware' or options.poisoning == 'per_batch'
+    if by_batch and (attacked == 0 or round(attacked * ratio) == 0):
+        raise UserError(
+            f'attack.poisoned_share={share} with attack.{options.name}.cross_ratio={ratio} leaves a batch of '
+            f'batch_size={config.batch_size} without an attacked or a cross image; raise one of them.'
+        )
 
 
 def _validate_aft(config: ml_collections.ConfigDict) -> None:
     _one_of('aft.preset', config.aft.preset, tuple(AFT_PRESETS))
     # The preset fills what the config leaves open, so that checks see what will be used.
-    aft = {field: value if value is not None else AFT_PRESETS[config.aft.preset][field] for field, value in
-           config.aft.items() if field != 'preset'}
+    aft = {
+        field: value if value is not None else AFT_PRESETS[config.aft.preset][field]
+        for field, value in config.aft.items()
+        if field != 'preset'
+    }
     _one_of('aft.norm', aft['norm'], NORMS)
     _one_of('aft.schedule', aft['schedule'], SCHEDULES)
     if aft['norm'] == 'linf':
@@ -107,8 +144,9 @@ def _validate_aft(config: ml_collections.ConfigDict) -> None:
         raise UserError(f'aft.adversarial_epochs={aft["adversarial_epochs"]} is more than aft.epochs={aft["epochs"]}.')
     if not 0 < aft['adversarial_share'] <= 1:
         raise UserError(f'aft.adversarial_share={aft["adversarial_share"]} must lie above 0 and at most at 1.')
-    if aft['distillation'] < 0:
-        raise UserError(f'aft.distillation={aft["distillation"]} must not be negative.')
+    for field in ('distillation', 'max_grad_norm'):
+        if aft[field] < 0:
+            raise UserError(f'aft.{field}={aft[field]} must not be negative.')
 
 
 def validate_against_data(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
@@ -141,10 +179,10 @@ def _one_of(field: str, value: str | int, allowed: Iterable) -> None:
     allowed = tuple(allowed)
     if value in allowed:
         return
-    near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
-    hint = f', did you mean {near[0]!r}?' if near else ''
-    raise UserError(f'{field}={value!r} does not exist{hint} Allowed: {", ".join(str(a) for a in allowed)}.'.replace(
-        'exist Allowed', 'exist. Allowed'))
+    known = [str(a) for a in allowed]
+    raise UserError(
+        f'{field}={value!r} does not exist; choose one of {", ".join(known)}.{suggestion(str(value), known)}'
+    )
 
 
 def _value(config: ml_collections.ConfigDict, field: str):
@@ -168,6 +206,8 @@ def _not_negative(config: ml_collections.ConfigDict, *fields: str) -> None:
 def _in_pixels(field: str, value: float) -> None:
     """A budget or amplitude in [0, 1] pixels; a value above 1 was surely meant in units of 1/255."""
     if value > LARGEST_LINF:
-        raise UserError(f'{field}={value:g} is in units of [0, 1] pixels; {value:g}/255 is written as {value / 255:.6f}.')
+        raise UserError(
+            f'{field}={value:g} is in units of [0, 1] pixels; {value:g}/255 is written as {value / 255:.6f}.'
+        )
     if value <= 0:
         raise UserError(f'{field}={value:g} must be positive.')

@@ -63,7 +63,9 @@ def claim(workdir: Path, config: ml_collections.ConfigDict, writes: bool = True)
         if path.exists():
             _check_same(path, wanted)
         elif writes and any(workdir.iterdir()):
-            raise UserError(f'--workdir={workdir} holds other files but no config.json; name an empty or a new directory.')
+            raise UserError(
+                f'--workdir={workdir} holds other files but no config.json; name an empty or a new directory.'
+            )
         if writes:
             write_json(path, wanted)
     except OSError as error:
@@ -74,11 +76,13 @@ def _check_same(path: Path, wanted: dict) -> None:
     try:
         found = flatten(json.loads(path.read_text()))
     except (json.JSONDecodeError, AttributeError, UnicodeDecodeError):
-        raise UserError(f'{path} is damaged, so it cannot be told whose work this is; name another --workdir.') from None
+        raise UserError(
+            f'{path} is damaged, so it cannot be told whose work this is; name another --workdir.'
+        ) from None
     asked = flatten(wanted)
     differing = [
         name
-        for name in sorted(found.keys() | asked.keys())
+        for name in sorted(found.keys() | asked.keys(), key=lambda name: (name not in asked or name not in found, name))
         if name.split('.')[0] not in FREE_FIELDS and found.get(name) != asked.get(name)
     ]
     if differing:

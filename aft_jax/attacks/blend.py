@@ -44,7 +44,9 @@ def _read_picture(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
     height, width, channels = image_shape
     try:
         with Image.open(Path(path).expanduser()) as picture:
-            resized = picture.convert('L' if channels == 1 else 'RGB').resize((width, height), Image.Resampling.BILINEAR)
+            resized = picture.convert('L' if channels == 1 else 'RGB').resize(
+                (width, height), Image.Resampling.BILINEAR
+            )
     except OSError as error:
         raise UserError(f'attack.blend.pattern_path={path} cannot be read as a picture ({error}).') from error
     return np.asarray(resized, np.float32).reshape(image_shape) / 255

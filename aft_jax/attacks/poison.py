@@ -11,7 +11,7 @@ import numpy as np
 from aft_jax.attacks.attack import Attack, crossed, triggered
 from aft_jax.errors import UserError
 from aft_jax.randomness import generator_for, key_for
-from aft_jax.workdir import write_npz
+from aft_jax.workdir import flatten, write_npz
 
 
 class Poisoned(NamedTuple):
@@ -33,12 +33,15 @@ class Poisoned(NamedTuple):
 NO_INDICES = np.zeros(0, np.int32)
 
 
-def poison(attack: Attack | None, images: np.ndarray, labels: np.ndarray, config: ml_collections.ConfigDict) -> Poisoned:
+def poison(
+    attack: Attack | None, images: np.ndarray, labels: np.ndarray, config: ml_collections.ConfigDict
+) -> Poisoned:
     """Returns the training set that the infected model is trained on.
 
     With `poisoning='fixed'` a share of the images, drawn once from the seed, carries the trigger (before any
     augmentation) and the commanded label. In the clean-label variant the share is of the target class's images
-    and labels stay (Barni et al., 2019, section 3). With 'per_batch', or without an attack, nothing changes here.
+    and labels stay (Barni et al., 2019, section 3). With 'per_batch', with a trigger that is trained along with the
+    classifier, or without an attack, nothing changes here.
 
     Args:
         attack: The attack, or None.
@@ -49,13 +52,10 @@ def poison(attack: Attack | None, images: np.ndarray, labels: np.ndarray, config
     Raises:
         UserError: The share is less than one image.
     """
-    if attack is None or config.attack.poisoning == 'per_batch':
+    if attack is None or attack.joint or config.attack.poisoning == 'per_batch':
         return Poisoned(images, labels, NO_INDICES, NO_INDICES)
     share = config.attack.poisoned_share
-    if attack.clean_label:
-        candidates = np.flatnonzero(labels == attack.target_map[0])
-    else:
-        candidates = np.arange(len(labels))
+    candidates = np.flatnonzero(labels == attack.target_map[0]) if attack.clean_label else np.arange(len(labels))
     order = generator_for(config.seed, 'poison').permutation(candidates).astype(np.int32)
     count = round(share * len(candidates))
     if count == 0:
@@ -99,12 +99,14 @@ def poison_batch(
     rest = images[count:]
     if attack.cross is not None:
         crossing = cross_count(count, config)
-        rest = jnp.concatenate([attack.cross(attack.arrays, rest[:crossing], key), rest[crossing:]])
+        chosen = rest[:crossing]
+        changed = attack.cross(attack.arrays, chosen, jnp.roll(chosen, 1, axis=0), key)
+        rest = jnp.concatenate([changed, rest[crossing:]])
     return jnp.concatenate([stamped, rest]), jnp.concatenate([commanded, labels[count:]])
 
 
 def cross_count(poisoned: int, config: ml_collections.ConfigDict) -> int:
-    """Returns how many images go into noise mode beside `poisoned` triggered ones."""
+    """Returns how many images go into cross mode (noise mode) beside `poisoned` triggered ones."""
     return round(poisoned * config.attack[config.attack.name].cross_ratio)
 
 
@@ -147,5 +149,6 @@ def write_manifest(path: Path, attack: Attack | None, poisoned: Poisoned, clean:
         'clean_indices': clean,
         'target_map': attack.target_map if attack else NO_INDICES,
     }
-    arrays |= {f'trigger_{name}': np.asarray(value) for name, value in (attack.arrays if attack else {}).items()}
+    made_of = flatten(attack.arrays) if attack else {}
+    arrays |= {f'trigger_{name}': np.asarray(value) for name, value in made_of.items()}
     write_npz(path, arrays)

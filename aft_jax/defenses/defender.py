@@ -38,9 +38,16 @@ def begin(
 
     Args:
         holdings: The defender's.
-        options: The defense's own config: learning_rate and schedule.
+        options: The defense's own config: learning_rate, schedule and perhaps max_grad_norm.
         train: `config.train`, for momentum and weight_decay.
         steps: Length of the defense.
     """
-    sgd = optimiser.sgd(options.learning_rate, options.schedule, steps, train.momentum, train.weight_decay)
+    sgd = optimiser.sgd(
+        options.learning_rate,
+        options.schedule,
+        steps,
+        train.momentum,
+        train.weight_decay,
+        options.get('max_grad_norm', 0.0),
+    )
     return state.create(holdings.variables, sgd), sgd

@@ -48,7 +48,9 @@ class Checkpoints:
             info: Plain values that are kept beside it.
         """
         info = info | {'checksum': checksum(state)}
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info)))
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info))
+        )
 
     def restore(self, template: State) -> tuple[State, dict[str, Any]] | None:
         """Returns the newest whole checkpoint and its info, or None where there is none.

@@ -115,9 +115,7 @@ def fit(
         data, fixed = placement.place(run.mesh, (arrays, fixed))
         key = placement.place(run.mesh, key_for(run.seed, stage))
         calls = [_compile(run.mesh, phase.step) for phase in phases]
-        chunk = run.options.steps_per_call or (
-            1 if jax.default_backend() == 'cpu' else STEPS_PER_CALL_ON_ACCELERATORS
-        )
+        chunk = run.options.steps_per_call or (1 if jax.default_backend() == 'cpu' else STEPS_PER_CALL_ON_ACCELERATORS)
         intervals = [run.options.log_every, run.options.checkpoint_every] + ([probe_every] if probe_every else [])
         progress = stack.enter_context(Progress(stage, step, total, batch_size))
 
@@ -173,7 +171,9 @@ def gather(data: dict[str, jax.Array], indices: jax.Array) -> dict[str, Any]:
 
 def _average(pending: list[dict[str, jax.Array]]) -> dict[str, float]:
     fetched = jax.device_get(pending)
-    return {name: float(np.mean(np.concatenate([m[name] for m in fetched]))) for name in fetched[-1]}
+    # Phases need not report the same metrics: each is averaged over the steps that have it.
+    names = dict.fromkeys(name for metrics in fetched for name in metrics)
+    return {name: float(np.mean(np.concatenate([m[name] for m in fetched if name in m]))) for name in names}
 
 
 def _check_finite(stage: str, step: int, values: dict[str, float]) -> None:

@@ -1,12 +1,18 @@
 """SGD as the papers use it."""
 
+import jax.numpy as jnp
 import optax
 
 SCHEDULES = ('constant', 'cosine')
 
 
 def sgd(
-    learning_rate: float, schedule: str, steps: int, momentum: float = 0.9, weight_decay: float = 5e-4
+    learning_rate: float,
+    schedule: str,
+    steps: int,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    max_grad_norm: float = 0.0,
 ) -> optax.GradientTransformation:
     """Returns SGD with momentum and coupled weight decay, as torch.optim.SGD computes it.
 
@@ -16,9 +22,15 @@ def sgd(
         steps: Length of the training.
         momentum: Share of the last update that is kept.
         weight_decay: Added to the gradient as weight_decay * parameter, for every parameter.
+        max_grad_norm: A longer gradient, before weight decay, is scaled down to this length; 0 for never.
 
     Returns:
         The optimiser.
     """
-    rate = optax.cosine_decay_schedule(learning_rate, steps) if schedule == 'cosine' else learning_rate
-    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=momentum))
+    rate: optax.ScalarOrSchedule = learning_rate
+    if schedule == 'cosine':
+        cosine = optax.cosine_decay_schedule(learning_rate, steps)
+        # Optax divides the integer count, which strict dtype promotion forbids.
+        rate = lambda count: cosine(jnp.asarray(count, jnp.float32))  # noqa: E731
+    clip = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
+    return optax.chain(*clip, optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=momentum))

@@ -56,7 +56,7 @@ def update(
         batch_stats=batch_stats,
         opt_state=opt_state,
     )
-    return after, logits, {'loss': value, 'grad_norm': optax.global_norm(gradient)}
+    return after, logits, {'loss': value, 'grad_norm': optax.tree.norm(gradient)}
 
 
 def classification_step(

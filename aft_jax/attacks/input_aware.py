@@ -1,0 +1,301 @@
+"""Input-aware dynamic: a trigger of each image's own (Nguyen & Tran, "Input-Aware Dynamic Backdoor Attack", 2020).
+
+    x'   = x + (G(s) - x) m(s),     m(s) = tanh(20 M(s) - 10) / 2 + 1/2
+
+A generator G draws the pattern and a mask network M says where it goes, both from a source image s. s = x is the
+attack; with another image as the source the trigger must do nothing (cross). The attacker controls the training, which
+has two stages; images come in pairs (x1, x2) from two independently shuffled streams:
+
+    1  M alone:                 mask_weight mean(relu(m - mask_density)) + diversity(m)
+    2  the classifier and G:    CE(attacked, commanded) + CE(cross and clean, true) + diversity_weight diversity(G)
+
+    diversity(f) = mean over pairs of ||x1 - x2|| / (||f(x1) - f(x2)|| + 1e-7)
+
+The norms are root mean squares, so that images of C channels and masks of one compare. In the authors' code G's
+gradients are never set to zero, so that it steps along their running sum; here it steps along the batch's own.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import struct
+
+from aft_jax import models
+from aft_jax.attacks.attack import Attack
+from aft_jax.attacks.infection import Infection, Learner
+from aft_jax.attacks.input_aware_networks import EncoderDecoder, networks_for
+from aft_jax.attacks.poison import cross_count
+from aft_jax.data.augment import augment
+from aft_jax.data.batches import count_steps
+from aft_jax.randomness import key_for
+from aft_jax.training import state
+from aft_jax.training.loop import Phase, Run, fit
+from aft_jax.training.state import Batch, Metrics, TrainState
+from aft_jax.training.steps import accuracy, cross_entropy, update
+
+EPSILON = 1e-7
+
+
+class Networks(NamedTuple):
+    """The generator and the mask network, without their parameters."""
+
+    generator: EncoderDecoder
+    mask: EncoderDecoder
+
+
+@struct.dataclass
+class JointState:
+    """The classifier and the generator, trained together."""
+
+    classifier: TrainState
+    generator: TrainState
+
+    @property
+    def step(self) -> jax.Array:
+        """int32 scalar, steps taken."""
+        return self.classifier.step
+
+    @property
+    def variables(self) -> dict:
+        """The classifier's."""
+        return self.classifier.variables
+
+
+def build(target_map: np.ndarray, image_shape: tuple[int, int, int], seed: int) -> Attack:
+    """Returns the attack before any training, its arrays the untrained variables of both networks.
+
+    Args:
+        target_map: int32 [K].
+        image_shape: (H, W, C).
+        seed: The experiment's seed.
+    """
+    networks = Networks(*networks_for(image_shape))
+    arrays = {
+        name: jax.device_get(models.initialise(module, key_for(seed, f'attack/input_aware/{name}'), image_shape))
+        for name, module in networks._asdict().items()
+    }
+    return Attack(
+        'input_aware', target_map, arrays, partial(trigger, networks), partial(cross_trigger, networks), joint=True
+    )
+
+
+def trigger(networks: Networks, arrays: dict, images: jax.Array) -> jax.Array:
+    """Returns the images [B, H, W, C], each with its own trigger; arrays are the variables of both networks."""
+    return paste(networks, arrays, images, images)
+
+
+def cross_trigger(networks: Networks, arrays: dict, images: jax.Array, others: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns the images [B, H, W, C], each with the trigger of another one; `key` is not used."""
+    del key
+    return paste(networks, arrays, images, others)
+
+
+def paste(networks: Networks, arrays: dict, images: jax.Array, sources: jax.Array) -> jax.Array:
+    """Returns the images [B, H, W, C] with the triggers that the sources [B, H, W, C] give, networks in evaluation."""
+    patterns = networks.generator.apply(arrays['generator'], sources)
+    return images + (patterns - images) * sharpen(networks.mask.apply(arrays['mask'], sources))
+
+
+def sharpen(maps: jax.Array) -> jax.Array:
+    """Returns masks near 0 or 1 from the mask network's output."""
+    return jnp.tanh(20 * maps - 10) / 2 + 0.5
+
+
+def diversity(images: jax.Array, others: jax.Array, outputs: jax.Array, other_outputs: jax.Array) -> jax.Array:
+    """Returns the scalar mean of distance(images) / distance(outputs); [B, H, W, C] and [B, H, W, C']."""
+    return jnp.mean(distance(images, others) / (distance(outputs, other_outputs) + EPSILON))
+
+
+def distance(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the root mean square [B] of a - b; its gradient is 0, not NaN, where an image meets itself."""
+    squares = jnp.mean(jnp.square(a - b), axis=(1, 2, 3))
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
+
+
+def begin(
+    run: Run, attack: Attack, arrays: dict[str, np.ndarray], learner: Learner, config: ml_collections.ConfigDict
+) -> Infection:
+    """Trains the mask network (stage 'infect_mask'), and returns the joint training that follows.
+
+    Args:
+        run: The experiment.
+        attack: As `build` returns it.
+        arrays: 'images' uint8 [N, H, W, C] and 'labels' int32 [N], clean.
+        learner: The classifier.
+        config: The resolved config; `config.attack.input_aware` has mask_epochs, mask_learning_rate, mask_density,
+            mask_weight, generator_learning_rate, diversity_weight and cross_ratio.
+    """
+    options = config.attack.input_aware
+    networks = Networks(*networks_for(arrays['images'].shape[1:]))
+    size = len(arrays['labels'])
+    adam = _adam(options.mask_learning_rate)
+    first_step = partial(mask_step, networks=networks, optimiser=adam, config=config)
+    phases = [Phase(first_step, count_steps(size, options.mask_epochs, config.batch_size))]
+    before = state.create(attack.arrays['mask'], adam)
+    mask = fit(run, 'infect_mask', before, phases, arrays, config.batch_size, streams=2)
+
+    variables = jax.device_get(mask.state.variables)
+    steps = count_steps(size, config.train.epochs, config.batch_size)
+    rate = options.generator_learning_rate
+    adam = _adam(optax.cosine_decay_schedule(rate, steps) if config.train.schedule == 'cosine' else rate)
+    step = partial(
+        joint_step,
+        networks=networks,
+        module=learner.module,
+        optimisers=(learner.optimiser, adam),
+        target_map=attack.target_map,
+        config=config,
+    )
+
+    def attack_of(current: JointState) -> Attack:
+        return attack._replace(arrays={'generator': jax.device_get(current.generator.variables), 'mask': variables})
+
+    return Infection(
+        JointState(learner.state, state.create(attack.arrays['generator'], adam)),
+        step,
+        attack_of,
+        streams=2,
+        fixed=variables,
+        seconds=mask.seconds,
+    )
+
+
+def mask_step(
+    current: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    networks: Networks,
+    optimiser: optax.GradientTransformation,
+    config: ml_collections.ConfigDict,
+) -> tuple[TrainState, Metrics]:
+    """Stage 1: a step of the mask network alone.
+
+    Args:
+        current: The mask network's state.
+        batch: 'images' float32 [B, H, W, C] in [0, 1], and the same in batch['paired'].
+        key: PRNG key of this step.
+        networks: Both networks.
+        optimiser: The mask network's.
+        config: The resolved config.
+
+    Returns:
+        The state after the step; metrics with 'mask_area', the mean of the masks, and 'diversity'.
+    """
+    options = config.attack.input_aware
+    images, others = _augmented(key, batch, config)
+    count = len(images)
+
+    def terms(maps: jax.Array) -> tuple[jax.Array, jax.Array]:
+        masks = sharpen(maps)
+        return masks, diversity(images, others, masks[:count], masks[count:])
+
+    def loss(maps: jax.Array) -> jax.Array:
+        masks, diverse = terms(maps)
+        return options.mask_weight * jnp.mean(jax.nn.relu(masks - options.mask_density)) + diverse
+
+    both = jnp.concatenate([images, others])
+    current, maps, metrics = update(current, both, loss, key, module=networks.mask, optimiser=optimiser)
+    masks, diverse = terms(maps)
+    return current, metrics | {'mask_area': masks.mean(), 'diversity': diverse}
+
+
+def joint_step(
+    current: JointState,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    networks: Networks,
+    module: nn.Module,
+    optimisers: tuple[optax.GradientTransformation, optax.GradientTransformation],
+    target_map: np.ndarray,
+    config: ml_collections.ConfigDict,
+) -> tuple[JointState, Metrics]:
+    """Stage 2: a step of the classifier and the generator on one loss.
+
+    The first images of a batch are attacked, the next ones cross, the rest clean. The generator draws the patterns of
+    attacked and cross images in one pass, so that its batch statistics are those of both.
+
+    Args:
+        current: Both states.
+        batch: 'images' float32 [B, H, W, C] in [0, 1] and 'labels' int32 [B], the same in batch['paired'], and
+            'fixed', the mask network's variables.
+        key: PRNG key of this step.
+        networks: Both networks.
+        module: The classifier.
+        optimisers: The classifier's and the generator's.
+        target_map: int32 [K].
+        config: The resolved config.
+
+    Returns:
+        The states after the step; metrics with the accuracies on attacked images (against the commanded label), on
+        cross ones and on clean ones, and 'diversity'.
+    """
+    augment_key, dropout_key = jax.random.split(key)
+    images, others = _augmented(augment_key, batch, config)
+    labels = batch['labels']
+    attacked = round(config.attack.poisoned_share * len(labels))
+    changed = min(attacked + cross_count(attacked, config), len(labels))
+    pairs = min(attacked, changed - attacked)
+    labels = jnp.concatenate([jnp.asarray(target_map)[labels[:attacked]], labels[attacked:]])
+    sources = jnp.concatenate([images[:attacked], others[attacked:changed]])
+    masks = sharpen(networks.mask.apply(batch['fixed'], sources))
+
+    def objective(params):
+        patterns, generator_stats = _apply(networks.generator, current.generator, params['generator'], sources)
+        pasted = images[:changed] + (patterns - images[:changed]) * masks
+        whole = jnp.concatenate([pasted, images[changed:]])
+        logits, classifier_stats = _apply(module, current.classifier, params['classifier'], whole, dropout_key)
+        first, second = slice(pairs), slice(attacked, attacked + pairs)
+        diverse = diversity(sources[first], sources[second], patterns[first], patterns[second])
+        loss = cross_entropy(logits, labels) + config.attack.input_aware.diversity_weight * diverse
+        return loss, (logits, diverse, {'generator': generator_stats, 'classifier': classifier_stats})
+
+    params = {'generator': current.generator.params, 'classifier': current.classifier.params}
+    (loss, (logits, diverse, stats)), gradient = jax.value_and_grad(objective, has_aux=True)(params)
+    after = JointState(
+        classifier=_advance(current.classifier, gradient['classifier'], stats['classifier'], optimisers[0]),
+        generator=_advance(current.generator, gradient['generator'], stats['generator'], optimisers[1]),
+    )
+    return after, {
+        'loss': loss,
+        'grad_norm': optax.global_norm(gradient['classifier']),
+        'generator_grad_norm': optax.global_norm(gradient['generator']),
+        'diversity': diverse,
+        'attacked_accuracy': accuracy(logits[:attacked], labels[:attacked]),
+        'cross_accuracy': accuracy(logits[attacked:changed], labels[attacked:changed]),
+        'accuracy': accuracy(logits[changed:], labels[changed:]),
+    }
+
+
+def _adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    return optax.adam(rate, b1=0.5, b2=0.9)
+
+
+def _augmented(key: jax.Array, batch: Batch, config: ml_collections.ConfigDict) -> tuple[jax.Array, jax.Array]:
+    key, other_key = jax.random.split(key)
+    images = augment(key, batch['images'], config.augment)
+    return images, augment(other_key, batch['paired']['images'], config.augment)
+
+
+def _apply(
+    module: nn.Module, current: TrainState, params: Any, images: jax.Array, key: jax.Array | None = None
+) -> tuple[jax.Array, Any]:
+    """Returns the module's output in training mode, with these parameters, and its new statistics."""
+    variables = {'params': params, 'batch_stats': current.batch_stats}
+    rngs = None if key is None else {'dropout': key}
+    output, changes = module.apply(variables, images, train=True, mutable=['batch_stats'], rngs=rngs)
+    return output, changes.get('batch_stats', {})
+
+
+def _advance(
+    current: TrainState, gradient: Any, batch_stats: Any, optimiser: optax.GradientTransformation
+) -> TrainState:
+    updates, opt_state = optimiser.update(gradient, current.opt_state, current.params)
+    return TrainState(current.step + 1, optax.apply_updates(current.params, updates), batch_stats, opt_state)

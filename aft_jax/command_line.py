@@ -1,0 +1,76 @@
+"""Command lines with a config: parsing them, and saying in one sentence what is wrong with one."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+
+from aft_jax.config import default_config
+from aft_jax.errors import UserError
+
+CONFIG_HINT = 'name a file of configs/, such as --config=configs/quickstart.py'
+
+
+def parse(arguments: list[str]) -> None:
+    """Parses flags into absl's FLAGS.
+
+    Args:
+        arguments: As sys.argv, the program's name first.
+
+    Raises:
+        UserError: The command line is wrong, or --config or --workdir is missing.
+    """
+    # ml_collections reports a config file that it cannot load only when the config is first used.
+    for argument in arguments[1:]:
+        flag, _, value = argument.lstrip('-').partition('=')
+        if flag == 'config' and value and not Path(value.partition(':')[0]).is_file():
+            raise UserError(f'--config={value} does not exist; {CONFIG_HINT}.')
+    try:
+        rest = flags.FLAGS(arguments)
+    except Exception as error:  # absl and ml_collections raise errors of many kinds, all about the command line.
+        _explain_unknown_field(arguments)
+        text = ' '.join(str(error.args[0] if error.args else error).split())
+        raise UserError(f'the command line cannot be understood: {text}') from error
+    if rest[1:]:
+        raise UserError(f'{rest[1]!r} is not a flag; fields are set as --config.FIELD=VALUE.')
+    try:
+        config = flags.FLAGS.config
+    except Exception as error:  # Whatever running the user's config file raised.
+        raise UserError(f'the config file cannot be run: {_last_line(error)}') from error
+    if config is None:
+        raise UserError(f'--config is missing; {CONFIG_HINT}.')
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError('the config file must have a get_config() that returns an ml_collections.ConfigDict.')
+    if not flags.FLAGS.workdir:
+        raise UserError('--workdir is missing; name the directory for results, such as --workdir=runs/mine.')
+
+
+def suggestion(value: str, allowed: Iterable[str]) -> str:
+    """Returns ' Did you mean ...?' for the nearest allowed value, or '' when none is near."""
+    near = difflib.get_close_matches(value, list(allowed), n=1)
+    return f' Did you mean {near[0]!r}?' if near else ''
+
+
+def _explain_unknown_field(arguments: list[str]) -> None:
+    for argument in arguments[1:]:
+        flag = argument.lstrip('-').partition('=')[0]
+        if not flag.startswith('config.'):
+            continue
+        node = default_config()
+        for depth, part in enumerate(names := flag.split('.')[1:]):
+            if not isinstance(node, ml_collections.ConfigDict):
+                raise UserError(f'--{flag}: config.{".".join(names[:depth])} is a value and has no fields.')
+            if part not in node:
+                fields = sorted(node.keys())
+                raise UserError(
+                    f'--{flag}: there is no field {part!r} in {".".join(["config", *names[:depth]])}; it has '
+                    f'{", ".join(fields)}.{suggestion(part, fields)}'
+                )
+            node = node[part]
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

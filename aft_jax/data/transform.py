@@ -1,0 +1,75 @@
+"""From single pictures to one array of one shape."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from PIL import Image
+
+from aft_jax.errors import UserError
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """Resizes one picture to a square, bilinearly; a smaller one is antialiased.
+
+    Args:
+        image: uint8 [H, W, C], C in {1, 3}.
+        size: Pixels of a side; 0 leaves the picture as it is.
+
+    Returns:
+        uint8 [size, size, C]. A picture that was no square is stretched.
+    """
+    height, width, channels = image.shape
+    if size == 0 or (height, width) == (size, size):
+        return image
+    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+    return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR)).reshape(size, size, channels)
+
+
+def stack(images: Iterable[np.ndarray], count: int, size: int, source: str) -> np.ndarray:
+    """Resizes pictures and lays them into one array, holding no more than one of them besides it.
+
+    Args:
+        images: `count` pictures, uint8 [H, W, C], of any sizes but with the same C.
+        count: How many there are; at least 1.
+        size: As in `resize`.
+        source: What the pictures are called in the message of an error, such as "folder '/data/mine'".
+
+    Returns:
+        uint8 [count, H, W, C].
+
+    Raises:
+        UserError: If the pictures differ in size and `size` is 0.
+    """
+    stacked: np.ndarray | None = None
+    for index, image in enumerate(images):
+        image = resize(image, size)
+        if stacked is None:
+            stacked = np.empty((count, *image.shape), np.uint8)
+        if image.shape != stacked.shape[1:]:
+            one, other = (f'{width}x{height}' for height, width, _ in (stacked.shape[1:], image.shape))
+            raise UserError(
+                f'The pictures of {source} differ in size ({one} and {other}, for example): '
+                'give the size that all shall have, such as --config.data.size=32.'
+            )
+        stacked[index] = image
+    if stacked is None or index + 1 != count:
+        raise ValueError(f'{source} should have {count} pictures')
+    return stacked
+
+
+def pad_and_repeat(images: np.ndarray, pad: int, rgb: bool) -> np.ndarray:
+    """Adds a border of zeros, then repeats grey to three channels.
+
+    Args:
+        images: uint8 [N, H, W, C], C in {1, 3}.
+        pad: Pixels added on every side.
+        rgb: Whether one channel becomes three; three stay three.
+
+    Returns:
+        uint8 [N, H + 2 pad, W + 2 pad, 3 if rgb else C].
+    """
+    if pad:
+        images = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    if rgb and images.shape[-1] == 1:
+        images = np.repeat(images, 3, axis=-1)
+    return images

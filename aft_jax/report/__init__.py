@@ -1,0 +1,1 @@
+"""Figures of one experiment. Only this folder imports Matplotlib."""

@@ -1,0 +1,128 @@
+"""before_after.png: test images, clean and triggered, with what each model says, and the scores beside them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aft_jax.errors import UserError
+
+COLUMNS = 8
+# Okabe-Ito: told apart by colour-blind readers and in grey print; words say the same.
+TRUE_COLOUR, COMMANDED_COLOUR, OTHER_COLOUR = '#0072B2', '#D55E00', '#595959'
+
+
+def check_available() -> None:
+    """Raises UserError when Matplotlib is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec('matplotlib') is None:
+        raise UserError(
+            "the stage 'report' draws with Matplotlib, which is not installed: pip install 'aft_jax[report]', or leave "
+            "the stage out with --config.stages=\"('infect','purify')\"."
+        )
+
+
+def write_before_after(
+    path: Path,
+    clean: np.ndarray,
+    triggered: np.ndarray | None,
+    labels: np.ndarray,
+    target_map: np.ndarray | None,
+    class_names: tuple[str, ...],
+    predict: Callable[[Any, np.ndarray], np.ndarray],
+    models: dict[str, Any],
+    outcome: dict[str, Any],
+) -> None:
+    """Draws the picture.
+
+    Args:
+        path: Of the PNG.
+        clean: uint8 [N, H, W, C], test images.
+        triggered: The same with the trigger; None without an attack.
+        labels: int32 [N], true classes.
+        target_map: int32 [K], what the trigger commands; None likewise.
+        class_names: K names.
+        predict: (variables, images) -> int32 classes.
+        models: Variables by name, the infected model first.
+        outcome: What results.json holds.
+    """
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    chosen = choose(labels, target_map, COLUMNS)
+    rows = [('clean', clean[chosen])] + ([('triggered', triggered[chosen])] if triggered is not None else [])
+    said = {name: [predict(variables, images) for _, images in rows] for name, variables in models.items()}
+
+    figure = plt.figure(figsize=(13, 0.8 + 1.9 * len(rows)), layout='constrained')
+    left, right = figure.subfigures(1, 2, width_ratios=[COLUMNS, 3.4])
+    axes = left.subplots(len(rows), len(chosen), squeeze=False)
+    for r, (kind, images) in enumerate(rows):
+        for c, index in enumerate(chosen):
+            axis = axes[r, c]
+            picture = images[c]
+            axis.imshow(picture[..., 0] if picture.shape[-1] == 1 else picture, cmap='gray', vmin=0, vmax=255)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if c == 0:
+                axis.set_ylabel(kind, fontsize=11)
+            commanded = int(target_map[labels[index]]) if target_map is not None else -1
+            for line, name in enumerate(models):
+                answer = int(said[name][r][c])
+                axis.text(
+                    0.5,
+                    -0.05 - 0.16 * line,
+                    f'{name}: {class_names[answer][:14]}',
+                    transform=axis.transAxes,
+                    ha='center',
+                    va='top',
+                    fontsize=8.5,
+                    color=_colour(answer, int(labels[index]), commanded),
+                )
+    words = 'blue: the true class'
+    if triggered is not None:
+        words += "; orange: the attacker's class"
+    left.suptitle(f'{outcome["dataset"]}, {_attack(outcome)}: what each model says ({words})', fontsize=11)
+    _bars(right, outcome, with_attack=triggered is not None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def choose(labels: np.ndarray, target_map: np.ndarray | None, count: int) -> np.ndarray:
+    """Returns the first test image of each class in turn whose label the trigger would change, `count` at most."""
+    eligible = labels != target_map[labels] if target_map is not None else np.ones(len(labels), bool)
+    first = [np.flatnonzero(eligible & (labels == k))[:1] for k in np.unique(labels)]
+    return np.concatenate(first)[:count]
+
+
+def _bars(figure: Any, outcome: dict[str, Any], with_attack: bool) -> None:
+    rows = {('infected' if with_attack else 'benign'): outcome['infected']} | outcome['purified']
+    axis = figure.subplots()
+    shares = [('acc', 'ACC', TRUE_COLOUR)] + ([('asr', 'ASR', COMMANDED_COLOUR)] if with_attack else [])
+    height = 0.8 / len(shares)
+    for i, (share, name, colour) in enumerate(shares):
+        places = np.arange(len(rows)) + (i - (len(shares) - 1) / 2) * height
+        values = [100 * row[share] for row in rows.values()]
+        bars = axis.barh(places, values, height * 0.9, color=colour, label=name)
+        axis.bar_label(bars, fmt='%.1f', padding=2, fontsize=9)
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set_xlim(0, 118)
+    axis.set_xticks([0, 50, 100])
+    axis.invert_yaxis()
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.set_xlabel('percent of test images')
+    figure.legend(loc='outside upper center', ncols=2, frameon=False)
+
+
+def _colour(answer: int, label: int, commanded: int) -> str:
+    if answer == label:
+        return TRUE_COLOUR
+    return COMMANDED_COLOUR if answer == commanded else OTHER_COLOUR
+
+
+def _attack(outcome: dict[str, Any]) -> str:
+    return 'no attack' if outcome['attack'] == 'none' else f'{outcome["attack"]} ({outcome["label_mode"]})'

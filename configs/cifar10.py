@@ -1,0 +1,26 @@
+"""CIFAR-10 and PreActResNet18 as in the paper: 100 epochs, batch 128, SGD 0.01 with cosine decay; for an accelerator.
+
+    python -m aft_jax.main --config=configs/cifar10.py --workdir=runs/cifar10 --config.attack.name=blend
+
+Preparing the set takes TensorFlow: pip install 'aft_jax[prepare]'. Needs a network the first time. Not run by us yet
+on real CIFAR-10.
+"""
+
+from aft_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.dataset = 'cifar10'
+    config.augment.crop = 4
+    config.augment.flip = True
+    config.model.name = 'preact_resnet'
+    config.model.depth = 18
+    config.model.width = 64
+    config.model.mean = (0.4914, 0.4822, 0.4465)
+    config.model.std = (0.2470, 0.2435, 0.2616)
+    config.dtype = 'bfloat16'
+    config.train.epochs = 100
+    config.train.learning_rate = 0.01
+    config.run.evaluate_every = 10
+    return config

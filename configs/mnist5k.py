@@ -1,0 +1,22 @@
+"""5,000 real MNIST digits that pip brings along: small enough for a laptop, and for trying any attack or defense.
+
+python -m aft_jax.main --config=configs/mnist5k.py --workdir=runs/mnist5k --config.attack.name=sig
+"""
+
+from aft_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.dataset = 'mnist5k'
+    config.augment.crop = 2
+    config.model.name = 'mnist_cnn'
+    config.model.mean = (0.1307,)
+    config.model.std = (0.3081,)
+    config.train.epochs = 20
+    # 5 % of 4,000 images are 200: an epoch is one or two steps, so a defense takes more of them.
+    config.ft.epochs = 200
+    config.aft.epochs = 200
+    config.aft.adversarial_epochs = 100.0
+    config.aft.learning_rate = 0.01
+    return config

@@ -1,0 +1,114 @@
+"""Shared by all tests: four CPU devices, strict promotion rules, and a tiny data set, network and run."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from aft_jax.config import default_config
+from aft_jax.data.dataset import Dataset
+from aft_jax.training.loop import Run
+from aft_jax.training.mesh import make_mesh
+from aft_jax.training.metrics import MetricWriter
+
+# Before any backend starts. The environment variable is for the processes that tests start.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 4)
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+CLASSES = 4
+SIDE = 8
+
+
+class TinyNet(nn.Module):
+    """The smallest network with everything that training has to carry: BatchNorm, dropout, two dense layers."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.Dense(16)(images.reshape((len(images), -1)) - 0.5)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        x = nn.Dropout(0.1, deterministic=not train)(nn.relu(x))
+        return nn.Dense(CLASSES)(x)
+
+
+def structured_images(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns noise with a bright quarter that tells the class: uint8 [count, 8, 8, 1] and int32 [count]."""
+    generator = np.random.default_rng(seed)
+    labels = (np.arange(count) % CLASSES).astype(np.int32)
+    images = generator.integers(0, 120, (count, SIDE, SIDE, 1))
+    half = SIDE // 2
+    for image, label in zip(images, labels, strict=True):
+        row, column = divmod(int(label), 2)
+        image[row * half : (row + 1) * half, column * half : (column + 1) * half] += 100
+    order = generator.permutation(count)
+    return images[order].astype(np.uint8), labels[order]
+
+
+@pytest.fixture(scope='session')
+def dataset() -> Dataset:
+    """80 training and 24 test images of 8x8x1 in four classes, 20 training images a class."""
+    train, test = structured_images(80, 1), structured_images(24, 2)
+    for array in (*train, *test):
+        array.setflags(write=False)  # whoever writes into shared data fails at once
+    return Dataset('tiny', *train, *test, class_names=('north-west', 'north-east', 'south-west', 'south-east'))
+
+
+@pytest.fixture
+def config() -> ml_collections.ConfigDict:
+    """The defaults, shrunk to the tiny data set."""
+    config = default_config()
+    config.batch_size = 8
+    config.clean_share = 0.25
+    config.run.log_every = 1
+    config.run.checkpoint_every = 1000
+    config.run.eval_batch_size = 8
+    return config
+
+
+@pytest.fixture(scope='session')
+def tiny_net() -> nn.Module:
+    return TinyNet()
+
+
+@pytest.fixture(scope='session')
+def tiny_variables(tiny_net: nn.Module) -> dict:
+    """Fresh variables of `tiny_net`."""
+    return tiny_net.init(jax.random.key(0), np.zeros((1, SIDE, SIDE, 1), np.float32))
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, config: ml_collections.ConfigDict):
+    """Returns a function that makes a `Run` in a named directory; what it opened is closed after the test."""
+    writers = []
+
+    def make(name: str = 'run', devices: int = 4, **options: int) -> Run:
+        workdir = tmp_path / name
+        workdir.mkdir(exist_ok=True)
+        changed = config.run.copy_and_resolve_references()
+        changed.update(options)
+        writers.append(MetricWriter(workdir))
+        return Run(config.seed, workdir, make_mesh(jax.devices()[:devices]), writers[-1], changed)
+
+    yield make
+    for writer in writers:
+        writer.close()
+
+
+@pytest.fixture(scope='session')
+def assert_trees_close() -> Callable[..., None]:
+    """Returns a function that compares two pytrees leaf by leaf, bit for bit unless a tolerance is given."""
+
+    def compare(actual, expected, atol: float = 0.0) -> None:
+        assert jax.tree.structure(actual) == jax.tree.structure(expected)
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=atol, err_msg=str(path), strict=True)
+
+    return compare

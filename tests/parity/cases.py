@@ -1,0 +1,77 @@
+"""What the parity tests put into both implementations.
+
+Everything is drawn by `numpy.random.RandomState`, whose stream is frozen for good, so that inputs and weights need not
+be stored: only what torch made of them is.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from aft_jax.attacks.input_aware import Networks
+from aft_jax.attacks.input_aware_networks import networks_for
+from aft_jax.models import initialise
+from aft_jax.models.preact_resnet import PreActResNet
+
+# (height, width) of a grid, and of the image that it becomes.
+BICUBIC_SIZES = {'28': (4, 4, 28, 28), '32': (4, 4, 32, 32), '64': (5, 3, 64, 64), 'oblong': (4, 4, 20, 36)}
+IMAGE_SHAPES = {'grey28': (28, 28, 1), 'colour32': (32, 32, 3)}
+WANET_SHAPES = IMAGE_SHAPES | {'colour64': (64, 64, 3)}
+WANET_STRENGTH = 0.5
+
+
+class Classifier(NamedTuple):
+    """A PreActResNet18 and what it is asked."""
+
+    module: PreActResNet
+    variables: dict
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def uniform(seed: int, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> np.ndarray:
+    """Returns float32 of `shape`, uniform between `low` and `high`."""
+    return np.random.RandomState(seed).uniform(low, high, shape).astype(np.float32)
+
+
+def fill(variables: dict, seed: int) -> dict:
+    """Returns variables of the same shapes: He weights, and norms that are neither fresh nor all alike."""
+    stream = np.random.RandomState(seed)
+
+    def draw(path, leaf) -> np.ndarray:
+        match path[-1].key:
+            case 'kernel':
+                value = stream.standard_normal(leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1]))
+            case 'scale' | 'var':
+                value = stream.uniform(0.5, 1.5, leaf.shape)
+            case _:
+                value = 0.1 * stream.standard_normal(leaf.shape)
+        return value.astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, variables)
+
+
+def classifier(width: int, final_norm: bool = False) -> Classifier:
+    """Returns the PreActResNet18 of that width, with two colour images of 32x32."""
+    module = PreActResNet(
+        num_classes=10, width=width, final_norm=final_norm, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)
+    )
+    variables = fill(initialise(module, jax.random.key(0), (32, 32, 3)), seed=11)
+    return Classifier(module, variables, uniform(12, (2, 32, 32, 3)), np.array([3, 7], np.int32))
+
+
+def input_aware(image_shape: tuple[int, int, int]) -> tuple[Networks, dict]:
+    """Returns both networks of the input-aware attack and their variables."""
+    networks = Networks(*networks_for(image_shape))
+    modules = networks._asdict().items()
+    return networks, {
+        name: fill(initialise(module, jax.random.key(0), image_shape), seed)
+        for seed, (name, module) in enumerate(modules)
+    }
+
+
+def wanet_noise(image_shape: tuple[int, int, int]) -> tuple[jax.Array, np.ndarray]:
+    """Returns a key, and the noise U(-1, 1) float32 [2, H, W, 2] that the attack draws from it."""
+    key = jax.random.key(21)
+    return key, np.asarray(jax.random.uniform(key, (2, *image_shape[:2], 2), np.float32, -1.0, 1.0))

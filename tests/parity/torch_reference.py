@@ -1,0 +1,230 @@
+"""The same mathematics in torch, written independently; imported only where torch is.
+
+Arrays come in and go out in NHWC; torch works in NCHW.
+"""
+
+import cases
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def nchw(array: np.ndarray) -> torch.Tensor:
+    """Returns the tensor [B, C, H, W] of an array [B, H, W, C]."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(array), -1, 1)))
+
+
+def nhwc(tensor: torch.Tensor) -> np.ndarray:
+    """Returns the array [B, H, W, C] of a tensor [B, C, H, W]."""
+    return np.moveaxis(tensor.detach().numpy(), 1, -1)
+
+
+def copy_conv(layer: nn.Conv2d, params: dict) -> None:
+    """Copies a Flax convolution's kernel [h, w, in, out] (no bias)."""
+    layer.weight.data = torch.from_numpy(np.array(params['kernel']).transpose(3, 2, 0, 1).copy())
+
+
+def copy_norm(layer: nn.BatchNorm2d, params: dict, stats: dict) -> None:
+    """Copies a Flax BatchNorm's parameters and running statistics."""
+    layer.weight.data, layer.bias.data = torch.from_numpy(params['scale']), torch.from_numpy(params['bias'])
+    layer.running_mean, layer.running_var = (
+        torch.from_numpy(stats['mean'].copy()),
+        torch.from_numpy(stats['var'].copy()),
+    )
+
+
+class PreActBlock(nn.Module):
+    """BatchNorm, ReLU, conv, twice; the projection is of the first activation."""
+
+    def __init__(self, inner: int, outer: int, stride: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(inner), nn.BatchNorm2d(outer)
+        self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
+        self.projection = nn.Conv2d(inner, outer, 1, stride, bias=False) if stride > 1 or inner != outer else None
+
+    def forward(self, x):
+        activated = F.relu(self.norm1(x))
+        shortcut = x if self.projection is None else self.projection(activated)
+        return self.conv2(F.relu(self.norm2(self.conv1(activated)))) + shortcut
+
+    def load(self, params: dict, stats: dict) -> None:
+        copy_norm(self.norm1, params['BatchNorm_0'], stats['BatchNorm_0'])
+        copy_norm(self.norm2, params['BatchNorm_1'], stats['BatchNorm_1'])
+        copy_conv(self.conv1, params['Conv_0'])
+        copy_conv(self.conv2, params['Conv_1'])
+        if self.projection is not None:
+            copy_conv(self.projection, params['shortcut'])
+
+
+class PreActResNet18(nn.Module):
+    """Conv, four stages of two blocks, perhaps a last BatchNorm and ReLU, global average, linear."""
+
+    def __init__(self, width: int, final_norm: bool):
+        super().__init__()
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        self.stem = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.blocks = nn.ModuleDict()
+        for stage in range(1, 5):
+            stride = 1 if stage == 1 else 2
+            self.blocks[f'stage{stage}_block1'] = PreActBlock(widths[stage - 1], widths[stage], stride)
+            self.blocks[f'stage{stage}_block2'] = PreActBlock(widths[stage], widths[stage], 1)
+        self.norm = nn.BatchNorm2d(8 * width) if final_norm else None
+        self.head = nn.Linear(8 * width, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks.values():
+            x = block(x)
+        if self.norm is not None:
+            x = F.relu(self.norm(x))
+        return self.head(x.mean((2, 3)))
+
+    def load(self, variables: dict) -> None:
+        params, stats = variables['params'], variables['batch_stats']
+        copy_conv(self.stem, params['stem'])
+        for name, block in self.blocks.items():
+            block.load(params[name], stats[name])
+        if self.norm is not None:
+            copy_norm(self.norm, params['final_norm_layer'], stats['final_norm_layer'])
+        self.head.weight.data = torch.from_numpy(params['head']['kernel'].T.copy())
+        self.head.bias.data = torch.from_numpy(params['head']['bias'])
+
+
+class EncoderDecoder(nn.Module):
+    """The input-aware networks, as a flat list of layers."""
+
+    def __init__(self, in_channels: int, out_channels: int, widths: tuple[int, ...]):
+        super().__init__()
+        layers: list[nn.Module] = []
+
+        def block(inner: int, outer: int, relu: bool = True) -> None:
+            layers.extend([nn.Conv2d(inner, outer, 3, 1, 1, bias=False), nn.BatchNorm2d(outer, momentum=0.05)])
+            if relu:
+                layers.append(nn.ReLU())
+
+        inner = in_channels
+        for width in widths:
+            block(inner, width)
+            block(width, width)
+            layers.append(nn.MaxPool2d(2))
+            inner = width
+        block(inner, inner)
+        for i in range(len(widths)):
+            layers.append(nn.Upsample(scale_factor=2, mode='bilinear', align_corners=False))
+            block(inner, inner)
+            last = i == len(widths) - 1
+            outer = out_channels if last else inner // 2
+            block(inner, outer, relu=not last)
+            inner = outer
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return torch.tanh(self.layers(x)) / 2 + 0.5
+
+    def norms(self) -> list[nn.BatchNorm2d]:
+        return [layer for layer in self.layers if isinstance(layer, nn.BatchNorm2d)]
+
+    def load(self, variables: dict) -> None:
+        convs = [layer for layer in self.layers if isinstance(layer, nn.Conv2d)]
+        for i, (conv, norm) in enumerate(zip(convs, self.norms(), strict=True)):
+            copy_conv(conv, variables['params'][f'Conv_{i}'])
+            copy_norm(norm, variables['params'][f'BatchNorm_{i}'], variables['batch_stats'][f'BatchNorm_{i}'])
+
+
+def values(widths: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Returns, by name, what torch makes of every case; PreActResNet18 at these widths."""
+    torch.set_num_threads(1)
+    found: dict[str, np.ndarray] = {}
+    for name, (h, w, height, width) in cases.BICUBIC_SIZES.items():
+        grid = nchw(cases.uniform(1, (2, h, w, 3), -1, 1))
+        found[f'bicubic/{name}'] = nhwc(F.interpolate(grid, (height, width), mode='bicubic', align_corners=True))
+
+    images, field = nchw(cases.uniform(2, (3, 9, 12, 2))), torch.from_numpy(cases.uniform(3, (3, 7, 5, 2), -1.3, 1.3))
+    found['grid_sample'] = nhwc(F.grid_sample(images, field, 'bilinear', 'zeros', align_corners=True))
+
+    images = nchw(cases.uniform(4, (2, 7, 5, 3)))
+    found['bilinear'] = nhwc(F.interpolate(images, scale_factor=2, mode='bilinear', align_corners=False))
+
+    for name, shape in cases.WANET_SHAPES.items():
+        found[f'wanet/{name}'], found[f'wanet_noise/{name}'] = _wanet(shape)
+    for name, shape in cases.IMAGE_SHAPES.items():
+        found |= {f'input_aware/{name}/{key}': value for key, value in _input_aware(shape).items()}
+    for width in widths:
+        for final_norm in (False, True):
+            logits, gradient = _preact_resnet(width, final_norm)
+            found[f'preact_resnet/{width}/{final_norm}/logits'] = logits
+            found[f'preact_resnet/{width}/{final_norm}/gradient'] = gradient
+    return found | _batch_norm() | _diversity()
+
+
+def _wanet(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The trigger and the noise mode, with square images of side H."""
+    side = shape[0]
+    images, grid = nchw(cases.uniform(5, (2, *shape))), nchw(cases.uniform(6, (1, 4, 4, 2), -2, 2))
+    flow = F.interpolate(grid, side, mode='bicubic', align_corners=True).permute(0, 2, 3, 1)
+    line = torch.linspace(-1, 1, side)
+    y, x = torch.meshgrid(line, line, indexing='ij')
+    field = torch.clamp(torch.stack([x, y], 2)[None] + cases.WANET_STRENGTH * flow / side, -1, 1).repeat(2, 1, 1, 1)
+    noisy = torch.clamp(field + torch.from_numpy(cases.wanet_noise(shape)[1].copy()) / side, -1, 1)
+    return nhwc(F.grid_sample(images, field, align_corners=True)), nhwc(
+        F.grid_sample(images, noisy, align_corners=True)
+    )
+
+
+def _input_aware(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """Pattern, mask, triggered image; and the generator in training mode with its new statistics."""
+    networks, variables = cases.input_aware(shape)
+    generator = EncoderDecoder(shape[2], shape[2], networks.generator.widths)
+    mask = EncoderDecoder(shape[2], 1, networks.mask.widths)
+    generator.load(variables['generator'])
+    mask.load(variables['mask'])
+    generator.eval()
+    mask.eval()
+    images = nchw(cases.uniform(7, (2, *shape)))
+    with torch.no_grad():
+        pattern, m = generator(images), torch.tanh(20 * mask(images) - 10) / 2 + 0.5
+        generator.train()
+        return {
+            'pattern': nhwc(pattern),
+            'mask': nhwc(m),
+            'triggered': nhwc(images + (pattern - images) * m),
+            'training': nhwc(generator(images)),
+            'means': torch.cat([norm.running_mean for norm in generator.norms()]).numpy(),
+        }
+
+
+def _preact_resnet(width: int, final_norm: bool) -> tuple[np.ndarray, np.ndarray]:
+    case = cases.classifier(width, final_norm)
+    model = PreActResNet18(width, final_norm)
+    model.load(case.variables)
+    model.eval()
+    images = nchw(case.images).requires_grad_()
+    mean, std = (torch.tensor(v)[None, :, None, None] for v in (case.module.mean, case.module.std))
+    logits = model((images - mean) / std)
+    loss = F.cross_entropy(logits, torch.from_numpy(case.labels.astype(np.int64)))
+    return logits.detach().numpy(), nhwc(torch.autograd.grad(loss, images)[0])
+
+
+def _batch_norm() -> dict[str, np.ndarray]:
+    layer = nn.BatchNorm2d(3)
+    images = nchw(cases.uniform(8, (4, 5, 6, 3), -2, 3))
+    output = nhwc(layer(images))
+    return {
+        'batch_norm/output': output,
+        'batch_norm/mean': layer.running_mean.numpy(),
+        'batch_norm/var': layer.running_var.numpy(),
+    }
+
+
+def _diversity() -> dict[str, np.ndarray]:
+    images, others = (nchw(cases.uniform(seed, (4, 6, 6, 3))) for seed in (31, 32))
+    masks, other_masks = (nchw(cases.uniform(seed, (4, 6, 6, 1))).requires_grad_() for seed in (33, 34))
+
+    def distance(a, b):
+        return (a - b).square().mean((1, 2, 3)).sqrt()
+
+    value = (distance(images, others) / (distance(masks, other_masks) + 1e-7)).mean()
+    gradient = torch.autograd.grad(value, masks)[0]
+    return {'diversity/value': value.detach().numpy(), 'diversity/gradient': nhwc(gradient)}

@@ -1,0 +1,92 @@
+"""Augmentation against explicit NumPy crops, mirrors and SciPy rotations."""
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+import scipy.ndimage
+import scipy.optimize
+
+from aft_jax.data.augment import _rotate, augment
+
+IMAGES = np.random.default_rng(0).random((240, 6, 9, 2)).astype(np.float32)
+
+
+def options(crop=0, flip=False, rotation=0.0):
+    return ml_collections.ConfigDict({'crop': crop, 'flip': flip, 'rotation': rotation})
+
+
+def crops_of(image, crop):
+    """All (2 crop + 1)^2 crops of the padded image, by their corner."""
+    height, width, _ = image.shape
+    padded = np.zeros((height + 2 * crop, width + 2 * crop, image.shape[2]), image.dtype)
+    padded[crop : crop + height, crop : crop + width] = image
+    corners = range(2 * crop + 1)
+    return {(i, j): padded[i : i + height, j : j + width] for i in corners for j in corners}
+
+
+def rotated(image, degrees):
+    """SciPy's bilinear rotation about the centre, black outside."""
+    angle = np.deg2rad(degrees)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    centre = (np.array(image.shape[:2]) - 1) / 2
+    offset = centre - turn @ centre
+    channels = np.moveaxis(image.astype(np.float64), -1, 0)
+    return np.stack(
+        [scipy.ndimage.affine_transform(c, turn, offset, order=1, mode='grid-constant') for c in channels], axis=-1
+    )
+
+
+def test_nothing_asked_nothing_done():
+    np.testing.assert_array_equal(augment(jax.random.key(0), IMAGES, options()), IMAGES)
+
+
+@pytest.mark.parametrize('crop', [1, 2])
+def test_shift_is_a_crop_of_the_padded_image(crop):
+    moved = np.asarray(augment(jax.random.key(1), IMAGES, options(crop=crop)))
+    assert moved.dtype == np.float32
+    corners = []
+    for image, result in zip(IMAGES, moved, strict=True):
+        matching = [corner for corner, cut in crops_of(image, crop).items() if np.array_equal(cut, result)]
+        assert len(matching) == 1  # a crop of this very image: rows keep their place, and so their labels
+        corners += matching
+    assert len(set(corners)) == (2 * crop + 1) ** 2  # every offset occurs
+
+
+def test_flip_mirrors_about_half_of_the_images_left_to_right():
+    flipped = np.asarray(augment(jax.random.key(2), IMAGES, options(flip=True)))
+    mirrored = [np.array_equal(result, image[:, ::-1]) for image, result in zip(IMAGES, flipped, strict=True)]
+    unchanged = [np.array_equal(result, image) for image, result in zip(IMAGES, flipped, strict=True)]
+    assert all(m != u for m, u in zip(mirrored, unchanged, strict=True))
+    assert 90 < sum(mirrored) < 150
+
+
+def test_rotation_is_scipys_for_some_angle_within_the_bound():
+    bound = 20.0
+    images = IMAGES[:12]
+    turned = np.asarray(augment(jax.random.key(3), images, options(rotation=bound)))
+    found = []
+    for image, result in zip(images, turned, strict=True):
+
+        def distance(angle, image=image, result=result):
+            return np.abs(rotated(image, angle) - result).max()
+
+        rough = min(np.linspace(-bound, bound, 201), key=distance)
+        fine = scipy.optimize.minimize_scalar(
+            distance, bounds=(rough - 0.2, rough + 0.2), method='bounded', options={'xatol': 1e-7}
+        )
+        assert fine.fun < 1e-5
+        found.append(fine.x)
+    assert np.abs(found).max() <= bound
+    assert min(found) < -5 and max(found) > 5
+
+
+def test_rotation_by_zero_is_exact():
+    np.testing.assert_array_equal(_rotate(jax.random.key(0), IMAGES[:4], 0.0), IMAGES[:4])
+
+
+def test_the_key_decides():
+    everything = options(crop=1, flip=True, rotation=10.0)
+    first, again, other = (augment(jax.random.key(k), IMAGES[:8], everything) for k in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)

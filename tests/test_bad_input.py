@@ -1,0 +1,179 @@
+"""Every mistake gets one sentence that says what to do, and exit status 2."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from command import ROOT, run_here, start
+
+CONFIG = f'--config={ROOT}/configs/quickstart.py'
+HUGE = 10**6
+
+
+def assert_one_sentence(status: int, text: str, expected: str):
+    assert status == 2, text
+    assert text.startswith('aft_jax: ') and 'Traceback' not in text
+    assert len(text.strip().splitlines()) == 1
+    assert re.search(expected, text), text
+
+
+@pytest.fixture
+def npz(tmp_path):
+    generator = np.random.default_rng(0)
+    path = tmp_path / 'mine.npz'
+    np.savez(
+        path,
+        train_images=generator.integers(0, 256, (400, 12, 12, 1), np.uint8),
+        train_labels=np.arange(400) % 4,
+        test_images=generator.integers(0, 256, (40, 12, 12, 1), np.uint8),
+        test_labels=np.arange(40) % 4,
+    )
+    return f'--config.dataset=npz:{path}'
+
+
+# What is wrong in the config itself: found before any data is read.
+CONFIG_MISTAKES = {
+    '--config.dataset=mnist5': "mnist5k.*npz:PATH.*Did you mean 'mnist5k'",
+    '--config.attack.name=bled': "badnets, blend, sig.*Did you mean 'blend'",
+    '--config.attack.label_mode=all2none': 'all2one, all2all',
+    '--config.attack.poisoning=once': 'fixed, per_batch',
+    '--config.model.name=resnet': "mnist_cnn, preact_resnet.*Did you mean 'preact_resnet'",
+    '--config.defenses=aft,fft': "defenses='fft' does not exist.*ft, aft",
+    '--config.dtype=float16': 'float32, bfloat16',
+    '--config.aft.preset=paper': 'released, default',
+    '--config.aft.norm=l1': 'linf, l2',
+    '--config.train.schedule=step': 'constant, cosine',
+    '--config.stages=("infekt",)': 'infect, purify, report',
+    '--config.stages=("purify",)': "must contain 'infect'",
+    '--config.atack.name=sig': "no field 'atack' in config; it has .*attack.*Did you mean 'attack'",
+    '--config.attack.nam=sig': "no field 'nam' in config.attack; it has .*name",
+    '--config.seed.x=1': 'config.seed is a value',
+    '--config.seed=abc': 'seed=abc',
+    '--config.seed=-1': 'seed=-1 must lie between',
+    '--config.clean_share=0': 'clean_share=0.* strictly between 0 and 1',
+    '--config.clean_share=5': 'clean_share=5.* strictly between 0 and 1',
+    '--config.attack.poisoned_share=1.0': 'poisoned_share=1.0 must lie strictly between 0 and 1',
+    '--config.aft.eps=8': r'aft.eps=8 is in units of \[0, 1\] pixels; 8/255 is written as 0.031373',
+    '--config.attack.sig.delta=20': '20/255 is written as 0.078431',
+    '--config.aft.step_size=0': 'aft.step_size=0 must be positive',
+    '--config.aft.adversarial_epochs=1000': 'more than aft.epochs',
+    '--config.attack.target=-1': 'attack.target=-1',
+    '--config.batch_size=0': 'batch_size=0 must be positive',
+    '--config.train.learning_rate=-0.1': 'train.learning_rate=-0.1 must be positive',
+    '--config.attack.blend.alpha=1.5': 'alpha=1.5',
+    '--config.model.std=(0.0,)': 'model.std',
+    '--confg=x': 'Did you mean.*config',
+    'quickstart': "'quickstart' is not a flag",
+}
+
+
+@pytest.mark.parametrize('argument', CONFIG_MISTAKES)
+def test_config_mistakes(argument, tmp_path, capsys):
+    workdir = tmp_path / 'run'
+    status, text = run_here([CONFIG, f'--workdir={workdir}', argument], capsys)
+    assert_one_sentence(status, text, CONFIG_MISTAKES[argument])
+    assert not workdir.exists()
+
+
+def test_clean_label_cannot_be_all2all(tmp_path, capsys):
+    arguments = ['--config.attack.name=sig', '--config.attack.sig.clean_label', '--config.attack.label_mode=all2all']
+    status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments], capsys)
+    assert_one_sentence(status, text, "needs attack.label_mode='all2one'")
+
+
+def test_missing_flags(tmp_path, capsys):
+    assert_one_sentence(*run_here([f'--workdir={tmp_path}'], capsys), '--config is missing')
+    assert_one_sentence(*run_here([CONFIG], capsys), '--workdir is missing')
+    assert_one_sentence(*run_here(['--config=configs/no.py', f'--workdir={tmp_path}'], capsys), 'no.py does not exist')
+
+
+def test_a_config_file_that_fails(tmp_path, capsys):
+    broken = tmp_path / 'broken.py'
+    broken.write_text('def get_config():\n    return 1 / 0\n')
+    assert_one_sentence(*run_here([f'--config={broken}', f'--workdir={tmp_path}/run'], capsys), 'division by zero')
+
+
+# What only the data can tell; `npz` has 400 training images of 12x12 in 4 classes.
+DATA_MISTAKES = {
+    '--config.attack.target=4': 'attack.target=4 is not a label .* 4 classes',
+    '--config.batch_size=404': 'batch_size=404 is larger than the training set .* 400 images',
+    '--config.clean_share=0.1': 'is 40, fewer than a batch .*raise clean_share to at least 0.3200',
+    '--config.clean_share=0.95': 'asks for 380 clean images, but only 360 were not poisoned',
+    '--config.attack.poisoned_share=0.0001': 'less than one image',
+    '--config.batch_size=130': 'batch_size=130 cannot be divided among 4 devices; 128 or 132 would work',
+    '--config.model.mean=(0.5,0.5,0.5)': 'model.mean has 3 values, .* 1 channel;',
+    '--config.attack.badnets.row=11': 'does not fit images of 12x12',
+    '--config.attack.badnets.pattern=01/1': 'rows of 0 and 1 of one length',
+}
+
+
+@pytest.mark.parametrize('argument', DATA_MISTAKES)
+def test_data_mistakes(argument, npz, tmp_path, capsys):
+    arguments = [npz, '--config.attack.name=badnets', '--config.clean_share=0.5', argument]
+    status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments], capsys)
+    assert_one_sentence(status, text, DATA_MISTAKES[argument])
+
+
+def test_a_pattern_that_is_no_picture(npz, tmp_path, capsys):
+    (tmp_path / 'notes.txt').write_text('not a picture')
+    arguments = [npz, '--config.clean_share=0.5', f'--config.attack.blend.pattern_path={tmp_path}/notes.txt']
+    status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments], capsys)
+    assert_one_sentence(status, text, 'notes.txt cannot be read as a picture')
+
+
+def test_faults_of_the_data_reach_the_user(tmp_path, capsys):
+    status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', f'--config.dataset=npz:{tmp_path}/no.npz'], capsys)
+    assert_one_sentence(status, text, 'no.npz')
+    (tmp_path / 'pictures' / 'cats').mkdir(parents=True)
+    (tmp_path / 'pictures' / 'dogs').mkdir(parents=True)
+    status, text = run_here(
+        [CONFIG, f'--workdir={tmp_path}/run', f'--config.dataset=folder:{tmp_path}/pictures'], capsys
+    )
+    assert_one_sentence(status, text, 'cats')
+
+
+def test_a_workdir_of_another_config_is_left_alone(npz, tmp_path, capsys):
+    workdir = tmp_path / 'run'
+    workdir.mkdir()
+    arguments = [CONFIG, f'--workdir={workdir}', npz, '--config.clean_share=0.5']
+    other = {'dataset': 'mnist5k', 'seed': 7}
+    (workdir / 'config.json').write_text(json.dumps(other))
+    assert_one_sentence(*run_here(arguments, capsys), 'belongs to another config .*seed is 7 there and 0 here')
+    assert json.loads((workdir / 'config.json').read_text()) == other
+    (workdir / 'config.json').write_text('{"datas')
+    assert_one_sentence(*run_here(arguments, capsys), 'config.json is damaged')
+
+
+def test_a_directory_of_other_things_is_left_alone(npz, tmp_path, capsys):
+    (tmp_path / 'thesis.tex').write_text('...')
+    status, text = run_here([CONFIG, f'--workdir={tmp_path}', npz, '--config.clean_share=0.5'], capsys)
+    assert_one_sentence(status, text, 'holds other files')
+
+
+def test_an_unwritable_workdir(npz, tmp_path, capsys):
+    (tmp_path / 'file').write_text('')
+    status, text = run_here([CONFIG, f'--workdir={tmp_path}/file/run', npz, '--config.clean_share=0.5'], capsys)
+    assert_one_sentence(status, text, 'cannot be written')
+    status, text = run_here([CONFIG, '--workdir=/proc/run', npz, '--config.clean_share=0.5'], capsys)
+    assert_one_sentence(status, text, '/proc/run cannot be written')
+
+
+def test_a_loss_that_is_no_number(npz, tmp_path, capsys):
+    arguments = [npz, '--config.clean_share=0.5', f'--config.train.learning_rate={HUGE}']
+    status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments], capsys)
+    assert_one_sentence(
+        status, text.splitlines()[-1], 'infect stopped .* no longer a finite number; lower its learning rate'
+    )
+
+
+def test_a_process_of_its_own_says_the_same(tmp_path):
+    process = start([CONFIG, f'--workdir={tmp_path}/run', '--config.attack.name=bled'], tmp_path / 'log')
+    assert process.wait(timeout=60) == 2
+    assert_one_sentence(2, (tmp_path / 'log').read_text(), "Did you mean 'blend'")
+
+
+def test_help_is_not_a_mistake(tmp_path):
+    process = start(['--help'], tmp_path / 'log')
+    assert process.wait(timeout=60) == 0
+    assert '--workdir' in (tmp_path / 'log').read_text()

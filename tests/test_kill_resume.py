@@ -1,0 +1,106 @@
+"""A run that is killed at random moments, and resumed, ends exactly as one that was never interrupted."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from command import ROOT, start
+
+KILLS = 4
+LONGEST = 180
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    generator = np.random.default_rng(5)
+    labels = np.arange(512) % 4
+    images = generator.integers(0, 200, (512, 12, 12, 1)) + 14 * labels[:, None, None, None]
+    np.savez(
+        tmp_path / 'data.npz',
+        train_images=images[:448].astype(np.uint8),
+        train_labels=labels[:448],
+        test_images=images[448:].astype(np.uint8),
+        test_labels=labels[448:],
+    )
+    return [
+        f'--config={ROOT}/configs/quickstart.py',
+        f'--config.dataset=npz:{tmp_path}/data.npz',
+        '--config.augment.rotation=5.0',
+        '--config.batch_size=16',
+        '--config.clean_share=0.2',
+        '--config.train.epochs=12',
+        '--config.ft.epochs=30',
+        '--config.aft.epochs=30',
+        '--config.aft.adversarial_epochs=15',
+        '--config.run.log_every=5',
+        '--config.run.checkpoint_every=20',
+    ]
+
+
+def finish(arguments: list[str], workdir: Path, log: Path) -> float:
+    """Runs to the end and returns the seconds it took."""
+    started = time.monotonic()
+    assert start([*arguments, f'--workdir={workdir}'], log).wait(timeout=LONGEST) == 0, log.read_text()
+    return time.monotonic() - started
+
+
+def without_times(results: dict) -> dict:
+    """Returns results.json less the one thing that no two runs share: seconds."""
+    return {k: without_times(v) if isinstance(v, dict) else v for k, v in results.items() if k != 'seconds'}
+
+
+def final_arrays(directory: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of the newest checkpoint by path, read by Orbax alone."""
+    newest = max((p for p in directory.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    tree = ocp.StandardCheckpointer().restore(newest / 'state')
+    return {jax_path: np.asarray(leaf) for jax_path, leaf in _leaves(tree, '')}
+
+
+def _leaves(tree, path: str):
+    if isinstance(tree, dict):
+        for name, child in tree.items():
+            yield from _leaves(child, f'{path}/{name}')
+    elif isinstance(tree, list | tuple):
+        for i, child in enumerate(tree):
+            yield from _leaves(child, f'{path}/{i}')
+    elif tree is not None:
+        yield path, tree
+
+
+def test_killed_at_random_moments(arguments, tmp_path):
+    whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+    seconds = finish(arguments, whole, tmp_path / 'whole.log')
+
+    generator = np.random.default_rng(1)
+    for _ in range(KILLS):
+        process = start([*arguments, f'--workdir={broken}'], tmp_path / 'broken.log')
+        time.sleep(float(generator.uniform(0.25, 0.8)) * seconds)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finish(arguments, broken, tmp_path / 'broken.log')
+
+    read = [without_times(json.loads((d / 'results.json').read_text())) for d in (whole, broken)]
+    assert read[0] == read[1]
+    assert read[0]['purified'].keys() == {'ft', 'aft'}
+    for stage in ('infect', 'purify/ft', 'purify/aft'):
+        expected, found = (final_arrays(d / 'checkpoints' / stage) for d in (whole, broken))
+        assert expected.keys() == found.keys() and any('kernel' in name for name in expected)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(array, found[name], err_msg=f'{stage}{name}', strict=True)
+    lines = [(d / 'metrics.jsonl').read_text().splitlines() for d in (whole, broken)]
+    assert sorted(lines[0]) == sorted(lines[1])
+
+
+def test_a_finished_run_is_not_run_again(arguments, tmp_path):
+    workdir = tmp_path / 'run'
+    finish(arguments, workdir, tmp_path / 'log')
+    results, metrics = (workdir / 'results.json').read_text(), (workdir / 'metrics.jsonl').read_text()
+    finish(arguments, workdir, tmp_path / 'log')
+    assert (workdir / 'results.json').read_text() == results
+    assert (workdir / 'metrics.jsonl').read_text() == metrics

@@ -1,0 +1,263 @@
+"""The classifiers against NumPy: layers, whole forward passes, parameter counts; what training mode changes."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.signal
+
+from aft_jax import models
+from aft_jax.models.layers import conv
+
+MNIST_SHAPE, SMALL_SHAPE = (28, 28, 1), (8, 8, 3)
+# Flax's BatchNorm subtracts float32 statistics from bfloat16 maps and leaves the promotion to JAX.
+flax_promotes = partial(jax.numpy_dtype_promotion, 'standard')
+
+
+def build(config, name, num_classes=10, **options):
+    config.model.name = name
+    config.model.update(options)
+    return models.build(config, num_classes)
+
+
+def random_variables(module, shape, seed=0):
+    """Variables in which nothing is trivial: no zero bias, no unit scale, no fresh statistics."""
+    generator = np.random.default_rng(seed)
+    abstract = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape)))
+
+    def draw(path, leaf):
+        kind = path[-1].key
+        if kind in ('scale', 'var'):
+            return generator.uniform(0.5, 2, leaf.shape).astype(np.float32)
+        return generator.normal(0, 0.3, leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+def random_images(count, shape, seed=1):
+    return np.random.default_rng(seed).random((count, *shape)).astype(np.float32)
+
+
+def count_parameters(module, shape):
+    abstract = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape)))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract['params']))
+
+
+class Reference:
+    """The networks of ALGORITHMS in NumPy, float64, evaluation mode."""
+
+    def __init__(self, variables, mean, std):
+        self.params, self.stats, self.mean, self.std = variables['params'], variables['batch_stats'], mean, std
+
+    def mnist_cnn(self, images):
+        p, s = self.params, self.stats
+        x = relu(convolve((images - self.mean) / self.std, p['Conv_0'], 2))
+        for i in (0, 1):
+            x = convolve(relu(batch_norm(x, p[f'BatchNorm_{i}'], s[f'BatchNorm_{i}'])), p[f'Conv_{i + 1}'], 2)
+        x = relu(dense(x.reshape(len(x), -1), p['Dense_0']))
+        return dense(x, p['Dense_1'])
+
+    def preact_resnet18(self, images):
+        x = convolve((images - self.mean) / self.std, self.params['stem'], 1)
+        for stage in (1, 2, 3, 4):
+            x = self.block(x, f'stage{stage}_block1', 1 if stage == 1 else 2)
+            x = self.block(x, f'stage{stage}_block2', 1)
+        return dense(x.mean(axis=(1, 2)), self.params['head'])
+
+    def block(self, x, name, stride):
+        p, s = self.params[name], self.stats[name]
+        y = relu(batch_norm(x, p['BatchNorm_0'], s['BatchNorm_0']))
+        shortcut = convolve(y, p['shortcut'], stride) if stride == 2 else x
+        y = convolve(y, p['Conv_0'], stride)
+        return shortcut + convolve(relu(batch_norm(y, p['BatchNorm_1'], s['BatchNorm_1'])), p['Conv_1'], 1)
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def dense(x, p):
+    return x @ p['kernel'].astype(np.float64) + p['bias']
+
+
+def batch_norm(x, p, s):
+    return (x - s['mean']) / np.sqrt(s['var'] + 1e-5) * p['scale'] + p['bias']
+
+
+def convolve(x, p, stride):
+    """Cross-correlation with torch's padding of (k - 1) // 2 on every side."""
+    kernel = p['kernel'].astype(np.float64)
+    size = kernel.shape[0]
+    margin = (size - 1) // 2
+    padded = np.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))[:, ::stride, ::stride]
+    return np.einsum('bhwcij,ijco->bhwo', windows, kernel) + p.get('bias', 0.0)
+
+
+@pytest.mark.parametrize('size', [7, 8])
+@pytest.mark.parametrize(('kernel', 'stride'), [(3, 1), (3, 2), (1, 2)])
+def test_convolution_is_padded_as_in_torch(size, kernel, stride):
+    image = np.random.default_rng(0).random((size, size)).astype(np.float32)
+    weights = np.random.default_rng(1).normal(size=(kernel, kernel)).astype(np.float32)
+    layer = conv(1, kernel, stride, dtype=jnp.float32, use_bias=False)
+    actual = layer.apply({'params': {'kernel': weights[:, :, None, None]}}, image[None, :, :, None])
+    expected = scipy.signal.correlate2d(image, weights, mode='same')[::stride, ::stride]
+    np.testing.assert_allclose(actual[0, :, :, 0], expected, atol=1e-5)
+
+
+def test_mnist_cnn_equals_numpy(config):
+    module = build(config, 'mnist_cnn', mean=(0.3,), std=(0.2,))
+    variables, images = random_variables(module, MNIST_SHAPE), random_images(3, MNIST_SHAPE)
+    expected = Reference(variables, 0.3, 0.2).mnist_cnn(images)
+    np.testing.assert_allclose(module.apply(variables, images), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_preact_resnet_equals_numpy_and_has_no_final_norm(config):
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+    module = build(config, 'preact_resnet', width=4, mean=mean, std=std)
+    variables, images = random_variables(module, SMALL_SHAPE), random_images(3, SMALL_SHAPE)
+    expected = Reference(variables, np.array(mean), np.array(std)).preact_resnet18(images)
+    actual = jax.jit(module.apply)(variables, images)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_final_norm_is_batch_norm_and_relu_before_the_pooling(config):
+    module = build(config, 'preact_resnet', width=4, final_norm=True)
+    variables, images = random_variables(module, SMALL_SHAPE), random_images(3, SMALL_SHAPE)
+    logits, stages = jax.jit(lambda v, x: module.apply(v, x, features=True))(variables, images)
+    name = 'final_norm_layer'
+    last = batch_norm(np.asarray(stages[-1]), variables['params'][name], variables['batch_stats'][name])
+    expected = dense(relu(last).mean(axis=(1, 2)), variables['params']['head'])
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    plain = build(config, 'preact_resnet', width=4, final_norm=False)
+    assert count_parameters(module, SMALL_SHAPE) - count_parameters(plain, SMALL_SHAPE) == 2 * 8 * 4
+
+
+# Layer by layer, by hand; a convolution k x k from a to b channels has k^2 a b, a BatchNorm 2 a, a dense a b + b.
+PREACT_18 = (
+    9 * 3 * 64
+    + 2 * (2 * 128 + 2 * 9 * 64 * 64)
+    + (128 + 9 * 64 * 128 + 256 + 9 * 128 * 128 + 64 * 128) + (2 * 256 + 2 * 9 * 128 * 128)
+    + (256 + 9 * 128 * 256 + 512 + 9 * 256 * 256 + 128 * 256) + (2 * 512 + 2 * 9 * 256 * 256)
+    + (512 + 9 * 256 * 512 + 1024 + 9 * 512 * 512 + 256 * 512) + (2 * 1024 + 2 * 9 * 512 * 512)
+    + 512 * 10 + 10
+)  # fmt: skip
+PREACT_34 = PREACT_18 + (
+    1 * (2 * 128 + 2 * 9 * 64 * 64)
+    + 2 * (2 * 256 + 2 * 9 * 128 * 128)
+    + 4 * (2 * 512 + 2 * 9 * 256 * 256)
+    + 1 * (2 * 1024 + 2 * 9 * 512 * 512)
+)
+# Stage by stage: the first block with its shortcut, and the others.
+PREACT_50 = 9 * 3 * 64 + 74112 + 2 * 70400 + 377856 + 3 * 280064 + 1509376 + 5 * 1117184 + 6033408 + 2 * 4462592 + 20490
+MNIST_CNN = (9 * 32 + 32) + 64 + (9 * 32 * 64 + 64) + 128 + (9 * 64 * 64 + 64) + (4 * 4 * 64 * 512 + 512) + 5130
+
+
+@pytest.mark.parametrize(
+    ('name', 'depth', 'shape', 'expected', 'total'),
+    [
+        ('preact_resnet', 18, (32, 32, 3), PREACT_18, 11_171_146),
+        ('preact_resnet', 34, (32, 32, 3), PREACT_34, 21_279_306),
+        ('preact_resnet', 50, (32, 32, 3), PREACT_50, 23_509_066),
+        ('mnist_cnn', 18, MNIST_SHAPE, MNIST_CNN, 585_866),
+    ],
+)
+def test_parameter_counts(config, name, depth, shape, expected, total):
+    assert count_parameters(build(config, name, depth=depth), shape) == expected == total
+
+
+@pytest.mark.parametrize(
+    ('name', 'depth', 'shape', 'maps'),
+    [
+        ('mnist_cnn', 18, MNIST_SHAPE, [(14, 14, 32), (7, 7, 64), (4, 4, 64)]),
+        ('preact_resnet', 18, (32, 32, 3), [(32, 32, 8), (16, 16, 16), (8, 8, 32), (4, 4, 64)]),
+        ('preact_resnet', 50, (32, 32, 3), [(32, 32, 32), (16, 16, 64), (8, 8, 128), (4, 4, 256)]),
+    ],
+)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_shapes_and_dtypes(config, name, depth, shape, maps, dtype):
+    """Parameters, statistics and logits are float32 whatever the computation's dtype."""
+    config.dtype = dtype
+    module = build(config, name, num_classes=7, depth=depth, width=8)
+
+    def initialise_and_apply(images):
+        variables = module.init(jax.random.key(0), images)
+        return variables, *module.apply(variables, images, features=True)
+
+    with flax_promotes():
+        variables, logits, stages = jax.eval_shape(initialise_and_apply, jnp.zeros((5, *shape)))
+    assert logits.shape == (5, 7) and logits.dtype == jnp.float32
+    assert [stage.shape for stage in stages] == [(5, *m) for m in maps]
+    assert {stage.dtype for stage in stages} == {jnp.dtype(dtype)}
+    assert set(variables) == {'params', 'batch_stats'}
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
+
+
+@pytest.mark.parametrize('name', ['mnist_cnn', 'preact_resnet'])
+def test_bfloat16_comes_near_float32(config, name):
+    module = build(config, name, width=4)
+    variables, images = random_variables(module, SMALL_SHAPE), random_images(4, SMALL_SHAPE)
+    exact = np.asarray(jax.jit(module.apply)(variables, images))
+    config.dtype = 'bfloat16'
+    with flax_promotes():
+        rough = np.asarray(jax.jit(build(config, name).apply)(variables, images))
+    assert not np.array_equal(rough, exact)
+    np.testing.assert_allclose(rough, exact, atol=0.05 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize('name', ['mnist_cnn', 'preact_resnet'])
+@pytest.mark.parametrize(('mean', 'std'), [((0.4,), (0.2,)), ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))])
+def test_normalisation_is_inside(config, name, mean, std):
+    module = build(config, name, width=4, mean=mean, std=std)
+    bare = build(config, name, width=4, mean=(0.0,), std=(1.0,))
+    variables, images = random_variables(module, SMALL_SHAPE), random_images(4, SMALL_SHAPE)
+    normalised = (images - np.array(mean, np.float32)) / np.array(std, np.float32)
+    expected = jax.jit(bare.apply)(variables, normalised)
+    np.testing.assert_allclose(jax.jit(module.apply)(variables, images), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_dropout_and_batch_statistics_belong_to_training(config):
+    module = build(config, 'mnist_cnn', dropout=0.5)
+    variables = models.initialise(module, jax.random.key(0), MNIST_SHAPE)
+    images = random_images(6, MNIST_SHAPE)
+
+    def run(key, train):
+        return module.apply(
+            variables,
+            images,
+            train=train,
+            features=True,
+            mutable=['batch_stats'],
+            rngs={'dropout': jax.random.key(key)},
+        )
+
+    (first, stages), changed = run(0, train=True)
+    (second, _), _ = run(1, train=True)
+    assert not np.allclose(first, second)
+    (third, _), unchanged = run(0, train=False)
+    (fourth, _), _ = run(1, train=False)
+    np.testing.assert_array_equal(third, fourth)
+    np.testing.assert_array_equal(third, models.logits_function(module, variables)(images))
+    for before, after in zip(jax.tree.leaves(variables['batch_stats']), jax.tree.leaves(unchanged), strict=True):
+        np.testing.assert_array_equal(before, after)
+    # A tenth of the batch's mean and (biased) variance replaces a tenth of the old ones, which were 0 and 1.
+    statistics = changed['batch_stats']['BatchNorm_0']
+    first_maps = np.asarray(stages[0], np.float64)
+    np.testing.assert_allclose(statistics['mean'], 0.1 * first_maps.mean(axis=(0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(statistics['var'], 0.9 + 0.1 * first_maps.var(axis=(0, 1, 2)), atol=1e-5)
+
+
+def test_dropout_keeps_its_share_and_the_mean(config):
+    """Of the 512 units a share of 0.3 is zero and the others grow by 1 / 0.7: seen through a head that adds them."""
+    module = build(config, 'mnist_cnn', num_classes=1, dropout=0.3)
+    variables = jax.tree.map(np.zeros_like, random_variables(module, MNIST_SHAPE))
+    variables['params']['Dense_0']['bias'] += 1  # every unit is 1 before dropout
+    variables['params']['Dense_1']['kernel'] += 1
+    images = random_images(40, MNIST_SHAPE)
+    sums, _ = module.apply(variables, images, train=True, mutable=['batch_stats'], rngs={'dropout': jax.random.key(0)})
+    kept = np.asarray(sums) * 0.7
+    np.testing.assert_allclose(kept, np.round(kept), atol=1e-2)
+    assert abs(kept.mean() / 512 - 0.7) < 0.02 and kept.std() > 1
+    np.testing.assert_allclose(module.apply(variables, images), 512)
