@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from aft_jax.training.mesh import along, place, replicated
+from aft_jax.models import logits_function
+from aft_jax.training.mesh import along, place, replicated, settle
 
 
 class Scores(NamedTuple):
@@ -44,7 +45,7 @@ class Predictor:
         whole, cut = replicated(mesh), along(mesh, 0)
 
         def predict(variables, images):
-            logits = module.apply(variables, images.astype(jnp.float32) / 255.0)
+            logits = logits_function(module, variables)(images.astype(jnp.float32) / 255.0)
             return logits.argmax(axis=-1).astype(jnp.int32)
 
         self._predict: Callable = jax.jit(predict, in_shardings=(whole, cut), out_shardings=whole)
@@ -56,8 +57,9 @@ class Predictor:
         for first in range(0, len(images), self._batch_size):
             part = images[first : first + self._batch_size]
             padding = np.zeros((self._batch_size - len(part), *images.shape[1:]), images.dtype)
-            predictions.append(self._predict(variables, np.concatenate([part, padding]))[: len(part)])
-        return np.concatenate([np.asarray(p) for p in predictions])
+            predicted = settle(self._mesh, self._predict(variables, np.concatenate([part, padding])))
+            predictions.append((predicted, len(part)))
+        return np.concatenate([np.asarray(predicted)[:count] for predicted, count in predictions])
 
 
 def score(

@@ -18,7 +18,7 @@ from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES, Holdings
 from aft_jax.evaluation import Predictor, Scores, score
 from aft_jax.randomness import key_for
-from aft_jax.report import pictures
+from aft_jax.report import gallery, pictures
 from aft_jax.training import optimiser, state
 from aft_jax.training.loop import Phase, Run, fit
 from aft_jax.training.mesh import make_mesh
@@ -107,17 +107,7 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
     if writes:
         workdir.write_json(directory / 'results.json', outcome)
     if writes and 'report' in config.stages:
-        pictures.write_before_after(
-            directory / 'report' / 'before_after.png',
-            dataset.test_images,
-            judge.show(attack).triggered,
-            dataset.test_labels,
-            attack.target_map if attack else None,
-            dataset.class_names,
-            judge.predict,
-            {'infected' if attack else 'benign': infected.variables} | purified,
-            outcome,
-        )
+        draw(directory / 'report', victim, infected, purified, judge, outcome)
     return outcome
 
 
@@ -126,6 +116,39 @@ def prepare(config: ml_collections.ConfigDict, dataset: Dataset) -> Victim:
     attack = attacks.build(config, dataset.image_shape, dataset.num_classes)
     poisoned = poison(attack, dataset.train_images, dataset.train_labels, config)
     return Victim(dataset, attack, poisoned, clean_indices(poisoned, config), models.build(config, dataset.num_classes))
+
+
+def draw(
+    directory: Path, victim: Victim, infected: Infected, purified: dict[str, dict], judge: 'Judge', outcome: dict
+) -> None:
+    """Writes the pictures of an experiment.
+
+    Args:
+        directory: Where they go.
+        victim: What the experiment is about.
+        infected: The infected model, or the benign one.
+        purified: Variables by defense.
+        judge: Of the test set.
+        outcome: What results.json holds.
+    """
+    attack, dataset = infected.attack, victim.dataset
+    exhibits = judge.show(attack)
+    target_map = attack.target_map if attack else None
+    pictures.write_before_after(
+        directory / 'before_after.png',
+        dataset.test_images,
+        exhibits.triggered,
+        dataset.test_labels,
+        target_map,
+        dataset.class_names,
+        judge.predict,
+        {'infected' if attack else 'benign': infected.variables} | purified,
+        outcome,
+    )
+    if attack is not None and exhibits.triggered is not None:
+        chosen = pictures.choose(dataset.test_labels, target_map, 3)
+        shown = {attack.name: (dataset.test_images[chosen], exhibits.triggered[chosen])}
+        gallery.write_gallery(directory / 'triggers.png', shown)
 
 
 class Exhibits(NamedTuple):

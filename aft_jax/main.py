@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
         from aft_jax import results
         from aft_jax.experiment import run_experiment
 
-        workdir = Path(_WORKDIR.value).expanduser()
+        workdir = Path(str(_WORKDIR.value)).expanduser()
         print(results.table(run_experiment(_CONFIG.value, workdir)))
         print(f'\nResults, pictures and checkpoints are in {workdir}')
     except UserError as error:

@@ -92,7 +92,7 @@ def _validate_attack(config: ml_collections.ConfigDict) -> None:
         *(f'attack.input_aware.{field}' for field in ('cross_ratio', 'mask_epochs', 'mask_weight')),
         *(f'attack.input_aware.{field}' for field in ('mask_learning_rate', 'generator_learning_rate')),
     )
-    _not_negative(config, 'attack.input_aware.diversity_weight')
+    _not_negative(config, 'attack.input_aware.diversity_weight', 'attack.input_aware.mask_diversity_weight')
     if options.wanet.grid < 2:
         raise UserError(f'attack.wanet.grid={options.wanet.grid} must be at least 2, one point at each end.')
     if not 0 <= options.input_aware.mask_density < 1:

@@ -1,5 +1,6 @@
 """The work directory: who it belongs to, and files that are whole or absent."""
 
+import io
 import json
 import os
 import tempfile
@@ -37,10 +38,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes a compressed .npz as `write_bytes` does."""
-    import io
-
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]  # names are not options
     write_bytes(path, buffer.getvalue())
 
 

@@ -184,7 +184,7 @@ def test_only_images_are_differentiated():
     dense.defvjp(forward, backward, symbolic_zeros=True)
     images, labels = random_images(), np.zeros(6, np.int32)
     pgd = PGD(eps=0.1, step_size=0.02, steps=2)
-    adversarial.perturb(lambda x: dense(x.reshape((6, -1)), jnp.asarray(weights)), images, labels, KEY, pgd)
+    perturb(lambda x: dense(x.reshape((6, -1)), jnp.asarray(weights)), images, labels, KEY, pgd)
     assert perturbed == [(True, False)] * 2
 
 

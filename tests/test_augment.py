@@ -7,13 +7,17 @@ import pytest
 import scipy.ndimage
 import scipy.optimize
 
-from aft_jax.data.augment import _rotate, augment
+from aft_jax.data import augment as module
 
 IMAGES = np.random.default_rng(0).random((240, 6, 9, 2)).astype(np.float32)
 
 
 def options(crop=0, flip=False, rotation=0.0):
     return ml_collections.ConfigDict({'crop': crop, 'flip': flip, 'rotation': rotation})
+
+
+def augment(seed, images, options):
+    return np.asarray(jax.jit(lambda key: module.augment(key, images, options))(jax.random.key(seed)))
 
 
 def crops_of(image, crop):
@@ -38,12 +42,12 @@ def rotated(image, degrees):
 
 
 def test_nothing_asked_nothing_done():
-    np.testing.assert_array_equal(augment(jax.random.key(0), IMAGES, options()), IMAGES)
+    np.testing.assert_array_equal(augment(0, IMAGES, options()), IMAGES)
 
 
 @pytest.mark.parametrize('crop', [1, 2])
 def test_shift_is_a_crop_of_the_padded_image(crop):
-    moved = np.asarray(augment(jax.random.key(1), IMAGES, options(crop=crop)))
+    moved = augment(1, IMAGES, options(crop=crop))
     assert moved.dtype == np.float32
     corners = []
     for image, result in zip(IMAGES, moved, strict=True):
@@ -54,7 +58,7 @@ def test_shift_is_a_crop_of_the_padded_image(crop):
 
 
 def test_flip_mirrors_about_half_of_the_images_left_to_right():
-    flipped = np.asarray(augment(jax.random.key(2), IMAGES, options(flip=True)))
+    flipped = augment(2, IMAGES, options(flip=True))
     mirrored = [np.array_equal(result, image[:, ::-1]) for image, result in zip(IMAGES, flipped, strict=True)]
     unchanged = [np.array_equal(result, image) for image, result in zip(IMAGES, flipped, strict=True)]
     assert all(m != u for m, u in zip(mirrored, unchanged, strict=True))
@@ -64,7 +68,7 @@ def test_flip_mirrors_about_half_of_the_images_left_to_right():
 def test_rotation_is_scipys_for_some_angle_within_the_bound():
     bound = 20.0
     images = IMAGES[:12]
-    turned = np.asarray(augment(jax.random.key(3), images, options(rotation=bound)))
+    turned = augment(3, images, options(rotation=bound))
     found = []
     for image, result in zip(images, turned, strict=True):
 
@@ -82,11 +86,13 @@ def test_rotation_is_scipys_for_some_angle_within_the_bound():
 
 
 def test_rotation_by_zero_is_exact():
-    np.testing.assert_array_equal(_rotate(jax.random.key(0), IMAGES[:4], 0.0), IMAGES[:4])
+    rotate = jax.jit(module._rotate, static_argnums=2)
+    np.testing.assert_array_equal(rotate(jax.random.key(0), IMAGES[:4], 0.0), IMAGES[:4])
 
 
 def test_the_key_decides():
     everything = options(crop=1, flip=True, rotation=10.0)
-    first, again, other = (augment(jax.random.key(k), IMAGES[:8], everything) for k in (0, 0, 1))
+    compiled = jax.jit(lambda key: module.augment(key, IMAGES[:8], everything))
+    first, again, other = (compiled(jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)

@@ -46,6 +46,13 @@ def test_without_an_attack_there_is_accuracy_alone():
     np.testing.assert_array_equal([actual.asr_per_class, actual.ra_per_class], np.full((2, 3), NAN))
 
 
+def test_cross_accuracy_counts_true_labels_of_every_image():
+    crossed = np.array([0, 0, 1, 0, 0, 2, 0, 0], np.int32)
+    actual = score(CLEAN, CLEAN, LABELS, np.zeros(3, np.int32), 3, crossed)
+    assert actual.cross_acc == 4 / 8
+    assert np.isnan(score(CLEAN, CLEAN, LABELS, np.zeros(3, np.int32), 3).cross_acc)
+
+
 def test_a_class_without_images_is_nan():
     actual = score(CLEAN, CLEAN, LABELS, np.zeros(4, np.int32), 4)
     np.testing.assert_array_equal(actual.acc_per_class, [1 / 2, 2 / 3, 1, NAN])

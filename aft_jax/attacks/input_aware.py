@@ -6,7 +6,7 @@ A generator G draws the pattern and a mask network M says where it goes, both fr
 attack; with another image as the source the trigger must do nothing (cross). The attacker controls the training, which
 has two stages; images come in pairs (x1, x2) from two independently shuffled streams:
 
-    1  M alone:                 mask_weight mean(relu(m - mask_density)) + diversity(m)
+    1  M alone:                 mask_weight mean(relu(m - mask_density)) + mask_diversity_weight diversity(m)
     2  the classifier and G:    CE(attacked, commanded) + CE(cross and clean, true) + diversity_weight diversity(G)
 
     diversity(f) = mean over pairs of ||x1 - x2|| / (||f(x1) - f(x2)|| + 1e-7)
@@ -16,7 +16,7 @@ gradients are never set to zero, so that it steps along their running sum; here 
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -98,8 +98,8 @@ def cross_trigger(networks: Networks, arrays: dict, images: jax.Array, others: j
 
 def paste(networks: Networks, arrays: dict, images: jax.Array, sources: jax.Array) -> jax.Array:
     """Returns the images [B, H, W, C] with the triggers that the sources [B, H, W, C] give, networks in evaluation."""
-    patterns = networks.generator.apply(arrays['generator'], sources)
-    return images + (patterns - images) * sharpen(networks.mask.apply(arrays['mask'], sources))
+    patterns = _evaluate(networks.generator, arrays['generator'], sources)
+    return images + (patterns - images) * sharpen(_evaluate(networks.mask, arrays['mask'], sources))
 
 
 def sharpen(maps: jax.Array) -> jax.Array:
@@ -129,26 +129,26 @@ def begin(
         arrays: 'images' uint8 [N, H, W, C] and 'labels' int32 [N], clean.
         learner: The classifier.
         config: The resolved config; `config.attack.input_aware` has mask_epochs, mask_learning_rate, mask_density,
-            mask_weight, generator_learning_rate, diversity_weight and cross_ratio.
+            mask_weight, mask_diversity_weight, generator_learning_rate, diversity_weight and cross_ratio.
     """
     options = config.attack.input_aware
     networks = Networks(*networks_for(arrays['images'].shape[1:]))
     size = len(arrays['labels'])
-    adam = _adam(options.mask_learning_rate)
-    first_step = partial(mask_step, networks=networks, optimiser=adam, config=config)
+    optimiser = adam(options.mask_learning_rate)
+    first_step = partial(mask_step, networks=networks, optimiser=optimiser, config=config)
     phases = [Phase(first_step, count_steps(size, options.mask_epochs, config.batch_size))]
-    before = state.create(attack.arrays['mask'], adam)
+    before = state.create(attack.arrays['mask'], optimiser)
     mask = fit(run, 'infect_mask', before, phases, arrays, config.batch_size, streams=2)
 
     variables = jax.device_get(mask.state.variables)
     steps = count_steps(size, config.train.epochs, config.batch_size)
     rate = options.generator_learning_rate
-    adam = _adam(optax.cosine_decay_schedule(rate, steps) if config.train.schedule == 'cosine' else rate)
+    optimiser = adam(optax.cosine_decay_schedule(rate, steps) if config.train.schedule == 'cosine' else rate)
     step = partial(
         joint_step,
         networks=networks,
         module=learner.module,
-        optimisers=(learner.optimiser, adam),
+        optimisers=(learner.optimiser, optimiser),
         target_map=attack.target_map,
         config=config,
     )
@@ -157,7 +157,7 @@ def begin(
         return attack._replace(arrays={'generator': jax.device_get(current.generator.variables), 'mask': variables})
 
     return Infection(
-        JointState(learner.state, state.create(attack.arrays['generator'], adam)),
+        JointState(learner.state, state.create(attack.arrays['generator'], optimiser)),
         step,
         attack_of,
         streams=2,
@@ -191,6 +191,7 @@ def mask_step(
     options = config.attack.input_aware
     images, others = _augmented(key, batch, config)
     count = len(images)
+    weight = options.mask_diversity_weight
 
     def terms(maps: jax.Array) -> tuple[jax.Array, jax.Array]:
         masks = sharpen(maps)
@@ -198,7 +199,7 @@ def mask_step(
 
     def loss(maps: jax.Array) -> jax.Array:
         masks, diverse = terms(maps)
-        return options.mask_weight * jnp.mean(jax.nn.relu(masks - options.mask_density)) + diverse
+        return options.mask_weight * jnp.mean(jax.nn.relu(masks - options.mask_density)) + weight * diverse
 
     both = jnp.concatenate([images, others])
     current, maps, metrics = update(current, both, loss, key, module=networks.mask, optimiser=optimiser)
@@ -245,7 +246,7 @@ def joint_step(
     pairs = min(attacked, changed - attacked)
     labels = jnp.concatenate([jnp.asarray(target_map)[labels[:attacked]], labels[attacked:]])
     sources = jnp.concatenate([images[:attacked], others[attacked:changed]])
-    masks = sharpen(networks.mask.apply(batch['fixed'], sources))
+    masks = sharpen(_evaluate(networks.mask, batch['fixed'], sources))
 
     def objective(params):
         patterns, generator_stats = _apply(networks.generator, current.generator, params['generator'], sources)
@@ -265,8 +266,8 @@ def joint_step(
     )
     return after, {
         'loss': loss,
-        'grad_norm': optax.global_norm(gradient['classifier']),
-        'generator_grad_norm': optax.global_norm(gradient['generator']),
+        'grad_norm': optax.tree.norm(gradient['classifier']),
+        'generator_grad_norm': optax.tree.norm(gradient['generator']),
         'diversity': diverse,
         'attacked_accuracy': accuracy(logits[:attacked], labels[:attacked]),
         'cross_accuracy': accuracy(logits[attacked:changed], labels[attacked:changed]),
@@ -274,14 +275,26 @@ def joint_step(
     }
 
 
-def _adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    return optax.adam(rate, b1=0.5, b2=0.9)
+def adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Returns the optimiser of both networks, with the authors' betas (0.5, 0.9)."""
+    inner = optax.adam(rate, b1=0.5, b2=0.9)
+
+    def step(updates: Any, opt_state: Any, params: Any = None) -> tuple[Any, Any]:
+        # Optax raises a float to the power of its integer count, which strict promotion forbids.
+        with jax.numpy_dtype_promotion('standard'):
+            return inner.update(updates, opt_state, params)
+
+    return optax.GradientTransformation(inner.init, step)
 
 
 def _augmented(key: jax.Array, batch: Batch, config: ml_collections.ConfigDict) -> tuple[jax.Array, jax.Array]:
     key, other_key = jax.random.split(key)
     images = augment(key, batch['images'], config.augment)
     return images, augment(other_key, batch['paired']['images'], config.augment)
+
+
+def _evaluate(network: EncoderDecoder, variables: dict, images: jax.Array) -> jax.Array:
+    return cast(jax.Array, network.apply(variables, images))
 
 
 def _apply(

@@ -5,6 +5,7 @@ Every module takes float32 images [B, H, W, C] in [0, 1], normalises them itself
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -42,4 +43,4 @@ def initialise(module: nn.Module, key: jax.Array, image_shape: tuple[int, int, i
 
 def logits_function(module: nn.Module, variables: dict) -> Callable[[jax.Array], jax.Array]:
     """Returns images -> logits in evaluation mode (running BatchNorm statistics, no dropout)."""
-    return lambda images: module.apply(variables, images)
+    return lambda images: cast(jax.Array, module.apply(variables, images))

@@ -1,15 +1,19 @@
 """Layers that the classifiers share."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# Flax keeps 0.9 of the old statistics, which torch writes as momentum 0.1.
-batch_norm: Callable[..., nn.BatchNorm] = partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+
+def batch_norm(x: jax.Array, *, train: bool, dtype: Any, name: str | None = None) -> jax.Array:
+    """BatchNorm over all axes but the last, computed in float32, returned in `dtype`.
+
+    Flax keeps 0.9 of the old statistics, which torch writes as momentum 0.1.
+    """
+    norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=jnp.float32, name=name)
+    return norm(x.astype(jnp.float32)).astype(dtype)
 
 
 def conv(channels: int, kernel: int, stride: int, *, dtype: Any, use_bias: bool, name: str | None = None) -> nn.Conv:

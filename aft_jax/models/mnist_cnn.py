@@ -34,7 +34,7 @@ class MnistCNN(nn.Module):
         x = nn.relu(conv(32, 3, 2, dtype=self.dtype, use_bias=True)(x))
         stages = [x]
         for _ in range(2):
-            x = nn.relu(batch_norm(use_running_average=not train, dtype=self.dtype)(x))
+            x = nn.relu(batch_norm(x, train=train, dtype=self.dtype))
             x = conv(64, 3, 2, dtype=self.dtype, use_bias=True)(x)
             stages.append(x)
         x = x.reshape((x.shape[0], -1))

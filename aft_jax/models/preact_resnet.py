@@ -1,4 +1,7 @@
-"""Pre-activation residual networks for small images (He et al., "Identity Mappings in Deep Residual Networks", 2016)."""
+"""Pre-activation residual networks for small images.
+
+Source: He et al., "Identity Mappings in Deep Residual Networks" (2016).
+"""
 
 from typing import Any
 
@@ -27,7 +30,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         def norm_relu(y):
-            return nn.relu(batch_norm(use_running_average=not train, dtype=self.dtype)(y))
+            return nn.relu(batch_norm(y, train=train, dtype=self.dtype))
 
         def convolve(y, channels, kernel, stride, name=None):
             return conv(channels, kernel, stride, dtype=self.dtype, use_bias=False, name=name)(y)
@@ -87,7 +90,7 @@ class PreActResNet(nn.Module):
                 )(x, train)
             stages.append(x)
         if self.final_norm:
-            x = nn.relu(batch_norm(use_running_average=not train, dtype=self.dtype, name='final_norm_layer')(x))
+            x = nn.relu(batch_norm(x, train=train, dtype=self.dtype, name='final_norm_layer'))
         x = x.astype(jnp.float32).mean(axis=(1, 2))
         logits = nn.Dense(self.num_classes, dtype=jnp.float32, name='head')(x)
         return (logits, tuple(stages)) if features else logits

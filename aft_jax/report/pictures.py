@@ -58,7 +58,8 @@ def write_before_after(
     said = {name: [predict(variables, images) for _, images in rows] for name, variables in models.items()}
 
     figure = plt.figure(figsize=(13, 0.8 + 1.9 * len(rows)), layout='constrained')
-    left, right = figure.subfigures(1, 2, width_ratios=[COLUMNS, 3.4])
+    grid = figure.add_gridspec(1, 2, width_ratios=[COLUMNS, 3.4])
+    left, right = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     axes = left.subplots(len(rows), len(chosen), squeeze=False)
     for r, (kind, images) in enumerate(rows):
         for c, index in enumerate(chosen):

@@ -4,10 +4,15 @@ A checkpoint is complete or absent: Orbax writes to a temporary name and renames
 found out by the checksum that stands beside the arrays, moved aside, and the one before it is used.
 """
 
+import contextlib
+import gc
 import json
 import logging
 import shutil
+import sys
+import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +22,8 @@ import orbax.checkpoint as ocp
 
 log = logging.getLogger(__name__)
 State = TypeVar('State')
+# Long enough for a read of a small file that is under way.
+ABANDONED_READ_SECONDS = 0.05
 
 
 class Checkpoints:
@@ -60,11 +67,14 @@ class Checkpoints:
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return self._read(step, template)
+                with _abandoned_reads_are_silent():
+                    return self._read(step, template)
             except Exception as error:  # Orbax and TensorStore raise whatever the damage makes them raise.
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                 log.warning('The checkpoint %s is damaged and is skipped (%s).', self.directory / str(step), reason)
-                self._set_aside(step)
+            with _abandoned_reads_are_silent():
+                gc.collect()
+            self._set_aside(step)
         return None
 
     def _read(self, step: int, template: State) -> tuple[State, dict[str, Any]]:
@@ -87,11 +97,29 @@ class Checkpoints:
         self._manager = self._open()
 
 
+@contextlib.contextmanager
+def _abandoned_reads_are_silent() -> Iterator[None]:
+    """Keeps Orbax from printing tracebacks when one array cannot be read and the reads of the others are abandoned.
+
+    They end in coroutines that Python collects later and in callbacks to an event loop that is closed; neither can be
+    caught, and what went wrong has been raised already.
+    """
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    except Exception:
+        time.sleep(ABANDONED_READ_SECONDS)
+        raise
+    finally:
+        sys.unraisablehook = hook
+
+
 def checksum(state: Any) -> int:
     """Returns a CRC-32 over the paths, dtypes, shapes and bytes of a pytree of replicated arrays."""
     value = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         array = np.asarray(leaf)
         header = json.dumps([jax.tree_util.keystr(path), str(array.dtype), array.shape])
-        value = zlib.crc32(np.ascontiguousarray(array), zlib.crc32(header.encode(), value))
+        value = zlib.crc32(array.tobytes(), zlib.crc32(header.encode(), value))
     return value

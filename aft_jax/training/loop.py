@@ -124,7 +124,7 @@ def fit(
             phase = next(i for i, p in enumerate(phases) if step < p.until)
             stop = min([step + chunk, phases[phase].until, *((step // n + 1) * n for n in intervals)])
             indices = np.stack([[order.batch(s) for order in orders] for s in range(step, stop)])
-            state, metrics = calls[phase](state, data, fixed, indices, key)
+            state, metrics = placement.settle(run.mesh, calls[phase](state, data, fixed, indices, key))
             pending.append(metrics)
             step = stop
             last = step == total
@@ -177,7 +177,7 @@ def _average(pending: list[dict[str, jax.Array]]) -> dict[str, float]:
 
 
 def _check_finite(stage: str, step: int, values: dict[str, float]) -> None:
-    broken = [name for name, value in values.items() if not math.isfinite(value)]
+    broken = sorted((name for name, value in values.items() if not math.isfinite(value)), key=lambda n: n != 'loss')
     if broken:
         raise UserError(
             f'{stage} stopped before step {step}: {broken[0]} is no longer a finite number; lower its learning rate '

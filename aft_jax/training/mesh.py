@@ -40,6 +40,16 @@ def copy(mesh: Mesh, tree: Any) -> Any:
     return fresh(place(mesh, tree))
 
 
+def settle(mesh: Mesh, tree: Any) -> Any:
+    """Returns the pytree, waiting for it where more calls in flight would be dangerous.
+
+    Several virtual CPU devices share few threads, and the collectives of two calls can then wait for each other for
+    ever. Accelerators and a single CPU device take as many calls as the caller likes.
+    """
+    virtual = mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu'
+    return jax.block_until_ready(tree) if virtual else tree
+
+
 def check_batch_size(mesh: Mesh, batch_size: int, field: str) -> None:
     """Raises UserError, naming sizes that work, when the devices do not divide the batch."""
     count = mesh.size

@@ -6,19 +6,23 @@ be stored: only what torch made of them is.
 
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from aft_jax.attacks.input_aware import Networks
 from aft_jax.attacks.input_aware_networks import networks_for
-from aft_jax.models import initialise
 from aft_jax.models.preact_resnet import PreActResNet
 
 # (height, width) of a grid, and of the image that it becomes.
 BICUBIC_SIZES = {'28': (4, 4, 28, 28), '32': (4, 4, 32, 32), '64': (5, 3, 64, 64), 'oblong': (4, 4, 20, 36)}
 IMAGE_SHAPES = {'grey28': (28, 28, 1), 'colour32': (32, 32, 3)}
-WANET_SHAPES = IMAGE_SHAPES | {'colour64': (64, 64, 3)}
+WANET_SHAPES = IMAGE_SHAPES | {'grey64': (64, 64, 1)}
 WANET_STRENGTH = 0.5
+# PreActResNet18 of (width, final_norm). The narrow ones exercise every layer and are compiled fast.
+STORED_NETWORKS = ((8, False), (8, True))
+LIVE_NETWORKS = ((8, True), (64, False))
 
 
 class Classifier(NamedTuple):
@@ -35,8 +39,8 @@ def uniform(seed: int, shape: tuple[int, ...], low: float = 0.0, high: float = 1
     return np.random.RandomState(seed).uniform(low, high, shape).astype(np.float32)
 
 
-def fill(variables: dict, seed: int) -> dict:
-    """Returns variables of the same shapes: He weights, and norms that are neither fresh nor all alike."""
+def variables_of(module: nn.Module, image_shape: tuple[int, int, int], seed: int) -> dict:
+    """Returns variables of the module: He weights, and norms that are neither fresh nor all alike."""
     stream = np.random.RandomState(seed)
 
     def draw(path, leaf) -> np.ndarray:
@@ -49,7 +53,8 @@ def fill(variables: dict, seed: int) -> dict:
                 value = 0.1 * stream.standard_normal(leaf.shape)
         return value.astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, variables)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *image_shape), jnp.float32))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def classifier(width: int, final_norm: bool = False) -> Classifier:
@@ -57,7 +62,7 @@ def classifier(width: int, final_norm: bool = False) -> Classifier:
     module = PreActResNet(
         num_classes=10, width=width, final_norm=final_norm, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)
     )
-    variables = fill(initialise(module, jax.random.key(0), (32, 32, 3)), seed=11)
+    variables = variables_of(module, (32, 32, 3), seed=11)
     return Classifier(module, variables, uniform(12, (2, 32, 32, 3)), np.array([3, 7], np.int32))
 
 
@@ -65,10 +70,7 @@ def input_aware(image_shape: tuple[int, int, int]) -> tuple[Networks, dict]:
     """Returns both networks of the input-aware attack and their variables."""
     networks = Networks(*networks_for(image_shape))
     modules = networks._asdict().items()
-    return networks, {
-        name: fill(initialise(module, jax.random.key(0), image_shape), seed)
-        for seed, (name, module) in enumerate(modules)
-    }
+    return networks, {name: variables_of(module, image_shape, seed) for seed, (name, module) in enumerate(modules)}
 
 
 def wanet_noise(image_shape: tuple[int, int, int]) -> tuple[jax.Array, np.ndarray]:

@@ -5,15 +5,14 @@ python tests/parity/make_values.py
 
 from pathlib import Path
 
+import cases
 import numpy as np
 import torch_reference
 
 PATH = Path(__file__).parent / 'values.npz'
-# The narrow network exercises every layer and keeps the file small.
-WIDTHS = (8,)
 
 if __name__ == '__main__':
-    values = torch_reference.values(WIDTHS)
+    values = torch_reference.values(cases.STORED_NETWORKS)
     np.savez_compressed(PATH, **values)
     print(
         f'{PATH}: {len(values)} arrays, {PATH.stat().st_size / 1e3:.0f} kB, torch {torch_reference.torch.__version__}'

@@ -1,11 +1,12 @@
 """Our samplers, triggers and networks against torch's, which are an independent implementation.
 
 Each test runs twice: on values that torch made earlier (values.npz, written by make_values.py), always; and on values
-that it makes now, where it is installed. Agreement is to 1e-5 in float32: absolutely for images in [0, 1], otherwise
-relative to the largest value.
+that it makes now, where it is installed. Agreement is to 1e-5 of the largest value, in float32; a network in training
+mode is given 5e-5.
 """
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import cases
@@ -22,7 +23,7 @@ from aft_jax.sampling import sample_field, upsample_bicubic, upsample_bilinear
 
 TOLERANCE = 1e-5
 HAS_TORCH = importlib.util.find_spec('torch') is not None
-WIDTHS = {'stored': (8,), 'torch': (8, 64)}
+NETWORKS = {'stored': cases.STORED_NETWORKS, 'torch': cases.LIVE_NETWORKS}
 
 
 @pytest.fixture(
@@ -38,14 +39,14 @@ def values(source):
     if source == 'torch':
         import torch_reference
 
-        return torch_reference.values(WIDTHS['torch'])
+        return torch_reference.values(NETWORKS['torch'])
     with np.load(Path(__file__).parent / 'values.npz') as stored:
         return dict(stored)
 
 
-def assert_agree(actual, expected) -> None:
+def assert_agree(actual, expected, tolerance: float = TOLERANCE) -> None:
     assert np.shape(actual) == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * max(1e-3, np.abs(expected).max()))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * max(1e-3, np.abs(expected).max()))
 
 
 def as_image(array) -> jax.Array:
@@ -55,7 +56,7 @@ def as_image(array) -> jax.Array:
 @pytest.mark.parametrize('size', cases.BICUBIC_SIZES)
 def test_bicubic_upsampling(values, size):
     h, w, height, width = cases.BICUBIC_SIZES[size]
-    assert_agree(upsample_bicubic(cases.uniform(1, (2, h, w, 3), -1, 1), height, width), values[f'bicubic/{size}'])
+    assert_agree(upsample_bicubic(cases.uniform(1, (1, h, w, 2), -1, 1), height, width), values[f'bicubic/{size}'])
 
 
 def test_grid_sample_inside_and_outside_the_frame(values):
@@ -82,27 +83,29 @@ def test_wanet_trigger_and_noise_mode(values, shape):
 def test_input_aware_trigger(values, shape):
     networks, variables = cases.input_aware(cases.IMAGE_SHAPES[shape])
     images = as_image(cases.uniform(7, (2, *cases.IMAGE_SHAPES[shape])))
-    pattern = networks.generator.apply(variables['generator'], images)
-    mask = input_aware.sharpen(networks.mask.apply(variables['mask'], images))
+    pattern = jax.jit(networks.generator.apply)(variables['generator'], images)
+    mask = input_aware.sharpen(jax.jit(networks.mask.apply)(variables['mask'], images))
+    triggered = jax.jit(partial(input_aware.trigger, networks))(variables, images)
     assert_agree(pattern, values[f'input_aware/{shape}/pattern'])
     assert_agree(mask, values[f'input_aware/{shape}/mask'])
-    assert_agree(input_aware.trigger(networks, variables, images), values[f'input_aware/{shape}/triggered'])
+    assert_agree(triggered, values[f'input_aware/{shape}/triggered'])
 
 
 @pytest.mark.parametrize('shape', cases.IMAGE_SHAPES)
 def test_generator_in_training_mode(values, shape):
     networks, variables = cases.input_aware(cases.IMAGE_SHAPES[shape])
-    images = as_image(cases.uniform(7, (2, *cases.IMAGE_SHAPES[shape])))
-    output, changes = networks.generator.apply(variables['generator'], images, train=True, mutable=['batch_stats'])
+    images = as_image(cases.uniform(9, (8, *cases.IMAGE_SHAPES[shape])))
+    train = jax.jit(partial(networks.generator.apply, train=True, mutable=['batch_stats']))
+    output, changes = train(variables['generator'], images)
     stats = changes['batch_stats']
     means = np.concatenate([stats[f'BatchNorm_{i}']['mean'] for i in range(len(stats))])
-    assert_agree(output, values[f'input_aware/{shape}/training'])
+    # Each of up to 16 BatchNorms in a row divides by the deviation of its own batch, which magnifies rounding.
+    assert_agree(output[:2], values[f'input_aware/{shape}/training'], 5e-5)
     assert_agree(means, values[f'input_aware/{shape}/means'])
 
 
-@pytest.mark.parametrize('final_norm', [False, True])
-def test_preact_resnet_logits_and_input_gradients(values, source, final_norm):
-    for width in WIDTHS[source]:
+def test_preact_resnet_logits_and_input_gradients(values, source):
+    for width, final_norm in NETWORKS[source]:
         case = cases.classifier(width, final_norm)
         model = logits_function(case.module, case.variables)
 
@@ -110,7 +113,7 @@ def test_preact_resnet_logits_and_input_gradients(values, source, final_norm):
             logits = model(images)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
 
-        gradient, logits = jax.grad(loss, has_aux=True)(as_image(case.images))
+        gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(as_image(case.images))
         assert_agree(logits, values[f'preact_resnet/{width}/{final_norm}/logits'])
         assert_agree(gradient, values[f'preact_resnet/{width}/{final_norm}/gradient'])
 

@@ -3,6 +3,8 @@
 Arrays come in and go out in NHWC; torch works in NCHW.
 """
 
+from collections.abc import Sequence
+
 import cases
 import numpy as np
 import torch
@@ -133,12 +135,12 @@ class EncoderDecoder(nn.Module):
             copy_norm(norm, variables['params'][f'BatchNorm_{i}'], variables['batch_stats'][f'BatchNorm_{i}'])
 
 
-def values(widths: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Returns, by name, what torch makes of every case; PreActResNet18 at these widths."""
+def values(networks: Sequence[tuple[int, bool]]) -> dict[str, np.ndarray]:
+    """Returns, by name, what torch makes of every case; PreActResNet18 of each (width, final_norm)."""
     torch.set_num_threads(1)
     found: dict[str, np.ndarray] = {}
     for name, (h, w, height, width) in cases.BICUBIC_SIZES.items():
-        grid = nchw(cases.uniform(1, (2, h, w, 3), -1, 1))
+        grid = nchw(cases.uniform(1, (1, h, w, 2), -1, 1))
         found[f'bicubic/{name}'] = nhwc(F.interpolate(grid, (height, width), mode='bicubic', align_corners=True))
 
     images, field = nchw(cases.uniform(2, (3, 9, 12, 2))), torch.from_numpy(cases.uniform(3, (3, 7, 5, 2), -1.3, 1.3))
@@ -151,11 +153,10 @@ def values(widths: tuple[int, ...]) -> dict[str, np.ndarray]:
         found[f'wanet/{name}'], found[f'wanet_noise/{name}'] = _wanet(shape)
     for name, shape in cases.IMAGE_SHAPES.items():
         found |= {f'input_aware/{name}/{key}': value for key, value in _input_aware(shape).items()}
-    for width in widths:
-        for final_norm in (False, True):
-            logits, gradient = _preact_resnet(width, final_norm)
-            found[f'preact_resnet/{width}/{final_norm}/logits'] = logits
-            found[f'preact_resnet/{width}/{final_norm}/gradient'] = gradient
+    for width, final_norm in networks:
+        logits, gradient = _preact_resnet(width, final_norm)
+        found[f'preact_resnet/{width}/{final_norm}/logits'] = logits
+        found[f'preact_resnet/{width}/{final_norm}/gradient'] = gradient
     return found | _batch_norm() | _diversity()
 
 
@@ -186,11 +187,12 @@ def _input_aware(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     with torch.no_grad():
         pattern, m = generator(images), torch.tanh(20 * mask(images) - 10) / 2 + 0.5
         generator.train()
+        training = nhwc(generator(nchw(cases.uniform(9, (8, *shape)))))
         return {
             'pattern': nhwc(pattern),
             'mask': nhwc(m),
             'triggered': nhwc(images + (pattern - images) * m),
-            'training': nhwc(generator(images)),
+            'training': training[:2],
             'means': torch.cat([norm.running_mean for norm in generator.norms()]).numpy(),
         }
 

@@ -1,0 +1,73 @@
+"""Gathers finished runs into one table: a row a run and defense, `none` for the infected model itself.
+
+    python -m aft_jax.collect runs/fashion/*  > table.csv
+
+The columns are the contract of every table in docs/results; shares in 0..1, times in seconds.
+"""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from aft_jax.errors import UserError
+
+COLUMNS = (
+    *('dataset', 'model', 'attack', 'label_mode', 'defense', 'seed', 'clean_share'),
+    *('acc', 'asr', 'ra', 'der', 'seconds'),
+)
+
+
+def rows(results: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """Yields the rows of one results.json, the infected model first."""
+    shared = {name: results[name] for name in COLUMNS if name in results}
+    for defense, scores in [('none', results['infected']), *results['purified'].items()]:
+        yield shared | {'defense': defense} | {name: scores.get(name) for name in COLUMNS if name in scores}
+
+
+def to_csv(table: Iterable[dict[str, Any]]) -> str:
+    """Returns the table as CSV with a heading; what was not measured is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+    writer.writeheader()
+    for row in table:
+        writer.writerow({name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()})
+    return text.getvalue()
+
+
+def read(workdirs: Iterable[Path]) -> list[dict[str, Any]]:
+    """Returns the rows of all finished runs.
+
+    Raises:
+        UserError: A directory holds no results.json, or a damaged one.
+    """
+    table: list[dict[str, Any]] = []
+    for workdir in workdirs:
+        path = workdir / 'results.json'
+        try:
+            table += rows(json.loads(path.read_text()))
+        except OSError:
+            raise UserError(f'{path} cannot be read: the run has not finished, or {workdir} is not a run.') from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f'{path} is damaged; delete it and start its run again.') from None
+    return table
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the table; returns the exit status."""
+    if not arguments or arguments[0].startswith('-'):
+        print(__doc__)
+        return 0 if arguments else 2
+    try:
+        print(to_csv(read(Path(argument) for argument in arguments)), end='')
+    except UserError as error:
+        print(f'aft_jax: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

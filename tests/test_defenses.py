@@ -1,0 +1,205 @@
+"""AFT's step against NumPy on a linear classifier; what purifying does and what it leaves alone."""
+
+import json
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+import scipy.special
+
+from aft_jax.adversarial import PGD
+from aft_jax.config import resolve
+from aft_jax.defenses import DEFENSES, Holdings, aft
+from aft_jax.training import state
+from aft_jax.training.optimiser import sgd
+
+RATE, EPS, TRAVELLED = 0.5, 0.1, 0.06
+NOTHING = ml_collections.ConfigDict({'crop': 0, 'flip': False, 'rotation': 0.0})
+RECIPE = aft.Recipe(PGD(EPS, step_size=0.02, steps=3), adversarial_share=1.0, distillation=0.0, augment=NOTHING)
+
+
+class Linear(nn.Module):
+    """Two classes, no BatchNorm, no dropout: everything about it can be written down."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        return nn.Dense(2)(images.reshape((len(images), -1)))
+
+
+def variables(seed):
+    generator = np.random.default_rng(seed)
+    kernel, bias = generator.normal(0, 0.5, (16, 2)), generator.normal(0, 0.5, 2)
+    return {'params': {'Dense_0': {'kernel': kernel.astype(np.float32), 'bias': bias.astype(np.float32)}}}
+
+
+IMAGES = np.random.default_rng(0).uniform(0.2, 0.8, (8, 4, 4, 1)).astype(np.float32)
+LABELS = np.array([0, 1, 1, 0, 1, 0, 0, 1], np.int32)
+MODEL, SUSPECT = variables(1), variables(2)
+
+
+def logits(model, images):
+    dense = model['params']['Dense_0']
+    return images.reshape(len(images), -1).astype(np.float64) @ dense['kernel'] + dense['bias']
+
+
+def cross_entropy(z, labels):
+    return -scipy.special.log_softmax(z, axis=1)[np.arange(len(z)), labels].mean()
+
+
+def adversarial(model, images, labels):
+    """Linf PGD has a closed form on two linear classes: a straight way along the sign of w_other - w_label."""
+    kernel = model['params']['Dense_0']['kernel']
+    uphill = np.sign(kernel[:, 1 - labels] - kernel[:, labels]).T.reshape(images.shape)
+    return images + TRAVELLED * uphill
+
+
+def step(recipe, seed=0):
+    """One step of AFT on the fixed batch; returns (parameters, metrics) as NumPy."""
+    optimiser = sgd(RATE, 'constant', 10, weight_decay=0.0)
+    batch = {'images': jnp.asarray(IMAGES), 'labels': jnp.asarray(LABELS), 'fixed': SUSPECT | {'batch_stats': {}}}
+    before = state.create(jax.tree.map(jnp.asarray, MODEL), optimiser)
+    taken = jax.jit(partial(aft.aft_step, module=Linear(), optimiser=optimiser, recipe=recipe))
+    after, metrics = taken(before, batch, jax.random.key(seed))
+    assert int(after.step) == 1
+    return jax.tree.map(np.asarray, after.params['Dense_0']), jax.tree.map(np.asarray, metrics)
+
+
+def test_share_one_trains_on_adversarial_examples_alone():
+    examples = adversarial(MODEL, IMAGES, LABELS)
+    z = logits(MODEL, examples)
+    params, metrics = step(RECIPE)
+    np.testing.assert_allclose(metrics['loss'], cross_entropy(z, LABELS), atol=1e-5)
+    assert abs(cross_entropy(z, LABELS) - cross_entropy(logits(MODEL, IMAGES), LABELS)) > 0.01
+    fooled = np.mean(z.argmax(axis=1) != LABELS)
+    np.testing.assert_allclose(metrics['fooled'], fooled, atol=1e-6)
+    np.testing.assert_allclose(metrics['accuracy'], 1 - fooled, atol=1e-6)
+    # The gradient of cross-entropy by hand, the examples held fixed.
+    error = (scipy.special.softmax(z, axis=1) - np.eye(2)[LABELS]) / 8
+    kernel_gradient = examples.reshape(8, 16).T.astype(np.float64) @ error
+    before = MODEL['params']['Dense_0']
+    np.testing.assert_allclose(params['kernel'], before['kernel'] - RATE * kernel_gradient, atol=1e-5)
+    np.testing.assert_allclose(params['bias'], before['bias'] - RATE * error.sum(axis=0), atol=1e-5)
+    length = np.sqrt((kernel_gradient**2).sum() + (error.sum(axis=0) ** 2).sum())
+    np.testing.assert_allclose(metrics['grad_norm'], length, atol=1e-5)
+
+
+@pytest.mark.parametrize(('share', 'count'), [(0.5, 4), (0.25, 2), (0.0, 0)])
+@pytest.mark.parametrize('distillation', [0.0, 2.0])
+def test_mixed_batches_and_distillation_equal_numpy(share, count, distillation):
+    """Adversarial first, clean after; the clean ones are held to the suspect's predictions by KL(suspect || model)."""
+    batch = np.concatenate([adversarial(MODEL, IMAGES[:count], LABELS[:count]), IMAGES[count:]])
+    expected = cross_entropy(logits(MODEL, batch), LABELS)
+    p = scipy.special.softmax(logits(SUSPECT, IMAGES[count:]), axis=1)
+    q = scipy.special.softmax(logits(MODEL, IMAGES[count:]), axis=1)
+    divergence = scipy.special.rel_entr(p, q).sum(axis=1).mean()
+    reverse = scipy.special.rel_entr(q, p).sum(axis=1).mean()
+    assert divergence > 0.01 and abs(divergence - reverse) > 0.01  # the direction matters
+    _, metrics = step(RECIPE._replace(adversarial_share=share, distillation=distillation))
+    np.testing.assert_allclose(metrics['loss'], expected + distillation * divergence, atol=1e-5)
+    assert ('fooled' in metrics) == (count > 0)
+
+
+def test_distillation_teaches_the_model_and_not_the_suspect():
+    """Its gradient is weight * (softmax(model) - softmax(suspect)), beside that of cross-entropy."""
+    z = logits(MODEL, IMAGES)
+    model, suspect = scipy.special.softmax(z, axis=1), scipy.special.softmax(logits(SUSPECT, IMAGES), axis=1)
+    error = ((model - np.eye(2)[LABELS]) + 3.0 * (model - suspect)) / 8
+    params, _ = step(RECIPE._replace(adversarial_share=0.0, distillation=3.0))
+    before = MODEL['params']['Dense_0']
+    np.testing.assert_allclose(params['bias'], before['bias'] - RATE * error.sum(axis=0), atol=1e-5)
+    kernel = before['kernel'] - RATE * IMAGES.reshape(8, 16).T.astype(np.float64) @ error
+    np.testing.assert_allclose(params['kernel'], kernel, atol=1e-5)
+
+
+def test_only_the_adversarial_stretch_calls_pgd(monkeypatch):
+    def never(*_):
+        raise AssertionError('PGD was called')
+
+    monkeypatch.setattr(aft, 'perturb', never)
+    step(RECIPE._replace(adversarial_share=0.0))
+    with pytest.raises(AssertionError, match='PGD was called'):
+        step(RECIPE)
+
+
+def test_the_key_decides_augmentation_and_start():
+    for recipe in (
+        RECIPE._replace(adversarial_share=0.0, augment=ml_collections.ConfigDict(dict(NOTHING, crop=1))),
+        RECIPE._replace(pgd=RECIPE.pgd._replace(random_start=True)),
+    ):
+        first, again, other = (step(recipe, seed)[1]['loss'] for seed in (0, 0, 1))
+        assert first == again != other
+
+
+@pytest.fixture
+def holdings(dataset, tiny_net, tiny_variables):
+    """24 clean images and a suspect model whose variables may not be written."""
+    frozen = jax.tree.map(np.array, tiny_variables)
+    jax.tree.map(lambda array: array.setflags(write=False), frozen)
+    return Holdings(tiny_net, jax.tree.map(jnp.asarray, frozen), dataset.train_images[:24], dataset.train_labels[:24])
+
+
+@pytest.fixture
+def purify(make_run, config, holdings):
+    """Returns a function that purifies with the given options of a defense; returns the state and the record."""
+
+    def call(defense, name='run', **options):
+        config[defense].update(options)
+        run = make_run(name)
+        fitted = DEFENSES[defense](run, f'purify/{defense}', holdings, resolve(config))
+        return fitted.state, [json.loads(line) for line in (run.workdir / 'metrics.jsonl').read_text().splitlines()]
+
+    return call
+
+
+def test_phases_switch_at_the_right_step(purify):
+    """24 images in batches of 8 are 3 steps an epoch: 2 adversarial epochs of 3 are 6 steps of 9."""
+    after, record = purify('aft', epochs=3, adversarial_epochs=2.0, pgd_steps=1)
+    assert int(after.step) == 9
+    assert {line['stage'] for line in record} == {'purify/aft'}
+    assert [line['step'] for line in record] == list(range(1, 10))
+    assert ['fooled' in line for line in record] == [True] * 6 + [False] * 3
+
+
+@pytest.mark.parametrize('defense', ['aft', 'ft'])
+def test_the_suspect_model_is_left_alone(purify, holdings, defense):
+    before = jax.tree.map(np.array, holdings.variables)
+    options = {'aft': {'adversarial_epochs': 1.0, 'pgd_steps': 1}, 'ft': {}}[defense]
+    after, _ = purify(defense, epochs=1, **options)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, holdings.variables), before)
+    assert not np.allclose(after.params['Dense_0']['kernel'], before['params']['Dense_0']['kernel'])
+    assert not np.allclose(after.batch_stats['BatchNorm_0']['mean'], before['batch_stats']['BatchNorm_0']['mean'])
+
+
+def test_distillation_holds_the_purified_model_to_the_suspect(purify, holdings, tiny_net):
+    """The teacher is the suspect from the first step to the last: another would not hold the student in place."""
+    images = holdings.images.astype(np.float32) / 255
+    suspect = jax.nn.softmax(tiny_net.apply(holdings.variables, images))
+    divergence = {}
+    for weight in (0.0, 20.0):
+        options = {
+            'epochs': 8,
+            'adversarial_epochs': 0.4,
+            'pgd_steps': 1,
+            'distillation': weight,
+            'learning_rate': 0.02,
+        }
+        after, _ = purify('aft', f'{weight}', **options)
+        purified = jax.nn.softmax(tiny_net.apply(after.variables, images))
+        divergence[weight] = scipy.special.rel_entr(suspect, purified).sum(axis=1).mean()
+    assert divergence[20.0] < 0.5 * divergence[0.0]
+
+
+def test_fine_tuning_lowers_the_loss(purify, holdings, tiny_net):
+    after, record = purify('ft', epochs=10, learning_rate=0.05)
+    assert int(after.step) == 30 == len(record)
+    images = holdings.images.astype(np.float32) / 255
+    before, now = (
+        cross_entropy(np.asarray(tiny_net.apply(v, images)), holdings.labels)
+        for v in (holdings.variables, after.variables)
+    )
+    assert now < 0.5 * before
+    assert np.mean([line['loss'] for line in record[-3:]]) < 0.5 * np.mean([line['loss'] for line in record[:3]])

@@ -1,0 +1,216 @@
+"""The input-aware attack: its networks, triggers, both kinds of step, and resuming. (Against torch: tests/parity.)"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from aft_jax import attacks, validation
+from aft_jax.attacks import input_aware
+from aft_jax.attacks.input_aware_networks import SMALL_WIDTHS, WIDTHS, max_pool, networks_for
+from aft_jax.attacks.poison import poison
+from aft_jax.errors import UserError
+from aft_jax.training import state
+from aft_jax.training.loop import Phase, fit
+from aft_jax.training.steps import cross_entropy
+
+GENERATOR = np.random.default_rng(0)
+
+
+@pytest.fixture
+def attack(config, dataset):
+    config.attack.name = 'input_aware'
+    config.attack.poisoned_share = 0.25
+    config.attack.target = 1
+    config.attack.input_aware.mask_epochs = 0.3
+    config.train.epochs = 1
+    return attacks.build(config, dataset.image_shape, dataset.num_classes)
+
+
+@pytest.fixture
+def arrays(dataset):
+    return {'images': dataset.train_images, 'labels': dataset.train_labels}
+
+
+@pytest.fixture
+def learner(tiny_net, tiny_variables):
+    sgd = optax.sgd(0.1)
+    return attacks.Learner(tiny_net, sgd, state.create(tiny_variables, sgd))
+
+
+@pytest.fixture
+def joint(attack, config, learner):
+    """Keyword arguments of `joint_step`, the state before it, and its batch; plain SGD shows the gradients."""
+    networks = input_aware.Networks(*networks_for((8, 8, 1)))
+    sgd = optax.sgd(1.0)
+    bound = {
+        'networks': networks,
+        'module': learner.module,
+        'optimisers': (learner.optimiser, sgd),
+        'target_map': attack.target_map,
+        'config': config,
+    }
+    before = input_aware.JointState(learner.state, state.create(attack.arrays['generator'], sgd))
+    images = jnp.asarray(GENERATOR.random((2, 8, 8, 8, 1)).astype(np.float32))
+    labels = jnp.asarray(GENERATOR.integers(0, 4, (2, 8)).astype(np.int32))
+    batch = {
+        'images': images[0],
+        'labels': labels[0],
+        'paired': {'images': images[1], 'labels': labels[1]},
+        'fixed': attack.arrays['mask'],
+    }
+    return bound, before, batch
+
+
+@pytest.mark.parametrize('shape', [(28, 28, 1), (32, 32, 3), (64, 64, 3), (64, 64, 1), (30, 45, 3), (29, 29, 1)])
+def test_maps_have_the_size_of_the_image(shape):
+    small = shape[2] == 1 and shape[0] < 64
+    for module, channels in zip(networks_for(shape), (shape[2], 1), strict=True):
+        assert module.widths == (SMALL_WIDTHS if small else WIDTHS)
+        output, _ = jax.eval_shape(module.init_with_output, jax.random.key(0), jnp.zeros((2, *shape), jnp.float32))
+        assert output.shape == (2, *shape[:2], channels) and output.dtype == jnp.float32
+
+
+def test_max_pool_takes_the_largest_of_four():
+    x = GENERATOR.random((2, 4, 6, 3)).astype(np.float32)
+    for i, j in np.ndindex(2, 3):
+        expected = x[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].max(axis=(1, 2))
+        np.testing.assert_array_equal(max_pool(x)[:, i, j], expected)
+
+
+def test_a_trigger_comes_from_its_source(attack, dataset):
+    images = jnp.asarray(dataset.test_images[:4].astype(np.float32) / 255)
+    others = images[::-1]
+    own = attack.trigger(attack.arrays, images)
+    key = jax.random.key(0)
+    assert own.min() >= 0 and own.max() <= 1 and not np.allclose(own, images)
+    np.testing.assert_array_equal(attack.cross(attack.arrays, images, images, key), own)
+    crossing = attack.cross(attack.arrays, images, others, key)
+    assert not np.allclose(crossing, own)
+    # Pattern and mask are the other image's: (x' - x) / (p - x) is the mask, whatever x is.
+    np.testing.assert_allclose(
+        crossing - attack.cross(attack.arrays, others, others, key),
+        (images - others) * (1 - mask_of(attack, others)),
+        atol=1e-5,
+    )
+
+
+def mask_of(attack, images):
+    _, network = networks_for(images.shape[1:])
+    return input_aware.sharpen(network.apply(attack.arrays['mask'], images))
+
+
+def test_distance_of_an_image_to_itself_has_a_gradient():
+    a = jnp.asarray(GENERATOR.random((2, 4, 4, 1)).astype(np.float32))
+    b = a.at[1].add(0.5)
+    np.testing.assert_allclose(input_aware.distance(a, b), [0, 0.5], atol=1e-6)
+    gradient = jax.grad(lambda a: input_aware.diversity(a, b, a, b).sum())(a)
+    assert np.isfinite(gradient).all()
+
+
+def test_no_stored_image_is_poisoned(attack, dataset, config):
+    poisoned = poison(attack, dataset.train_images, dataset.train_labels, config)
+    assert poisoned.images is dataset.train_images and len(poisoned.indices) == len(poisoned.cross_indices) == 0
+
+
+def test_joint_step_takes_this_batchs_gradient_of_both_networks(joint, assert_trees_close):
+    bound, before, batch = joint
+    networks, module = bound['networks'], bound['module']
+    step = jax.jit(partial(input_aware.joint_step, **bound))
+    key = jax.random.key(5)
+    _, dropout_key = jax.random.split(key)
+
+    @jax.jit
+    def gradients(current):
+        """Written out for a batch of 8, of which two are attacked, towards label 1, and two cross."""
+        x, other = batch['images'], batch['paired']['images']
+        labels = jnp.concatenate([jnp.ones(2, jnp.int32), batch['labels'][2:]])
+
+        def loss(generator_params, classifier_params):
+            sources = jnp.stack([x[0], x[1], other[2], other[3]])
+            variables = {'params': generator_params, 'batch_stats': current.generator.batch_stats}
+            p, _ = networks.generator.apply(variables, sources, train=True, mutable=['batch_stats'])
+            m = jnp.tanh(20 * networks.mask.apply(batch['fixed'], sources) - 10) / 2 + 0.5
+            mixed = jnp.concatenate([(1 - m) * x[:4] + m * p, x[4:]])
+            variables = {'params': classifier_params, 'batch_stats': current.classifier.batch_stats}
+            logits, _ = module.apply(
+                variables, mixed, train=True, mutable=['batch_stats'], rngs={'dropout': dropout_key}
+            )
+            pairs = [(0, 2), (1, 3)]
+            ratios = [
+                jnp.linalg.norm((sources[i] - sources[j]).ravel()) / (jnp.linalg.norm((p[i] - p[j]).ravel()) + 1e-7)
+                for i, j in pairs
+            ]
+            return cross_entropy(logits, labels) + sum(ratios) / 2
+
+        return jax.grad(loss, argnums=(0, 1))(current.generator.params, current.classifier.params)
+
+    current = before
+    for _ in range(2):  # a second step would show a sum that is carried along
+        for_generator, for_classifier = gradients(current)
+        after, metrics = step(current, batch, key)
+        moved = jax.tree.map(lambda a, b: b - a, after.generator.params, current.generator.params)
+        assert_trees_close(moved, for_generator, atol=1e-5)
+        moved = jax.tree.map(lambda a, b: (b - a) / 0.1, after.classifier.params, current.classifier.params)
+        assert_trees_close(moved, for_classifier, atol=1e-4)
+        current = after
+    assert int(current.step) == int(current.generator.step) == 2
+    assert {'attacked_accuracy', 'cross_accuracy', 'accuracy', 'diversity'} <= metrics.keys()
+
+
+def test_the_mask_shrinks(attack, arrays, config):
+    """A mask that costs much and earns nothing goes away."""
+    config.attack.input_aware.mask_diversity_weight = 0.0
+    networks = input_aware.Networks(*networks_for((8, 8, 1)))
+    adam = input_aware.adam(0.01)
+    step = partial(input_aware.mask_step, networks=networks, optimiser=adam, config=config)
+    images = jnp.asarray(arrays['images'][:8].astype(np.float32) / 255)
+    current, call, areas = state.create(attack.arrays['mask'], adam), jax.jit(step), []
+    for i in range(20):
+        current, metrics = call(current, {'images': images, 'paired': {'images': images}}, jax.random.key(i))
+        areas.append(float(metrics['mask_area']))
+    assert areas[-1] < 0.5 * areas[0]
+
+
+def test_begin_and_resume_bit_for_bit(attack, make_run, arrays, learner, config, assert_trees_close):
+    def go(run, until):
+        infection = attacks.begin(run, attack, arrays, learner, config)
+        phases = [Phase(infection.step, until)]
+        options = {'fixed': infection.fixed, 'streams': infection.streams}
+        fitted = fit(run, 'infect', infection.state, phases, arrays, config.batch_size, **options)
+        return fitted.state, infection.attack_of(fitted.state)
+
+    whole, whole_attack = go(make_run('whole'), 6)
+    assert int(whole.step) == 6 and whole_attack.target_map is attack.target_map
+    stages = {path.name for path in (make_run('whole').workdir / 'checkpoints').iterdir()}
+    assert stages == {'infect_mask', 'infect'}
+    go(make_run('cut'), 2)
+    resumed, resumed_attack = go(make_run('cut'), 6)
+    assert_trees_close(resumed, whole)
+    assert_trees_close(resumed_attack.arrays, whole_attack.arrays)
+    before = jax.tree.leaves(attack.arrays)
+    moved = [not np.array_equal(a, b) for a, b in zip(before, jax.tree.leaves(whole_attack.arrays), strict=True)]
+    assert all(moved)
+    alone, _ = go(make_run('alone', devices=1), 6)
+    assert_trees_close(alone.classifier.params, whole.classifier.params, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ('options', 'names'),
+    [
+        ({'input_aware.mask_epochs': 0.0}, 'mask_epochs'),
+        ({'input_aware.mask_density': 1.0}, 'mask_density'),
+        ({'input_aware.generator_learning_rate': -1.0}, 'generator_learning_rate'),
+        ({'input_aware.diversity_weight': -1.0}, 'diversity_weight'),
+        ({'poisoned_share': 0.6}, 'at most 0.5'),
+        ({'poisoned_share': 0.01}, 'without an attacked or a cross image'),
+    ],
+)
+def test_options_that_cannot_be(config, options, names):
+    config.attack.name, config.dataset = 'input_aware', 'mnist5k'
+    config.attack.update_from_flattened_dict(options)
+    with pytest.raises(UserError, match=names):
+        validation.validate(config)
