@@ -1,6 +1,8 @@
 """CIFAR-10 and PreActResNet18 as in the paper: 100 epochs, batch 128, SGD 0.01 with cosine decay; for an accelerator.
 
-    python -m aft_jax.main --config=configs/cifar10.py --workdir=runs/cifar10 --config.attack.name=blend
+    python -m aft_jax.main --config=configs/cifar10.py:blend --workdir=runs/cifar10-blend
+
+The name after the colon is the attack: badnets, blend, sig, wanet, input_aware or none.
 
 Preparing the set takes TensorFlow: pip install 'aft_jax[prepare]'. Needs a network the first time. Not run by us yet
 on real CIFAR-10.
@@ -9,8 +11,9 @@ on real CIFAR-10.
 from aft_jax.config import default_config
 
 
-def get_config():
+def get_config(attack='badnets'):
     config = default_config()
+    config.attack.name = attack
     config.dataset = 'cifar10'
     config.augment.crop = 4
     config.augment.flip = True

@@ -1,13 +1,16 @@
 """5,000 real MNIST digits that pip brings along: small enough for a laptop, and for trying any attack or defense.
 
-python -m aft_jax.main --config=configs/mnist5k.py --workdir=runs/mnist5k --config.attack.name=sig
+    python -m aft_jax.main --config=configs/mnist5k.py:sig --workdir=runs/mnist5k-sig
+
+The name after the colon is the attack.
 """
 
 from aft_jax.config import default_config
 
 
-def get_config():
+def get_config(attack='badnets'):
     config = default_config()
+    config.attack.name = attack
     config.dataset = 'mnist5k'
     config.augment.crop = 2
     config.model.name = 'mnist_cnn'

@@ -9,8 +9,7 @@ from configs import mnist5k
 
 
 def get_config():
-    config = mnist5k.get_config()
-    config.attack.name = 'blend'
+    config = mnist5k.get_config('blend')
     config.attack.label_mode = 'all2one'
     config.defenses = 'ft,aft'
     return config

@@ -57,15 +57,23 @@ def adversarial(model, images, labels):
     return images + TRAVELLED * uphill
 
 
-def step(recipe, seed=0):
+def step(recipe):
     """One step of AFT on the fixed batch; returns (parameters, metrics) as NumPy."""
+    return steps(recipe, [0])[0]
+
+
+def steps(recipe, seeds):
+    """The same step with one key after another, each from the same state."""
     optimiser = sgd(RATE, 'constant', 10, weight_decay=0.0)
     batch = {'images': jnp.asarray(IMAGES), 'labels': jnp.asarray(LABELS), 'fixed': SUSPECT | {'batch_stats': {}}}
     before = state.create(jax.tree.map(jnp.asarray, MODEL), optimiser)
     taken = jax.jit(partial(aft.aft_step, module=Linear(), optimiser=optimiser, recipe=recipe))
-    after, metrics = taken(before, batch, jax.random.key(seed))
-    assert int(after.step) == 1
-    return jax.tree.map(np.asarray, after.params['Dense_0']), jax.tree.map(np.asarray, metrics)
+    results = []
+    for seed in seeds:
+        after, metrics = taken(before, batch, jax.random.key(seed))
+        assert int(after.step) == 1
+        results.append(jax.tree.map(np.asarray, (after.params['Dense_0'], metrics)))
+    return results
 
 
 def test_share_one_trains_on_adversarial_examples_alone():
@@ -130,7 +138,7 @@ def test_the_key_decides_augmentation_and_start():
         RECIPE._replace(adversarial_share=0.0, augment=ml_collections.ConfigDict(dict(NOTHING, crop=1))),
         RECIPE._replace(pgd=RECIPE.pgd._replace(random_start=True)),
     ):
-        first, again, other = (step(recipe, seed)[1]['loss'] for seed in (0, 0, 1))
+        first, again, other = (metrics['loss'] for _, metrics in steps(recipe, [0, 0, 1]))
         assert first == again != other
 
 
@@ -155,23 +163,22 @@ def purify(make_run, config, holdings):
     return call
 
 
-def test_phases_switch_at_the_right_step(purify):
+def assert_left_alone(holdings, before, after):
+    """Asserts that the suspect is what it was, and that the purified model is another."""
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, holdings.variables), before)
+    assert not np.allclose(after.params['Dense_0']['kernel'], before['params']['Dense_0']['kernel'])
+    assert not np.allclose(after.batch_stats['BatchNorm_0']['mean'], before['batch_stats']['BatchNorm_0']['mean'])
+
+
+def test_aft_switches_phases_at_the_right_step_and_leaves_the_suspect_alone(purify, holdings):
     """24 images in batches of 8 are 3 steps an epoch: 2 adversarial epochs of 3 are 6 steps of 9."""
+    before = jax.tree.map(np.array, holdings.variables)
     after, record = purify('aft', epochs=3, adversarial_epochs=2.0, pgd_steps=1)
     assert int(after.step) == 9
     assert {line['stage'] for line in record} == {'purify/aft'}
     assert [line['step'] for line in record] == list(range(1, 10))
     assert ['fooled' in line for line in record] == [True] * 6 + [False] * 3
-
-
-@pytest.mark.parametrize('defense', ['aft', 'ft'])
-def test_the_suspect_model_is_left_alone(purify, holdings, defense):
-    before = jax.tree.map(np.array, holdings.variables)
-    options = {'aft': {'adversarial_epochs': 1.0, 'pgd_steps': 1}, 'ft': {}}[defense]
-    after, _ = purify(defense, epochs=1, **options)
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, holdings.variables), before)
-    assert not np.allclose(after.params['Dense_0']['kernel'], before['params']['Dense_0']['kernel'])
-    assert not np.allclose(after.batch_stats['BatchNorm_0']['mean'], before['batch_stats']['BatchNorm_0']['mean'])
+    assert_left_alone(holdings, before, after)
 
 
 def test_distillation_holds_the_purified_model_to_the_suspect(purify, holdings, tiny_net):
@@ -193,7 +200,8 @@ def test_distillation_holds_the_purified_model_to_the_suspect(purify, holdings, 
     assert divergence[20.0] < 0.5 * divergence[0.0]
 
 
-def test_fine_tuning_lowers_the_loss(purify, holdings, tiny_net):
+def test_fine_tuning_lowers_the_loss_and_leaves_the_suspect_alone(purify, holdings, tiny_net):
+    given = jax.tree.map(np.array, holdings.variables)
     after, record = purify('ft', epochs=10, learning_rate=0.05)
     assert int(after.step) == 30 == len(record)
     images = holdings.images.astype(np.float32) / 255
@@ -203,3 +211,4 @@ def test_fine_tuning_lowers_the_loss(purify, holdings, tiny_net):
     )
     assert now < 0.5 * before
     assert np.mean([line['loss'] for line in record[-3:]]) < 0.5 * np.mean([line['loss'] for line in record[:3]])
+    assert_left_alone(holdings, given, after)

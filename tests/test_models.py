@@ -10,6 +10,8 @@ import scipy.signal
 
 from aft_jax import models
 from aft_jax.models.layers import conv
+from aft_jax.models.mnist_cnn import MnistCNN
+from aft_jax.models.preact_resnet import PreActResNet
 
 MNIST_SHAPE, SMALL_SHAPE = (28, 28, 1), (8, 8, 3)
 
@@ -165,6 +167,11 @@ MNIST_CNN = (9 * 32 + 32) + 64 + (9 * 32 * 64 + 64) + 128 + (9 * 64 * 64 + 64) +
 )
 def test_parameter_counts(config, name, depth, shape, expected, total):
     assert count_parameters(build(config, name, depth=depth), shape) == expected == total
+
+
+def test_the_modules_own_defaults_are_the_papers():
+    assert count_parameters(PreActResNet(10), (32, 32, 3)) == PREACT_18
+    assert count_parameters(MnistCNN(10), MNIST_SHAPE) == MNIST_CNN
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def poison_batch(
     count = round(config.attack.poisoned_share * len(labels))
     if attack.clean_label:
         of_target = labels == attack.target_map[0]
-        wanted = jnp.ceil(config.attack.poisoned_share * of_target.sum()).astype(jnp.int32)
+        wanted = jnp.ceil(config.attack.poisoned_share * of_target.sum(dtype=jnp.float32)).astype(jnp.int32)
         chosen = of_target & (jnp.cumsum(of_target) <= wanted)
         return jnp.where(chosen[:, None, None, None], attack.trigger(attack.arrays, images), images), labels
     stamped = attack.trigger(attack.arrays, images[:count])

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Makes table.csv beside it: three attacks, both label modes, FT and AFT, on all of Fashion-MNIST.
+#
+#     bash docs/results/fashion_mnist/run.sh runs/fashion [--config.seed=1 ...]
+#
+# Resumable: a finished run is loaded, an interrupted one goes on.
+set -euo pipefail
+runs=$1
+shift
+python=${PYTHON:-python}
+workdirs=()
+for mode in all2one all2all; do
+  for attack in badnets blend sig; do
+    workdirs+=("$runs/$attack-$mode")
+    "$python" -m aft_jax.main --config=configs/fashion_mnist.py --workdir="$runs/$attack-$mode" \
+      --config.attack.name="$attack" --config.attack.label_mode="$mode" --config.defenses=ft,aft "$@"
+  done
+done
+"$python" -m aft_jax.collect "${workdirs[@]}" | tee "$runs/table.csv"
