@@ -112,8 +112,8 @@ def default_config() -> ml_collections.ConfigDict:
                 'mask_learning_rate': 0.01,
                 'mask_density': 0.032,  # share of the image that the mask may cover at no cost
                 'mask_weight': 100.0,
-                # The authors' 1 is on normalised images, whose distances are 2 (MNIST) or 4 times (CIFAR-10) these.
-                'mask_diversity_weight': 2.0,
+                # Distances are those of [0, 1] pixels; on normalised images they would be larger.
+                'mask_diversity_weight': 1.0,
                 'generator_learning_rate': 0.01,
                 'diversity_weight': 1.0,
             },

@@ -144,10 +144,10 @@ def test_the_key_decides_augmentation_and_start():
 
 @pytest.fixture
 def holdings(dataset, tiny_net, tiny_variables):
-    """24 clean images and a suspect model whose variables may not be written."""
-    frozen = jax.tree.map(np.array, tiny_variables)
-    jax.tree.map(lambda array: array.setflags(write=False), frozen)
-    return Holdings(tiny_net, jax.tree.map(jnp.asarray, frozen), dataset.train_images[:24], dataset.train_labels[:24])
+    """24 clean images and a suspect model that is sure of what it says, mostly wrongly."""
+    suspect = jax.tree.map(np.array, tiny_variables)
+    suspect['params']['Dense_1']['kernel'] *= 15
+    return Holdings(tiny_net, jax.tree.map(jnp.asarray, suspect), dataset.train_images[:24], dataset.train_labels[:24])
 
 
 @pytest.fixture
@@ -197,7 +197,9 @@ def test_distillation_holds_the_purified_model_to_the_suspect(purify, holdings, 
         after, _ = purify('aft', f'{weight}', **options)
         purified = jax.nn.softmax(tiny_net.apply(after.variables, images))
         divergence[weight] = scipy.special.rel_entr(suspect, purified).sum(axis=1).mean()
-    assert divergence[20.0] < 0.5 * divergence[0.0]
+    unsure = scipy.special.rel_entr(suspect, np.full_like(suspect, 0.25)).sum(axis=1).mean()  # of a model of no opinion
+    print(divergence, unsure)
+    assert divergence[20.0] < 0.5 * min(divergence[0.0], unsure)
 
 
 def test_fine_tuning_lowers_the_loss_and_leaves_the_suspect_alone(purify, holdings, tiny_net):
