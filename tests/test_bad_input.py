@@ -173,6 +173,21 @@ def test_a_process_of_its_own_says_the_same(tmp_path):
     assert_one_sentence(2, (tmp_path / 'log').read_text(), "Did you mean 'blend'")
 
 
+def test_no_network_for_a_set_that_is_not_prepared(tmp_path):
+    nobody = 'http://127.0.0.1:9'  # the discard port: no proxy listens there
+    proxies = {name: nobody for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY')}
+    arguments = [
+        f'--config={ROOT}/configs/cifar10.py',
+        f'--workdir={tmp_path}/run',
+        f'--config.data.dir={tmp_path}/data',
+    ]
+    process = start(arguments, tmp_path / 'log', no_proxy='', NO_PROXY='', **proxies)
+    assert process.wait(timeout=120) == 2
+    last = (tmp_path / 'log').read_text().splitlines()[-1]
+    assert_one_sentence(2, last, f"cifar10.*{tmp_path}/data.*(could not be downloaded|pip install aft_jax.prepare)")
+    assert not (tmp_path / 'run').exists()
+
+
 def test_help_is_not_a_mistake(tmp_path):
     process = start(['--help'], tmp_path / 'log')
     assert process.wait(timeout=60) == 0

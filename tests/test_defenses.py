@@ -144,10 +144,8 @@ def test_the_key_decides_augmentation_and_start():
 
 @pytest.fixture
 def holdings(dataset, tiny_net, tiny_variables):
-    """24 clean images and a suspect model that is sure of what it says, mostly wrongly."""
-    suspect = jax.tree.map(np.array, tiny_variables)
-    suspect['params']['Dense_1']['kernel'] *= 15
-    return Holdings(tiny_net, jax.tree.map(jnp.asarray, suspect), dataset.train_images[:24], dataset.train_labels[:24])
+    """24 clean images and a fresh network as the suspect model."""
+    return Holdings(tiny_net, tiny_variables, dataset.train_images[:24], dataset.train_labels[:24])
 
 
 @pytest.fixture
@@ -181,25 +179,35 @@ def test_aft_switches_phases_at_the_right_step_and_leaves_the_suspect_alone(puri
     assert_left_alone(holdings, before, after)
 
 
-def test_distillation_holds_the_purified_model_to_the_suspect(purify, holdings, tiny_net):
-    """The teacher is the suspect from the first step to the last: another would not hold the student in place."""
-    images = holdings.images.astype(np.float32) / 255
-    suspect = jax.nn.softmax(tiny_net.apply(holdings.variables, images))
-    divergence = {}
-    for weight in (0.0, 20.0):
-        options = {
-            'epochs': 8,
-            'adversarial_epochs': 0.4,
-            'pgd_steps': 1,
-            'distillation': weight,
-            'learning_rate': 0.02,
-        }
-        after, _ = purify('aft', f'{weight}', **options)
-        purified = jax.nn.softmax(tiny_net.apply(after.variables, images))
-        divergence[weight] = scipy.special.rel_entr(suspect, purified).sum(axis=1).mean()
-    unsure = scipy.special.rel_entr(suspect, np.full_like(suspect, 0.25)).sum(axis=1).mean()  # of a model of no opinion
-    print(divergence, unsure)
-    assert divergence[20.0] < 0.5 * min(divergence[0.0], unsure)
+def test_the_teacher_of_distillation_is_the_suspect_in_every_step(make_run, config, dataset):
+    """Two steps of purifying by hand: the teacher agrees with the student in the first and no longer in the second."""
+    images, labels, weight = dataset.train_images[:24], dataset.train_labels[:24] % 2, 30.0
+    suspect = jax.tree.map(lambda array: np.repeat(array, 4, axis=0) / 2 if array.ndim == 2 else array, SUSPECT)
+    config.batch_size = 24  # all images in each step, so that their order is of no consequence
+    config.train.weight_decay = 0.0
+    nearly_none = {'adversarial_share': 0.01, 'adversarial_epochs': 1.0, 'max_grad_norm': 0.0}
+    config.aft.update(
+        nearly_none | {'epochs': 2, 'learning_rate': RATE, 'schedule': 'constant', 'distillation': weight}
+    )
+    run = make_run()
+    held = Holdings(Linear(), suspect | {'batch_stats': {}}, images, labels)
+    DEFENSES['aft'](run, 'purify/aft', held, resolve(config))
+    first, second = [json.loads(line)['loss'] for line in (run.workdir / 'metrics.jsonl').read_text().splitlines()]
+
+    x = images / 255
+    z = logits(suspect, x)
+    error = (scipy.special.softmax(z, axis=1) - np.eye(2)[labels]) / 24
+    dense = suspect['params']['Dense_0']
+    moved = {
+        'kernel': dense['kernel'] - RATE * x.reshape(24, 64).T @ error,
+        'bias': dense['bias'] - RATE * error.sum(0),
+    }
+    after = logits({'params': {'Dense_0': moved}}, x)
+    p, q = scipy.special.softmax(z, axis=1), scipy.special.softmax(after, axis=1)
+    divergence = scipy.special.rel_entr(p, q).sum(axis=1).mean()
+    np.testing.assert_allclose(first, cross_entropy(z, labels), rtol=1e-4)
+    np.testing.assert_allclose(second, cross_entropy(after, labels) + weight * divergence, rtol=1e-4)
+    assert weight * divergence > 0.1
 
 
 def test_fine_tuning_lowers_the_loss_and_leaves_the_suspect_alone(purify, holdings, tiny_net):
