@@ -30,7 +30,7 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Where results and checkpoints g
 def main(arguments: list[str]) -> int:
     """Runs one experiment and prints its table; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
-    logging.getLogger('absl').setLevel(logging.ERROR)
+    logging.getLogger('absl').setLevel(logging.CRITICAL)  # Orbax tells of damage in many lines; we in one
     if {'--help', '-h', '--helpfull'} & set(arguments):
         print(__doc__)
         return 0
