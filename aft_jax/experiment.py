@@ -21,7 +21,7 @@ from aft_jax.randomness import key_for
 from aft_jax.report import gallery, pictures
 from aft_jax.training import optimiser, state
 from aft_jax.training.loop import Phase, Run, fit
-from aft_jax.training.mesh import make_mesh
+from aft_jax.training.mesh import check_batch_size, make_mesh
 from aft_jax.training.metrics import MetricWriter
 
 
@@ -76,11 +76,14 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
     config = resolve(config)
     dataset = data.load(config.dataset, config.data)
     validation.validate_against_data(config, dataset)
+    mesh = make_mesh()
+    check_batch_size(mesh, config.batch_size, 'batch_size')
+    victim = prepare(config, dataset)
+    # Only now: a config that cannot be carried out must not take the directory.
     writes = jax.process_index() == 0
     workdir.claim(directory, config, writes)
 
-    victim = prepare(config, dataset)
-    run = Run(config.seed, directory, make_mesh(), MetricWriter(directory), config.run)
+    run = Run(config.seed, directory, mesh, MetricWriter(directory), config.run)
     judge = Judge(victim, run)
     try:
         infected = infect(run, victim, config, judge)

@@ -2,7 +2,7 @@
 
     python -m aft_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Expect (ACC/ASR in percent, seed 0): infected 96/100, FT 95/99, AFT 95/1.
+Expect (ACC/ASR in percent, seed 0): infected 97/100, FT 96/99, AFT 97/0.
 """
 
 from configs import mnist5k

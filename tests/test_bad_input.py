@@ -113,6 +113,7 @@ def test_data_mistakes(argument, npz, tmp_path, capsys):
     arguments = [npz, '--config.attack.name=badnets', '--config.clean_share=0.5', argument]
     status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments], capsys)
     assert_one_sentence(status, text, DATA_MISTAKES[argument])
+    assert not (tmp_path / 'run').exists()  # so that the corrected command can have it
 
 
 def test_a_pattern_that_is_no_picture(npz, tmp_path, capsys):

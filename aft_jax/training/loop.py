@@ -181,5 +181,5 @@ def _check_finite(stage: str, step: int, values: dict[str, float]) -> None:
     if broken:
         raise UserError(
             f'{stage} stopped before step {step}: {broken[0]} is no longer a finite number; lower its learning rate '
-            '(nothing was saved after the last good checkpoint).'
+            '(in a --workdir of its own; the checkpoints here are good ones).'
         )
