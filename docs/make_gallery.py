@@ -1,6 +1,8 @@
 """Draws docs/triggers.png: what each attack whose trigger needs no training does to Fashion-MNIST images.
 
     python docs/make_gallery.py
+
+The input-aware attack's trigger is a trained network: a run with it has its own report/triggers.png.
 """
 
 from pathlib import Path

@@ -185,7 +185,7 @@ def test_no_network_for_a_set_that_is_not_prepared(tmp_path):
     process = start(arguments, tmp_path / 'log', no_proxy='', NO_PROXY='', **proxies)
     assert process.wait(timeout=120) == 2
     last = (tmp_path / 'log').read_text().splitlines()[-1]
-    assert_one_sentence(2, last, f"cifar10.*{tmp_path}/data.*(could not be downloaded|pip install aft_jax.prepare)")
+    assert_one_sentence(2, last, f'cifar10.*{tmp_path}/data.*(could not be downloaded|pip install aft_jax.prepare)')
     assert not (tmp_path / 'run').exists()
 
 
