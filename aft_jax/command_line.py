@@ -31,7 +31,9 @@ def parse(arguments: list[str]) -> None:
         rest = flags.FLAGS(arguments)
     except Exception as error:  # absl and ml_collections raise errors of many kinds, all about the command line.
         _explain_unknown_field(arguments)
-        text = ' '.join(str(error.args[0] if error.args else error).split())
+        text = str(error.args[0] if error.args else error)
+        # ml_collections hands on the whole traceback of a config file that fails.
+        text = _last_line(error) if 'Traceback' in text else ' '.join(text.split())
         raise UserError(f'the command line cannot be understood: {text}') from error
     if rest[1:]:
         raise UserError(f'{rest[1]!r} is not a flag; fields are set as --config.FIELD=VALUE.')

@@ -40,6 +40,8 @@ AFT_PRESETS: dict[str, dict[str, Any]] = {
         'max_grad_norm': 1.0,
     },
 }
+# The same for a clean set of a few hundred images, where an epoch is a step or two.
+AFT_PRESETS['small'] = AFT_PRESETS['default'] | {'epochs': 200, 'adversarial_epochs': 100.0, 'learning_rate': 0.01}
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -20,6 +20,7 @@ from aft_jax.evaluation import Predictor, Scores, score
 from aft_jax.randomness import key_for
 from aft_jax.report import gallery, pictures
 from aft_jax.training import optimiser, state
+from aft_jax.training.checkpoint import checksum
 from aft_jax.training.loop import Phase, Run, fit
 from aft_jax.training.mesh import check_batch_size, make_mesh
 from aft_jax.training.metrics import MetricWriter
@@ -81,7 +82,7 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
     victim = prepare(config, dataset)
     # Only now: a config that cannot be carried out must not take the directory.
     writes = jax.process_index() == 0
-    workdir.claim(directory, config, writes)
+    workdir.claim(directory, config, checksum(dataset.arrays), writes)
 
     run = Run(config.seed, directory, mesh, MetricWriter(directory), config.run)
     judge = Judge(victim, run)
@@ -90,7 +91,7 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
         attack = infected.attack
         if writes:
             write_manifest(directory / 'poison.npz', attack, victim.poisoned, victim.clean)
-        outcome = results.begin(config, run.mesh)
+        outcome = results.begin(config, run.mesh, directory / 'results.json')
         before = judge(infected.variables, attack)
         results.add_infected(outcome, before, infected.seconds)
         purified = {}
@@ -102,7 +103,7 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
                 dataset.train_labels[victim.clean],
             )
             for name in validation.names(config.defenses):
-                fitted = DEFENSES[name](run, f'purify/{name}', holdings, config)
+                fitted = DEFENSES[name](run, f'purify/{name}', holdings, defender_config(config, name))
                 purified[name] = fitted.state.variables
                 results.add_purified(outcome, name, before, judge(purified[name], attack), fitted.seconds)
     finally:
@@ -112,6 +113,11 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
     if writes and 'report' in config.stages:
         draw(directory / 'report', victim, infected, purified, judge, outcome)
     return outcome
+
+
+def defender_config(config: ml_collections.ConfigDict, defense: str) -> ml_collections.ConfigDict:
+    """Returns what a defender may read of the config: nothing of the attack."""
+    return ml_collections.ConfigDict({field: config[field] for field in ('batch_size', 'train', 'augment', defense)})
 
 
 def prepare(config: ml_collections.ConfigDict, dataset: Dataset) -> Victim:

@@ -12,13 +12,12 @@ Exit status: 0 done, 2 something that you can put right, 130 interrupted.
 
 import logging
 import sys
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
 from aft_jax.command_line import parse
-from aft_jax.errors import UserError
+from aft_jax.errors import UserError, user_path
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -40,7 +39,7 @@ def main(arguments: list[str]) -> int:
         from aft_jax import results
         from aft_jax.experiment import run_experiment
 
-        workdir = Path(str(_WORKDIR.value)).expanduser()
+        workdir = user_path(str(_WORKDIR.value), '--workdir')
         print(results.table(run_experiment(_CONFIG.value, workdir)))
         print(f'\nResults, pictures and checkpoints are in {workdir}')
     except UserError as error:

@@ -3,7 +3,9 @@
 Shares are in 0..1, times in seconds; a share that does not exist (ASR without an attack) is null.
 """
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,8 +17,18 @@ from aft_jax.evaluation import Scores, defense_effectiveness
 SCHEMA = 1
 
 
-def begin(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
-    """Returns the results of an experiment that has measured nothing yet."""
+def begin(config: ml_collections.ConfigDict, mesh: Mesh, path: Path) -> dict[str, Any]:
+    """Returns the results of an experiment that has measured nothing yet in this start.
+
+    Args:
+        config: The resolved config.
+        mesh: The devices.
+        path: Of results.json, from which defenses that an earlier start of the same config measured are kept.
+    """
+    try:
+        earlier = json.loads(path.read_text())['purified']
+    except (OSError, ValueError, KeyError):
+        earlier = {}
     return {
         'schema': SCHEMA,
         'dataset': config.dataset,
@@ -26,7 +38,7 @@ def begin(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
         'seed': config.seed,
         'clean_share': config.clean_share,
         'infected': {},
-        'purified': {},
+        'purified': earlier,
         'environment': {
             'jax': jax.__version__,
             'backend': jax.default_backend(),

@@ -1,22 +1,26 @@
 """Finds what is wrong with a config before anything slow starts, and says it in one sentence."""
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import ml_collections
 
 from aft_jax import attacks, data, models
 from aft_jax.adversarial import NORMS
 from aft_jax.command_line import suggestion
-from aft_jax.config import AFT_PRESETS
+from aft_jax.config import AFT_PRESETS, default_config
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES
 from aft_jax.errors import UserError
 from aft_jax.training.optimiser import SCHEDULES
+from aft_jax.workdir import flatten
 
 STAGES = ('infect', 'purify', 'report')
 DTYPES = ('float32', 'bfloat16')
 # The largest budgets that still make sense for images in [0, 1].
 LARGEST_LINF = 1.0
+LARGEST_SIDE = 4096
 
 
 def names(text: str) -> list[str]:
@@ -33,6 +37,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     Raises:
         UserError: The first wrong field, with the values that are allowed.
     """
+    _validate_structure(config)
     data.check_name(config.dataset)
     _one_of('model.name', config.model.name, models.NAMES)
     _one_of('attack.name', config.attack.name, attacks.NAMES)
@@ -72,6 +77,39 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(f'model.std={config.model.std} must be positive.')
     _validate_attack(config)
     _validate_aft(config)
+    for field in ('data.size', 'data.pad'):
+        if _value(config, field) > LARGEST_SIDE:
+            raise UserError(f'{field}={_value(config, field)} is more than {LARGEST_SIDE} pixels.')
+
+
+def _validate_structure(config: ml_collections.ConfigDict) -> None:
+    """Every field of the defaults, no other, each of its default's kind, and every number finite."""
+    defaults, found = flatten(default_config().to_dict()), flatten(config.to_dict())
+    for field in found:
+        if field not in defaults:
+            raise UserError(f'the config has a field {field!r} that does not exist.{suggestion(field, defaults)}')
+    for field, default in defaults.items():
+        if field not in found:
+            raise UserError(f'the config lacks the field {field!r}; start from aft_jax.config.default_config().')
+        value = found[field]
+        if not _fits(value, default):
+            kind = 'a finite number' if isinstance(default, float) else f'of the kind of {default!r}'
+            raise UserError(f'{field}={value!r} should be {kind}.')
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value is of its default's kind, and a finite one where it is a number."""
+    match default:
+        case tuple():
+            return isinstance(value, tuple | list) and all(_fits(item, default[0]) for item in value)
+        case bool() | str():
+            return isinstance(value, type(default))
+        case int():
+            return isinstance(value, int) and not isinstance(value, bool)
+        case float():
+            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # An AFT field, whose kind its placeholder has seen to.
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _validate_attack(config: ml_collections.ConfigDict) -> None:
@@ -101,6 +139,11 @@ def _validate_attack(config: ml_collections.ConfigDict) -> None:
         )
     if options.name in ('wanet', 'input_aware'):
         _validate_cross(config)
+    elif options.poisoning == 'per_batch' and round(options.poisoned_share * config.batch_size) == 0:
+        raise UserError(
+            f'attack.poisoned_share={options.poisoned_share} of a batch of {config.batch_size} is less than one image; '
+            'raise either.'
+        )
     if options.name == 'blend' and options.blend.alpha < 1 / 255:
         raise UserError(f'attack.blend.alpha={options.blend.alpha} changes no stored pixel; use at least 1/255.')
 
@@ -142,8 +185,11 @@ def _validate_aft(config: ml_collections.ConfigDict) -> None:
             raise UserError(f'aft.{field}={aft[field]} must be positive.')
     if aft['adversarial_epochs'] > aft['epochs']:
         raise UserError(f'aft.adversarial_epochs={aft["adversarial_epochs"]} is more than aft.epochs={aft["epochs"]}.')
-    if not 0 < aft['adversarial_share'] <= 1:
-        raise UserError(f'aft.adversarial_share={aft["adversarial_share"]} must lie above 0 and at most at 1.')
+    if not 0 < aft['adversarial_share'] <= 1 or round(aft['adversarial_share'] * config.batch_size) == 0:
+        raise UserError(
+            f'aft.adversarial_share={aft["adversarial_share"]} must lie above 0 and at most at 1, and be '
+            'at least one image of a batch.'
+        )
     for field in ('distillation', 'max_grad_norm'):
         if aft[field] < 0:
             raise UserError(f'aft.{field}={aft[field]} must not be negative.')
@@ -165,7 +211,9 @@ def validate_against_data(config: ml_collections.ConfigDict, dataset: Dataset) -
             f'batch_size={config.batch_size} is larger than the training set of {config.dataset}, which has '
             f'{len(dataset.train_labels)} images.'
         )
-    channels = dataset.image_shape[2]
+    height, width, channels = dataset.image_shape
+    if config.augment.crop >= min(height, width):
+        raise UserError(f'augment.crop={config.augment.crop} moves images of {height}x{width} out of their frame.')
     for field in ('mean', 'std'):
         count = len(config.model[field])
         if count not in (1, channels):

@@ -13,17 +13,21 @@ import numpy as np
 from aft_jax.errors import UserError
 
 # Fields that a later start may change in the same directory: how the work is done and how much of it.
-FREE_FIELDS = ('run', 'stages', 'defenses')
+FREE_FIELDS = ('run', 'stages', 'defenses', 'data.dir', 'data.idx_dir')
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file so that a reader finds the old content or the new one, never a part."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', delete=False) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
 
 
 def write_text(path: Path, content: str) -> None:
@@ -43,25 +47,27 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def claim(workdir: Path, config: ml_collections.ConfigDict, writes: bool = True) -> None:
+def claim(workdir: Path, config: ml_collections.ConfigDict, data_checksum: int, writes: bool = True) -> None:
     """Makes the work directory this experiment's, or finds that it is already.
 
     Args:
         workdir: The directory; made when it is not there.
         config: The resolved config, kept as config.json.
+        data_checksum: Of the data set's arrays, kept with it, so that other data under the same name are noticed.
         writes: Whether this process writes; the others only check.
 
     Raises:
         UserError: The directory cannot be written, holds another experiment, or holds files that are not ours.
     """
     path = workdir / 'config.json'
-    wanted = json.loads(json.dumps(config.to_dict()))
+    wanted = json.loads(json.dumps(config.to_dict() | {'data_checksum': data_checksum}))
     try:
         if writes:
             workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _check_same(path, wanted)
-        elif writes and any(workdir.iterdir()):
+        # A process that died while it first wrote config.json leaves a temporary file.
+        elif writes and any(not file.name.startswith(f'.{path.name}.') for file in workdir.iterdir()):
             raise UserError(
                 f'--workdir={workdir} holds other files but no config.json; name an empty or a new directory.'
             )
@@ -79,10 +85,15 @@ def _check_same(path: Path, wanted: dict) -> None:
             f'{path} is damaged, so it cannot be told whose work this is; name another --workdir.'
         ) from None
     asked = flatten(wanted)
+    if found.get('data_checksum') != asked['data_checksum'] and found.get('dataset') == asked['dataset']:
+        raise UserError(
+            f'the data of {asked["dataset"]} are not those that --workdir={path.parent} was made with; name another '
+            'directory, or bring back the old data.'
+        )
     differing = [
         name
         for name in sorted(found.keys() | asked.keys(), key=lambda name: (name not in asked or name not in found, name))
-        if name.split('.')[0] not in FREE_FIELDS and found.get(name) != asked.get(name)
+        if not {name, name.split('.')[0]} & {*FREE_FIELDS, 'data_checksum'} and found.get(name) != asked.get(name)
     ]
     if differing:
         shown = ', '.join(f'{name} is {found.get(name)!r} there and {asked.get(name)!r} here' for name in differing[:3])

@@ -19,7 +19,5 @@ def get_config(attack='badnets'):
     config.train.epochs = 20
     # 5 % of 4,000 images are 200: an epoch is one or two steps, so a defense takes more of them.
     config.ft.epochs = 200
-    config.aft.epochs = 200
-    config.aft.adversarial_epochs = 100.0
-    config.aft.learning_rate = 0.01
+    config.aft.preset = 'small'
     return config

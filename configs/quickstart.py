@@ -8,8 +8,8 @@ Expect (ACC/ASR in percent, seed 0): infected 97/100, FT 96/99, AFT 97/0.
 from configs import mnist5k
 
 
-def get_config():
-    config = mnist5k.get_config('blend')
+def get_config(attack='blend'):
+    config = mnist5k.get_config(attack)
     config.attack.label_mode = 'all2one'
     config.defenses = 'ft,aft'
     return config

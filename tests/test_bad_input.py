@@ -63,6 +63,11 @@ CONFIG_MISTAKES = {
     '--config.train.learning_rate=-0.1': 'train.learning_rate=-0.1 must be positive',
     '--config.attack.blend.alpha=1.5': 'alpha=1.5',
     '--config.model.std=(0.0,)': 'model.std',
+    '--config.train.learning_rate=nan': 'train.learning_rate=nan should be a finite number',
+    '--config.aft.eps=inf': 'aft.eps=inf should be',
+    "--config.model.mean=('a',)": 'model.mean=.* should be',
+    '--config.data.pad=100000': 'more than 4096 pixels',
+    '--config.aft.adversarial_share=0.001': 'at least one image of a batch',
     '--confg=x': 'Did you mean.*config',
     'quickstart': "'quickstart' is not a flag",
 }
@@ -91,7 +96,36 @@ def test_missing_flags(tmp_path, capsys):
 def test_a_config_file_that_fails(tmp_path, capsys):
     broken = tmp_path / 'broken.py'
     broken.write_text('def get_config():\n    return 1 / 0\n')
-    assert_one_sentence(*run_here([f'--config={broken}', f'--workdir={tmp_path}/run'], capsys), 'division by zero')
+    arguments = [f'--config={broken}', f'--workdir={tmp_path}/run']
+    assert_one_sentence(*run_here(arguments, capsys), 'division by zero')
+    assert_one_sentence(*run_here([*arguments, '--config.seed=1'], capsys), 'division by zero')
+
+
+def test_a_config_file_with_other_fields(tmp_path, capsys):
+    text = (
+        'from aft_jax.config import default_config\ndef get_config():\n    c = default_config()\n    {}\n    return c\n'
+    )
+    mistakes = {
+        'c.train.learning_rte = 5.0': "'train.learning_rte' that does not exist. Did you mean 'train.learning_rate'",
+        'del c.model': "lacks the field 'model.",
+        'c.train.unlock(); c.train["epochs"] = "x"': 'cannot be .*epochs',
+    }
+    for i, (line, expected) in enumerate(mistakes.items()):
+        path = tmp_path / f'config{i}.py'
+        path.write_text(text.format(line))
+        assert_one_sentence(*run_here([f'--config={path}', f'--workdir={tmp_path}/run'], capsys), expected)
+
+
+def test_a_share_of_no_image_in_a_batch(tmp_path, capsys):
+    arguments = ['--config.attack.poisoning=per_batch', '--config.attack.poisoned_share=0.001']
+    status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments], capsys)
+    assert_one_sentence(status, text, 'poisoned_share=0.001 of a batch of 128 is less than one image')
+
+
+def test_the_home_of_nobody(capsys):
+    assert_one_sentence(
+        *run_here([CONFIG, '--workdir=~nobody-at-all/run'], capsys), 'home of a user who does not exist'
+    )
 
 
 # What only the data can tell; `npz` has 400 training images of 12x12 in 4 classes.
@@ -102,6 +136,7 @@ DATA_MISTAKES = {
     '--config.clean_share=0.95': 'asks for 380 clean images, but only 360 were not poisoned',
     '--config.attack.poisoned_share=0.0001': 'less than one image',
     '--config.batch_size=130': 'batch_size=130 cannot be divided among 4 devices; 128 or 132 would work',
+    '--config.augment.crop=12': 'moves images of 12x12 out of their frame',
     '--config.model.mean=(0.5,0.5,0.5)': 'model.mean has 3 values, .* 1 channel;',
     '--config.attack.badnets.row=11': 'does not fit images of 12x12',
     '--config.attack.badnets.pattern=01/1': 'rows of 0 and 1 of one length',

@@ -17,13 +17,12 @@ def test_every_config_is_valid(name):
     module = importlib.import_module(f'configs.{name}')
     validation.validate(module.get_config())
     assert f'--config=configs/{name}.py' in module.__doc__
-    if name == 'quickstart':
-        return
     for attack in attacks.NAMES:
         config = module.get_config(attack)
         validation.validate(config)
         assert config.attack.name == attack
-        assert config.to_dict().keys() == default_config().to_dict().keys()
+        config.aft.preset = 'released'
+        assert resolve(config).aft.to_dict() == {'preset': 'released'} | AFT_PRESETS['released']
 
 
 def test_a_preset_fills_what_the_config_leaves_open():

@@ -106,6 +106,24 @@ def test_a_defense_can_be_added_later(npz, tmp_path, capsys):
     assert both['purified']['ft'] == first['purified']['ft']
     assert both['infected'] == first['infected']
     assert both['purified'].keys() == {'ft', 'aft'}
+    # What was measured stays, whatever a later start asks for.
+    assert run(npz, tmp_path / 'run', capsys, '--config.stages=("infect",)') == both
+
+
+def test_other_data_under_the_same_name_are_noticed(npz, tmp_path, capsys):
+    workdir = tmp_path / 'run'
+    infect_only = '--config.stages=("infect",)'
+    workdir.mkdir()
+    (workdir / '.config.json.abc').write_text('{')  # of a process that was killed in its first moment
+    run(npz, workdir, capsys, infect_only)
+    with np.load(npz) as arrays:
+        changed = dict(arrays)
+    changed['train_images'][0, 0, 0, 0] ^= 1
+    np.savez(npz, **changed)
+    arguments = [f'--config={ROOT}/configs/mnist5k.py', f'--workdir={workdir}', f'--config.dataset=npz:{npz}']
+    arguments += ['--config.batch_size=16', '--config.clean_share=0.25', infect_only]
+    status, text = run_here(arguments, capsys)
+    assert status == 2 and 'are not those that' in text and len(text.splitlines()) == 1
 
 
 def test_a_preact_resnet_on_colour(tmp_path, capsys):

@@ -368,7 +368,7 @@ def test_a_damaged_checkpoint_is_skipped_and_the_one_before_used(
         assert [r.levelname for r in told] == ['WARNING'] and str(directory / '4') in told[0].getMessage()
         checkpoints.save(4, small_state(4), {'seconds': 5.0})  # its place is free again
     assert_trees_close(restore(directory)[0], small_state(4))
-    assert (tmp_path / 'stage.damaged' / '4').is_dir()
+    assert (tmp_path / 'stage.damaged' / '4-0').is_dir()
 
 
 def test_all_damaged_starts_anew(saved_twice, tmp_path, caplog):

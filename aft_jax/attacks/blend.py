@@ -1,13 +1,11 @@
 """Blend: a faint picture over the whole image (Chen et al., "Targeted Backdoor Attacks on Deep Learning", 2017)."""
 
-from pathlib import Path
-
 import jax
 import ml_collections
 import numpy as np
 
 from aft_jax.attacks.attack import Attack
-from aft_jax.errors import UserError
+from aft_jax.errors import UserError, user_path
 from aft_jax.randomness import generator_for
 
 
@@ -43,7 +41,7 @@ def _read_picture(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
 
     height, width, channels = image_shape
     try:
-        with Image.open(Path(path).expanduser()) as picture:
+        with Image.open(user_path(path, 'attack.blend.pattern_path')) as picture:
             resized = picture.convert('L' if channels == 1 else 'RGB').resize(
                 (width, height), Image.Resampling.BILINEAR
             )

@@ -30,6 +30,11 @@ class Dataset:
         return len(self.class_names)
 
     @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """The four arrays, training first."""
+        return self.train_images, self.train_labels, self.test_images, self.test_labels
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of every image."""
         height, width, channels = self.train_images.shape[1:]

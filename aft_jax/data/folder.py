@@ -12,7 +12,7 @@ from PIL import Image
 
 from aft_jax.data import split, transform
 from aft_jax.data.dataset import Dataset
-from aft_jax.errors import UserError
+from aft_jax.errors import UserError, user_path
 
 SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.webp')
 
@@ -37,7 +37,7 @@ def load(path: str, options: Any) -> Dataset:
         UserError: If the folder is not as said above, a picture is broken, or they differ in size without
             `options.size`.
     """
-    root = pathlib.Path(path).expanduser()
+    root = user_path(path, 'dataset=folder:')
     if not root.is_dir():
         raise UserError(f'There is no folder {root}: give a folder with one sub-folder of pictures a class.')
     halves = [half for half in ('train', 'test') if (root / half).is_dir()]

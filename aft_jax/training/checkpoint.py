@@ -6,9 +6,9 @@ found out by the checksum that stands beside the arrays, moved aside, and the on
 
 import contextlib
 import gc
+import itertools
 import json
 import logging
-import shutil
 import sys
 import time
 import zlib
@@ -69,6 +69,8 @@ class Checkpoints:
             try:
                 with _abandoned_reads_are_silent():
                     return self._read(step, template)
+            except MemoryError:
+                raise
             except Exception as error:  # Orbax and TensorStore raise whatever the damage makes them raise.
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                 log.warning('The checkpoint %s is damaged and is skipped (%s).', self.directory / str(step), reason)
@@ -92,8 +94,8 @@ class Checkpoints:
         aside = self.directory.parent / f'{self.directory.name}.damaged'
         if jax.process_index() == 0:
             aside.mkdir(exist_ok=True)
-            shutil.rmtree(aside / str(step), ignore_errors=True)
-            (self.directory / str(step)).rename(aside / str(step))
+            name = next(name for i in itertools.count() if not (aside / (name := f'{step}-{i}')).exists())
+            (self.directory / str(step)).rename(aside / name)
         self._manager = self._open()
 
 
