@@ -161,7 +161,7 @@ def default_config() -> ml_collections.ConfigDict:
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Returns a frozen-in copy of `config` in which every value is set: presets and budgets filled in.
 
-    The config must have passed `validation.validate`.
+    `config.aft.preset` must be one of AFT_PRESETS.
     """
     resolved = ml_collections.ConfigDict(config.to_dict())
     for field, value in AFT_PRESETS[resolved.aft.preset].items():

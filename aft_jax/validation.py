@@ -9,7 +9,7 @@ import ml_collections
 from aft_jax import attacks, data, models
 from aft_jax.adversarial import NORMS
 from aft_jax.command_line import suggestion
-from aft_jax.config import AFT_PRESETS, default_config
+from aft_jax.config import AFT_PRESETS, default_config, resolve
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES
 from aft_jax.errors import UserError
@@ -170,11 +170,7 @@ def _validate_cross(config: ml_collections.ConfigDict) -> None:
 def _validate_aft(config: ml_collections.ConfigDict) -> None:
     _one_of('aft.preset', config.aft.preset, tuple(AFT_PRESETS))
     # The preset fills what the config leaves open, so that checks see what will be used.
-    aft = {
-        field: value if value is not None else AFT_PRESETS[config.aft.preset][field]
-        for field, value in config.aft.items()
-        if field != 'preset'
-    }
+    aft = resolve(config).aft
     _one_of('aft.norm', aft['norm'], NORMS)
     _one_of('aft.schedule', aft['schedule'], SCHEDULES)
     if aft['norm'] == 'linf':

@@ -37,7 +37,7 @@ from aft_jax.randomness import key_for
 from aft_jax.training import state
 from aft_jax.training.loop import Phase, Run, fit
 from aft_jax.training.state import Batch, Metrics, TrainState
-from aft_jax.training.steps import accuracy, cross_entropy, update
+from aft_jax.training.steps import accuracy, advance, apply_training, cross_entropy, update
 
 EPSILON = 1e-7
 
@@ -249,10 +249,10 @@ def joint_step(
     masks = sharpen(_evaluate(networks.mask, batch['fixed'], sources))
 
     def objective(params):
-        patterns, generator_stats = _apply(networks.generator, current.generator, params['generator'], sources)
+        patterns, generator_stats = apply_training(networks.generator, current.generator, params['generator'], sources)
         pasted = images[:changed] + (patterns - images[:changed]) * masks
         whole = jnp.concatenate([pasted, images[changed:]])
-        logits, classifier_stats = _apply(module, current.classifier, params['classifier'], whole, dropout_key)
+        logits, classifier_stats = apply_training(module, current.classifier, params['classifier'], whole, dropout_key)
         first, second = slice(pairs), slice(attacked, attacked + pairs)
         diverse = diversity(sources[first], sources[second], patterns[first], patterns[second])
         loss = cross_entropy(logits, labels) + config.attack.input_aware.diversity_weight * diverse
@@ -261,8 +261,8 @@ def joint_step(
     params = {'generator': current.generator.params, 'classifier': current.classifier.params}
     (loss, (logits, diverse, stats)), gradient = jax.value_and_grad(objective, has_aux=True)(params)
     after = JointState(
-        classifier=_advance(current.classifier, gradient['classifier'], stats['classifier'], optimisers[0]),
-        generator=_advance(current.generator, gradient['generator'], stats['generator'], optimisers[1]),
+        classifier=advance(current.classifier, gradient['classifier'], stats['classifier'], optimisers[0]),
+        generator=advance(current.generator, gradient['generator'], stats['generator'], optimisers[1]),
     )
     return after, {
         'loss': loss,
@@ -295,20 +295,3 @@ def _augmented(key: jax.Array, batch: Batch, config: ml_collections.ConfigDict) 
 
 def _evaluate(network: EncoderDecoder, variables: dict, images: jax.Array) -> jax.Array:
     return cast(jax.Array, network.apply(variables, images))
-
-
-def _apply(
-    module: nn.Module, current: TrainState, params: Any, images: jax.Array, key: jax.Array | None = None
-) -> tuple[jax.Array, Any]:
-    """Returns the module's output in training mode, with these parameters, and its new statistics."""
-    variables = {'params': params, 'batch_stats': current.batch_stats}
-    rngs = None if key is None else {'dropout': key}
-    output, changes = module.apply(variables, images, train=True, mutable=['batch_stats'], rngs=rngs)
-    return output, changes.get('batch_stats', {})
-
-
-def _advance(
-    current: TrainState, gradient: Any, batch_stats: Any, optimiser: optax.GradientTransformation
-) -> TrainState:
-    updates, opt_state = optimiser.update(gradient, current.opt_state, current.params)
-    return TrainState(current.step + 1, optax.apply_updates(current.params, updates), batch_stats, opt_state)

@@ -1,6 +1,7 @@
 """One pure step of supervised training, which every stage is built from."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -44,19 +45,36 @@ def update(
     """
 
     def objective(params):
-        variables = {'params': params, 'batch_stats': state.batch_stats}
-        logits, changes = module.apply(variables, images, train=True, mutable=['batch_stats'], rngs={'dropout': key})
-        return loss(logits), (logits, changes.get('batch_stats', {}))
+        logits, batch_stats = apply_training(module, state, params, images, key)
+        return loss(logits), (logits, batch_stats)
 
     (value, (logits, batch_stats)), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
-    updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
-    after = TrainState(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=batch_stats,
-        opt_state=opt_state,
-    )
+    after = advance(state, gradient, batch_stats, optimiser)
     return after, logits, {'loss': value, 'grad_norm': optax.tree.norm(gradient)}
+
+
+def apply_training(
+    module: nn.Module, state: TrainState, params: Any, images: jax.Array, key: jax.Array | None = None
+) -> tuple[jax.Array, Any]:
+    """Returns a module's output in training mode, with these parameters, and its new BatchNorm statistics.
+
+    Args:
+        module: The network.
+        state: Where its statistics are read.
+        params: Its parameters, which a gradient may be taken of.
+        images: float32 [B, H, W, C] in [0, 1].
+        key: PRNG key of dropout; None for a network without.
+    """
+    variables = {'params': params, 'batch_stats': state.batch_stats}
+    rngs = None if key is None else {'dropout': key}
+    output, changes = module.apply(variables, images, train=True, mutable=['batch_stats'], rngs=rngs)
+    return output, changes.get('batch_stats', {})
+
+
+def advance(state: TrainState, gradient: Any, batch_stats: Any, optimiser: optax.GradientTransformation) -> TrainState:
+    """Returns the state one step on: the optimiser's step down `gradient`, and the new statistics."""
+    updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), batch_stats, opt_state)
 
 
 def classification_step(
