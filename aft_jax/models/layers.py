@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from aft_jax.models.convolution import convolve
+
 
 def batch_norm(x: jax.Array, *, train: bool, dtype: Any, name: str | None = None) -> jax.Array:
     """BatchNorm over all axes but the last, computed in float32, returned in `dtype`.
@@ -25,6 +27,7 @@ def conv(channels: int, kernel: int, stride: int, *, dtype: Any, use_bias: bool,
         strides=(stride, stride),
         padding=((margin, margin), (margin, margin)),
         use_bias=use_bias,
+        conv_general_dilated=convolve,
         dtype=dtype,
         name=name,
     )

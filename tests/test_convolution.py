@@ -1,0 +1,77 @@
+"""The CPU's own gradients of a convolution are XLA's, up to rounding; in a loop as well."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aft_jax.models import convolution
+from aft_jax.models.convolution import cpu_gradients, nearest_divisor, plain_gradients
+
+# (batch, height, width, channels in, channels out, kernel, stride, padding)
+CASES = {
+    'same': (6, 8, 8, 3, 4, 3, (1, 1), ((1, 1), (1, 1))),
+    'stride 2': (5, 9, 7, 2, 3, 3, (2, 2), ((1, 1), (1, 1))),
+    'stride 2 on even sides': (4, 8, 8, 2, 3, 3, (2, 2), ((1, 1), (1, 1))),
+    '1x1, stride 2': (4, 8, 8, 5, 3, 1, (2, 2), ((0, 0), (0, 0))),
+    'uneven': (3, 10, 11, 2, 2, 5, (3, 2), ((2, 1), (0, 3))),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    batch, height, width, channels, out_channels, side, strides, padding = CASES[request.param]
+    generator = np.random.default_rng(0)
+    x = jnp.asarray(generator.normal(size=(batch, height, width, channels)), jnp.float32)
+    kernel = jnp.asarray(generator.normal(size=(side, side, channels, out_channels)), jnp.float32)
+    shape = convolution.plain(x, kernel, strides, padding).shape
+    return x, kernel, jnp.asarray(generator.normal(size=shape), jnp.float32), strides, padding
+
+
+@pytest.mark.parametrize('patch_bytes', [1, 3000, 10**9])
+def test_gradients_in_parts_are_the_plain_ones(case, patch_bytes, monkeypatch):
+    monkeypatch.setattr(convolution, 'PATCH_BYTES', patch_bytes)
+    for expected, found in zip(plain_gradients(*case), cpu_gradients(*case), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5, strict=True)
+
+
+def test_gradients_in_a_loop_are_the_plain_ones(case):
+    x, kernel, out, strides, padding = case
+
+    @jax.jit
+    def summed(x, kernel, out):
+        def add(total, _):
+            return jax.tree.map(jnp.add, total, cpu_gradients(x, kernel, out, strides, padding)), None
+
+        return jax.lax.scan(add, (jnp.zeros_like(x), jnp.zeros_like(kernel)), None, length=3)[0]
+
+    for expected, found in zip(plain_gradients(*case), summed(x, kernel, out), strict=True):
+        np.testing.assert_allclose(found, 3 * expected, rtol=0, atol=6e-5, strict=True)
+
+
+def test_the_layer_takes_them_where_there_is_one_cpu_device(monkeypatch):
+    """The suite has four devices, so the choice itself is looked at with the count changed."""
+    x, kernel = jnp.ones((4, 8, 8, 2), jnp.float32), jnp.ones((3, 3, 2, 2), jnp.float32)
+
+    def gradient(x, kernel):
+        return jax.grad(lambda w: convolution.convolve(x, w, (1, 1), ((1, 1), (1, 1))).sum())(kernel)
+
+    monkeypatch.setattr(convolution, 'PATCH_BYTES', 1)
+    plain = jax.jit(gradient).lower(x, kernel).as_text()
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    jax.clear_caches()
+    assert 'stablehlo.while' not in plain
+    assert 'stablehlo.while' in jax.jit(gradient).lower(x, kernel).as_text()
+
+
+def test_an_unusual_convolution_is_refused():
+    x, kernel = jnp.ones((1, 8, 8, 2), jnp.float32), jnp.ones((3, 3, 1, 2), jnp.float32)
+    with pytest.raises(ValueError, match='feature_group_count'):
+        convolution.convolve(x, kernel, (1, 1), ((1, 1), (1, 1)), feature_group_count=2)
+
+
+@pytest.mark.parametrize(
+    'number, wanted, divisor', [(128, 5.0, 4), (26, 8.0, 13), (7, 3.0, 7), (6, 0.1, 1), (1, 9.0, 1)]
+)
+def test_nearest_divisor(number, wanted, divisor):
+    assert nearest_divisor(number, wanted) == divisor
