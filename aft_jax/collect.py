@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,25 @@ COLUMNS = (
     *('dataset', 'model', 'attack', 'label_mode', 'defense', 'seed', 'clean_share'),
     *('acc', 'asr', 'ra', 'der', 'seconds'),
 )
+# What is to be known of the infected models alone; `attack` none is the benign control.
+INFECTED_COLUMNS = (
+    *('dataset', 'model', 'attack', 'label_mode', 'seed'),
+    *('acc', 'asr', 'ra', 'cross_acc', 'seconds'),
+)
 
 
 def rows(results: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """Yields the rows of one results.json, the infected model first."""
-    shared = {name: results[name] for name in COLUMNS if name in results}
+    """Yields the rows of one results.json, the infected model first, with the fields of all tables."""
+    fields = (*COLUMNS, *INFECTED_COLUMNS)
+    shared = {name: results[name] for name in fields if name in results}
     for defense, scores in [('none', results['infected']), *results['purified'].items()]:
-        yield shared | {'defense': defense} | {name: scores.get(name) for name in COLUMNS if name in scores}
+        yield shared | {'defense': defense} | {name: scores[name] for name in fields if name in scores}
 
 
-def to_csv(table: Iterable[dict[str, Any]]) -> str:
-    """Returns the table as CSV with a heading; what was not measured is empty."""
+def to_csv(table: Iterable[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
+    """Returns these columns of the table as CSV with a heading; what was not measured is empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+    writer = csv.DictWriter(text, columns, extrasaction='ignore', lineterminator='\n')
     writer.writeheader()
     for row in table:
         writer.writerow({name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()})

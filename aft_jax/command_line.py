@@ -7,17 +7,18 @@ from pathlib import Path
 import ml_collections
 from absl import flags
 
-from aft_jax.config import default_config
 from aft_jax.errors import UserError
 
 CONFIG_HINT = 'name a file of configs/, such as --config=configs/quickstart.py'
 
 
-def parse(arguments: list[str]) -> None:
-    """Parses flags into absl's FLAGS.
+def parse(arguments: list[str], values: flags.FlagValues, fields: ml_collections.ConfigDict | None = None) -> None:
+    """Parses flags into absl's values.
 
     Args:
         arguments: As sys.argv, the program's name first.
+        values: The flags that there are, `config` and `workdir` among them.
+        fields: A config with all the fields that --config.FIELD may name, for telling what is near a wrong one.
 
     Raises:
         UserError: The command line is wrong, or --config or --workdir is missing.
@@ -28,9 +29,10 @@ def parse(arguments: list[str]) -> None:
         if flag == 'config' and value and not Path(value.partition(':')[0]).is_file():
             raise UserError(f'--config={value} does not exist; {CONFIG_HINT}.')
     try:
-        rest = flags.FLAGS(arguments)
+        rest = values(arguments)
     except Exception as error:  # absl and ml_collections raise errors of many kinds, all about the command line.
-        _explain_unknown_field(arguments)
+        if fields is not None:
+            _explain_unknown_field(arguments, fields)
         text = str(error.args[0] if error.args else error)
         # ml_collections hands on the whole traceback of a config file that fails.
         text = _last_line(error) if 'Traceback' in text else ' '.join(text.split())
@@ -38,14 +40,14 @@ def parse(arguments: list[str]) -> None:
     if rest[1:]:
         raise UserError(f'{rest[1]!r} is not a flag; fields are set as --config.FIELD=VALUE.')
     try:
-        config = flags.FLAGS.config
+        config = values.config
     except Exception as error:  # Whatever running the user's config file raised.
         raise UserError(f'the config file cannot be run: {_last_line(error)}') from error
     if config is None:
         raise UserError(f'--config is missing; {CONFIG_HINT}.')
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError('the config file must have a get_config() that returns an ml_collections.ConfigDict.')
-    if not flags.FLAGS.workdir:
+    if not values.workdir:
         raise UserError('--workdir is missing; name the directory for results, such as --workdir=runs/mine.')
 
 
@@ -55,20 +57,20 @@ def suggestion(value: str, allowed: Iterable[str]) -> str:
     return f' Did you mean {near[0]!r}?' if near else ''
 
 
-def _explain_unknown_field(arguments: list[str]) -> None:
+def _explain_unknown_field(arguments: list[str], fields: ml_collections.ConfigDict) -> None:
     for argument in arguments[1:]:
         flag = argument.lstrip('-').partition('=')[0]
         if not flag.startswith('config.'):
             continue
-        node = default_config()
+        node = fields
         for depth, part in enumerate(names := flag.split('.')[1:]):
             if not isinstance(node, ml_collections.ConfigDict):
                 raise UserError(f'--{flag}: config.{".".join(names[:depth])} is a value and has no fields.')
             if part not in node:
-                fields = sorted(node.keys())
+                there = sorted(node.keys())
                 raise UserError(
                     f'--{flag}: there is no field {part!r} in {".".join(["config", *names[:depth]])}; it has '
-                    f'{", ".join(fields)}.{suggestion(part, fields)}'
+                    f'{", ".join(there)}.{suggestion(part, there)}'
                 )
             node = node[part]
 

@@ -153,6 +153,7 @@ def default_config() -> ml_collections.ConfigDict:
             'keep_checkpoints': 2,  # a stage
             'evaluate_every': 0,  # epochs between evaluations while infecting; 0 only at the end
             'eval_batch_size': 500,
+            'compile_cache': '',  # a directory where compiled programs are kept from one start to the next
         }
     )
     return config

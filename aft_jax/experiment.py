@@ -19,7 +19,7 @@ from aft_jax.defenses import DEFENSES, Holdings
 from aft_jax.evaluation import Predictor, Scores, score
 from aft_jax.randomness import key_for
 from aft_jax.report import gallery, pictures
-from aft_jax.training import optimiser, state
+from aft_jax.training import compile_cache, optimiser, state
 from aft_jax.training.checkpoint import checksum
 from aft_jax.training.loop import Phase, Run, fit
 from aft_jax.training.mesh import check_batch_size, make_mesh
@@ -75,6 +75,7 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
     if 'report' in config.stages:
         pictures.check_available()
     config = resolve(config)
+    compile_cache.use(config.run.compile_cache)
     dataset = data.load(config.dataset, config.data)
     validation.validate_against_data(config, dataset)
     mesh = make_mesh()

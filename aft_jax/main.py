@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from aft_jax.command_line import parse
+from aft_jax.config import default_config
 from aft_jax.errors import UserError, user_path
 
 EXIT_USER_ERROR = 2
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        parse(arguments)
+        parse(arguments, flags.FLAGS, default_config())
         # After the flags, so that a wrong one is told at once.
         from aft_jax import results
         from aft_jax.experiment import run_experiment

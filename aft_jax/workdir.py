@@ -77,6 +77,19 @@ def claim(workdir: Path, config: ml_collections.ConfigDict, data_checksum: int, 
         raise UserError(f'--workdir={workdir} cannot be written ({error.strerror}); name another directory.') from error
 
 
+def differences(kept: dict, config: ml_collections.ConfigDict) -> list[str]:
+    """Returns the fields, as 'a.b', in which the content of a config.json is of another experiment than `config`."""
+    return _differing(flatten(kept), flatten(json.loads(json.dumps(config.to_dict()))))
+
+
+def _differing(found: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    return [
+        name
+        for name in sorted(found.keys() | asked.keys(), key=lambda name: (name not in asked or name not in found, name))
+        if not {name, name.split('.')[0]} & {*FREE_FIELDS, 'data_checksum'} and found.get(name) != asked.get(name)
+    ]
+
+
 def _check_same(path: Path, wanted: dict) -> None:
     try:
         found = flatten(json.loads(path.read_text()))
@@ -90,12 +103,7 @@ def _check_same(path: Path, wanted: dict) -> None:
             f'the data of {asked["dataset"]} are not those that --workdir={path.parent} was made with; name another '
             'directory, or bring back the old data.'
         )
-    differing = [
-        name
-        for name in sorted(found.keys() | asked.keys(), key=lambda name: (name not in asked or name not in found, name))
-        if not {name, name.split('.')[0]} & {*FREE_FIELDS, 'data_checksum'} and found.get(name) != asked.get(name)
-    ]
-    if differing:
+    if differing := _differing(found, asked):
         shown = ', '.join(f'{name} is {found.get(name)!r} there and {asked.get(name)!r} here' for name in differing[:3])
         more = f' and {len(differing) - 3} more fields differ' if len(differing) > 3 else ''
         raise UserError(

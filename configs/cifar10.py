@@ -10,6 +10,8 @@ on real CIFAR-10.
 
 from aft_jax.config import default_config
 
+ATTACKS = ('badnets', 'blend', 'sig', 'wanet', 'input_aware', 'none')
+
 
 def get_config(attack='badnets'):
     config = default_config()

@@ -1,5 +1,6 @@
 """before_after.png: test images, clean and triggered, with what each model says, and the scores beside them."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ COLUMNS = 8
 TRUE_COLOUR, COMMANDED_COLOUR, OTHER_COLOUR = '#0072B2', '#D55E00', '#595959'
 
 
+def available() -> bool:
+    """Whether Matplotlib is installed."""
+    return importlib.util.find_spec('matplotlib') is not None
+
+
 def check_available() -> None:
     """Raises UserError when Matplotlib is not installed."""
-    import importlib.util
-
-    if importlib.util.find_spec('matplotlib') is None:
+    if not available():
         raise UserError(
             "the stage 'report' draws with Matplotlib, which is not installed: pip install 'aft_jax[report]', or leave "
             "the stage out with --config.stages=\"('infect','purify')\"."

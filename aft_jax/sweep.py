@@ -1,0 +1,139 @@
+"""Run a table of experiments, each once, and gather them.
+
+    python -m aft_jax.sweep --config=configs/tables/fashion_mnist.py --workdir=runs/table [--shard=0/2]
+
+    --config     a file of configs/tables/, or one of your own like them
+    --workdir    every run gets WORKDIR/runs/NAME; table.csv, table.md, infected.csv and table.png stand in WORKDIR
+    --shard      i/n: only every n-th experiment from the i-th, so that n machines that share the folder share the work
+    --config.FIELD    such as --config.select=sig,wanet --config.seeds="(0,)" --config.defenses=ft,aft
+
+The same command again skips what is finished, resumes what was interrupted and tries again what failed. The tables are
+written anew after each run, from all finished runs of the table, whoever made them.
+
+Exit status: 0 every experiment of the table that was this command's is finished, 1 some failed (the others are
+finished), 2 something that you can put right before anything starts, 130 interrupted.
+"""
+
+import json
+import logging
+import sys
+import traceback
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from aft_jax.command_line import parse
+from aft_jax.errors import UserError, user_path
+
+EXIT_FAILURES = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+FLAGS = flags.FlagValues()
+config_flags.DEFINE_config_file('config', None, 'A file of configs/tables/.', flag_values=FLAGS)
+flags.DEFINE_string('workdir', None, 'Where the runs and the table go; the same one resumes.', flag_values=FLAGS)
+flags.DEFINE_string('shard', '0/1', 'i/n, with i from 0.', flag_values=FLAGS)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a table; returns the exit status."""
+    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
+    logging.getLogger('absl').setLevel(logging.CRITICAL)
+    if {'--help', '-h', '--helpfull'} & set(arguments):
+        print(__doc__)
+        return 0
+    try:
+        parse(arguments, FLAGS)
+        from aft_jax import grid
+
+        root = user_path(str(FLAGS.workdir), '--workdir')
+        experiments = grid.expand(FLAGS.config)
+        failures = run(root, experiments, grid.share(experiments, FLAGS.shard))
+    except UserError as error:
+        print(f'aft_jax: {error}', file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print('aft_jax: interrupted; the same command goes on.', file=sys.stderr)
+        return EXIT_INTERRUPTED
+    for name, reason in failures.items():
+        print(f'aft_jax: {name} failed: {reason}', file=sys.stderr)
+    return EXIT_FAILURES if failures else 0
+
+
+def run(root: Path, experiments: list, mine: list) -> dict[str, str]:
+    """Runs what is not finished, and gathers the table.
+
+    Args:
+        root: The table's work directory.
+        experiments: All of the table.
+        mine: Those to be run here.
+
+    Returns:
+        Why each experiment that failed did, by its name.
+    """
+    import jax
+
+    from aft_jax import grid, results
+    from aft_jax.experiment import run_experiment
+
+    failures = {}
+    for number, experiment in enumerate(mine, 1):
+        directory = grid.directory_of(root, experiment)
+        if is_finished(directory, experiment):
+            print(f'[{number}/{len(mine)}] {experiment.name}: finished earlier', flush=True)
+            continue
+        print(f'[{number}/{len(mine)}] {experiment.name}', flush=True)
+        try:
+            print(results.table(run_experiment(experiment.config, directory)), flush=True)
+            (directory / 'error.txt').unlink(missing_ok=True)
+        except UserError as error:
+            failures[experiment.name] = str(error)
+        except Exception as error:  # The others should not suffer; what happened is kept in full.
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / 'error.txt').write_text(traceback.format_exc())
+            failures[experiment.name] = f'{type(error).__name__} (see {directory / "error.txt"})'
+        if experiment.name in failures:
+            print(f'{experiment.name} failed: {failures[experiment.name]}', file=sys.stderr, flush=True)
+        jax.clear_caches()
+        gather(root, experiments)
+    gather(root, experiments)
+    return failures
+
+
+def is_finished(directory: Path, experiment) -> bool:
+    """Whether a run has measured all that its config asks for; one of another config counts as unfinished."""
+    from aft_jax import validation, workdir
+    from aft_jax.config import resolve
+
+    try:
+        kept = json.loads((directory / 'config.json').read_text())
+        measured = json.loads((directory / 'results.json').read_text())['purified']
+    except (OSError, ValueError, KeyError):
+        return False
+    config = resolve(experiment.config)
+    wanted = set(validation.names(config.defenses)) if 'purify' in config.stages else set()
+    return not workdir.differences(kept, config) and wanted <= measured.keys()
+
+
+def gather(root: Path, experiments: list) -> None:
+    """Writes table.csv, table.md, infected.csv and, where Matplotlib is installed, table.png of all finished runs."""
+    from aft_jax import collect, grid, summary, workdir
+    from aft_jax.report import bars, pictures
+
+    directories = [grid.directory_of(root, experiment) for experiment in experiments]
+    finished = [directory for directory in directories if (directory / 'results.json').exists()]
+    if not finished:
+        return
+    rows = collect.read(finished)
+    groups = summary.summarise(rows)
+    workdir.write_text(root / 'table.csv', collect.to_csv(rows))
+    infected = (row for row in rows if row['defense'] == 'none')
+    workdir.write_text(root / 'infected.csv', collect.to_csv(infected, collect.INFECTED_COLUMNS))
+    workdir.write_text(root / 'table.md', summary.to_markdown(groups))
+    if pictures.available():
+        bars.write_bars(root / 'table.png', groups)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))

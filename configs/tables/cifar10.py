@@ -1,0 +1,13 @@
+"""Five attacks and a benign control, both label modes, three seeds, on CIFAR-10 with PreActResNet18; for accelerators.
+
+    python -m aft_jax.sweep --config=configs/tables/cifar10.py --workdir=runs/cifar10 --shard=0/4
+
+The experiments are those of configs/cifar10.py.
+"""
+
+from aft_jax.grid import table_config
+from configs import cifar10
+
+
+def get_config():
+    return table_config({attack: cifar10.get_config(attack) for attack in cifar10.ATTACKS})

@@ -1,0 +1,242 @@
+"""A table of experiments: what it stands for, who runs what, and that it is interrupted, resumed and summed up."""
+
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from command import ROOT
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from aft_jax import grid, summary, sweep
+from aft_jax.config import default_config
+from aft_jax.errors import UserError
+
+TABLE = """
+from aft_jax.config import default_config
+from aft_jax.grid import table_config
+
+def get_config():
+    experiments = {{}}
+    for attack in ('badnets', 'blend'):
+        config = experiments[attack] = default_config()
+        config.attack.name = attack
+        config.dataset = 'npz:{npz}'
+        config.batch_size = 16
+        config.clean_share = 0.2
+        config.train.epochs = 4
+        config.ft.epochs = 2
+        config.run.checkpoint_every = 20
+        config.run.log_every = 10
+        config.run.compile_cache = '{npz}.cache'
+    return table_config(experiments, label_modes='all2one', seeds=(0, 1), stages=('infect', 'purify'), defenses='ft')
+"""
+
+
+@pytest.fixture
+def table(tmp_path) -> Path:
+    """A 2 x 2 grid: two attacks, two seeds."""
+    generator = np.random.default_rng(5)
+    labels = np.arange(288) % 4
+    images = generator.integers(0, 200, (288, 12, 12, 1)) + 14 * labels[:, None, None, None]
+    np.savez(
+        tmp_path / 'data.npz',
+        train_images=images[:224].astype(np.uint8),
+        train_labels=labels[:224],
+        test_images=images[224:].astype(np.uint8),
+        test_labels=labels[224:],
+    )
+    path = tmp_path / 'table.py'
+    path.write_text(TABLE.format(npz=tmp_path / 'data.npz'))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_compile_cache():
+    """Puts back what a table has set for the whole process."""
+    yield
+    jax.config.update('jax_compilation_cache_dir', None)
+    reset_cache()
+
+
+def sweep_here(arguments: list[str]) -> int:
+    """Runs the command in this process."""
+    sweep.FLAGS.unparse_flags()
+    for name in list(sweep.FLAGS):
+        if name.startswith('config.'):
+            delattr(sweep.FLAGS, name)
+    for name, default in (('config', None), ('workdir', None), ('shard', '0/1')):
+        sweep.FLAGS[name].value = default
+    # ml_collections looks for overrides in sys.argv, whatever it was given to parse.
+    with mock.patch.object(sys, 'argv', ['aft_jax', *arguments]):
+        return sweep.main(sys.argv)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_a_grid_is_interrupted_and_resumed(table, tmp_path, capsys):
+    root = tmp_path / 'sweep'
+    arguments = [f'--config={table}', f'--workdir={root}']
+    # Somewhere in the second experiment, or the third.
+    environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
+    command = [sys.executable, '-m', 'aft_jax.sweep', *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 180
+    while not (root / 'runs/blend-all2one-0/metrics.jsonl').exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    first = root / 'runs/badnets-all2one-0/results.json'
+    kept, written = first.read_text(), first.stat().st_mtime_ns
+    assert not (root / 'runs/blend-all2one-1/results.json').exists()
+
+    assert sweep_here(arguments) == 0
+    assert 'badnets-all2one-0: finished earlier' in capsys.readouterr().out
+    assert (first.read_text(), first.stat().st_mtime_ns) == (kept, written)
+    rows = read(root / 'table.csv')
+    assert [(row['attack'], row['seed'], row['defense']) for row in rows] == [
+        (attack, seed, defense) for seed in '01' for attack in ('badnets', 'blend') for defense in ('none', 'ft')
+    ]
+    assert [row['attack'] for row in read(root / 'infected.csv')] == ['badnets', 'blend'] * 2
+    assert (root / 'table.png').stat().st_size > 5000
+
+    accuracies = [float(row['acc']) for row in rows if row['attack'] == 'blend' and row['defense'] == 'ft']
+    mean, deviation = statistics.fmean(accuracies), statistics.stdev(accuracies)
+    line = next(x for x in (root / 'table.md').read_text().splitlines() if x.startswith('| blend | all2one | ft |'))
+    assert line.startswith(f'| blend | all2one | ft | 2 | {100 * mean:.2f} ± {100 * deviation:.2f} |')
+
+    written = [path.stat().st_mtime_ns for path in sorted(root.glob('runs/*/results.json'))]
+    assert sweep_here(arguments) == 0
+    assert [path.stat().st_mtime_ns for path in sorted(root.glob('runs/*/results.json'))] == written
+
+
+def test_a_failure_stops_nothing_else(table, tmp_path, capsys):
+    root = tmp_path / 'sweep'
+    (root / 'runs/badnets-all2one-0').mkdir(parents=True)
+    (root / 'runs/badnets-all2one-0/config.json').write_text('{"seed": 7}')
+    arguments = [f'--config={table}', f'--workdir={root}', '--config.seeds=(0,)']
+    assert sweep_here(arguments) == sweep.EXIT_FAILURES
+    assert 'badnets-all2one-0 failed: --workdir=' in capsys.readouterr().err
+    assert [row['attack'] for row in read(root / 'table.csv')] == ['blend', 'blend']
+
+    with mock.patch('aft_jax.experiment.run_experiment', side_effect=RuntimeError('out of luck')):
+        arguments[1] = f'--workdir={tmp_path / "other"}'
+        assert sweep_here(arguments) == sweep.EXIT_FAILURES
+    assert 'RuntimeError: out of luck' in (tmp_path / 'other/runs/blend-all2one-0/error.txt').read_text()
+
+
+def experiments(*names: str) -> dict:
+    configs = {}
+    for name in names:
+        configs[name] = default_config()
+        configs[name].attack.name = name
+    return configs
+
+
+def test_what_a_table_stands_for():
+    table = grid.table_config(experiments('sig', 'none'), seeds=(3, 4), defenses='ft')
+    found = grid.expand(table)
+    assert [e.name for e in found] == [
+        *('sig-all2one-3', 'sig-all2all-3', 'none-3'),
+        *('sig-all2one-4', 'sig-all2all-4', 'none-4'),
+    ]
+    assert [(e.config.seed, e.config.attack.label_mode, e.config.defenses) for e in found[:2]] == [
+        (3, 'all2one', 'ft'),
+        (3, 'all2all', 'ft'),
+    ]
+    assert table.experiments.sig.seed == 0  # the table itself is unchanged
+    table.select = 'none'
+    assert [e.name for e in grid.expand(table)] == ['none-3', 'none-4']
+
+
+def test_shards_share_the_work():
+    everything = [grid.Experiment(str(i), default_config()) for i in range(7)]
+    parts = [grid.share(everything, f'{i}/3') for i in range(3)]
+    assert sorted(e.name for part in parts for e in part) == [e.name for e in everything]
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize('shard', ['2/2', '1', '-1/2', 'a/b', '0/0', ''])
+def test_a_wrong_shard(shard):
+    with pytest.raises(UserError, match='--shard='):
+        grid.share([], shard)
+
+
+@pytest.mark.parametrize(
+    'field, value, match',
+    [
+        ('select', 'sgi', "Did you mean 'sig'"),
+        ('seeds', (), 'no experiment'),
+        ('label_modes', '', 'label_modes is empty'),
+        ('label_modes', 'all2none', 'label_mode'),
+        ('defenses', 'prayer', 'prayer'),
+        ('stages', ('infect', 'hope'), 'hope'),
+        ('seeds', (-1,), 'seed'),
+    ],
+)
+def test_a_wrong_table(field, value, match):
+    table = grid.table_config(experiments('sig'))
+    table[field] = value
+    with pytest.raises(UserError, match=match):
+        grid.expand(table)
+
+
+@pytest.mark.parametrize(
+    'arguments, said',
+    [
+        (['--config=nowhere.py', '--workdir=x'], 'does not exist'),
+        (['--config=configs/quickstart.py', '--workdir=x'], 'table_config'),
+        (['--config=configs/tables/fashion_mnist.py', '--workdir=x', '--shard=3/2'], '--shard=3/2'),
+        (['--config=configs/tables/fashion_mnist.py'], '--workdir is missing'),
+    ],
+)
+def test_a_mistake_gets_a_sentence(arguments, said, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert sweep_here(arguments) == sweep.EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert said in error and error.count('\n') == 1
+
+
+def row(defense: str, seed: int, **scores) -> dict:
+    shared = {'dataset': 'd', 'model': 'm', 'clean_share': 0.05, 'attack': 'sig', 'label_mode': 'all2one'}
+    return shared | {'defense': defense, 'seed': seed} | scores
+
+
+def test_mean_and_deviation_are_numpys():
+    accuracies = [0.91, 0.92, 0.96]
+    groups = summary.summarise([row('ft', seed, acc=acc, asr=None) for seed, acc in enumerate(accuracies)])
+    assert [group.seeds for group in groups] == [(0, 1, 2)]
+    assert groups[0].scores.keys() == {'acc'}
+    assert groups[0].scores['acc'].mean == pytest.approx(np.mean(accuracies))
+    assert groups[0].scores['acc'].deviation == pytest.approx(np.std(accuracies, ddof=1))
+
+
+def test_cases_are_not_mixed():
+    rows = [row('ft', 0, acc=0.5), row('aft', 0, acc=0.6), row('ft', 0, acc=0.7) | {'clean_share': 0.01}]
+    groups = summary.summarise(rows)
+    assert [group.scores['acc'].mean for group in groups] == [0.5, 0.6, 0.7]
+    assert all(group.scores['acc'].deviation is None for group in groups)
+    text = summary.to_markdown(groups)
+    assert '| sig | all2one | ft | 0.01 | 1 | 70.00 |' in text and 'clean_share' in text.splitlines()[0]
+
+
+def test_every_table_of_ours_can_be_carried_out(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from configs.tables import cifar10, fashion_mnist
+
+    for module, benign in ((cifar10, 1), (fashion_mnist, 2)):
+        found = grid.expand(module.get_config())
+        assert len(found) == 3 * (2 * 5 + benign) == len({e.name for e in found})
+        assert json.dumps(found[0].config.to_dict())
