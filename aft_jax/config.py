@@ -147,6 +147,7 @@ def default_config() -> ml_collections.ConfigDict:
     # How a run is carried out; none of it changes a result, and it may differ when a run is resumed.
     config.run = ml_collections.ConfigDict(
         {
+            'placement': 'auto',  # of the training data: 'device', 'host', or 'auto': on the devices where they fit
             'steps_per_call': 0,  # training steps in one compiled call; 0 chooses by backend
             'log_every': 50,  # steps
             'checkpoint_every': 500,  # steps

@@ -7,7 +7,15 @@ class UserError(Exception):
     """A mistake of the user's: one clear sentence that says what to do.
 
     The command line prints the sentence and exits with status 2, without a traceback.
+
+    Attributes:
+        shared: Whether every process of the job raises it, so that one of them is enough to tell it.
     """
+
+    def __init__(self, sentence: str, shared: bool = False):
+        """An error that says `sentence`."""
+        super().__init__(sentence)
+        self.shared = shared
 
 
 def user_path(text: str, field: str) -> Path:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aft_jax.models import logits_function
-from aft_jax.training.mesh import along, place, replicated, settle
+from aft_jax.training.mesh import along, place, replicated, settle, spread
 
 
 class Scores(NamedTuple):
@@ -57,7 +57,9 @@ class Predictor:
         for first in range(0, len(images), self._batch_size):
             part = images[first : first + self._batch_size]
             padding = np.zeros((self._batch_size - len(part), *images.shape[1:]), images.dtype)
-            predicted = settle(self._mesh, self._predict(variables, np.concatenate([part, padding])))
+            padded = np.concatenate([part, padding])
+            images_there = spread(along(self._mesh, 0), padded.shape, padded.__getitem__)
+            predicted = settle(self._mesh, self._predict(variables, images_there))
             predictions.append((predicted, len(part)))
         return np.concatenate([np.asarray(predicted)[:count] for predicted, count in predictions])
 

@@ -1,5 +1,6 @@
 """One experiment: infect a classifier, purify it, measure both. Here, and in evaluation, attack and defense meet."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,8 +9,9 @@ import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
-from aft_jax import attacks, data, models, results, validation, workdir
+from aft_jax import attacks, data, distributed, models, results, validation, workdir
 from aft_jax.attacks.attack import Attack, crossed, triggered
 from aft_jax.attacks.poison import Poisoned, clean_indices, poison, write_manifest
 from aft_jax.config import resolve
@@ -24,6 +26,7 @@ from aft_jax.training.checkpoint import checksum
 from aft_jax.training.loop import Phase, Run, fit
 from aft_jax.training.mesh import check_batch_size, make_mesh
 from aft_jax.training.metrics import MetricWriter
+from aft_jax.training.preemption import Watch
 
 
 class Victim(NamedTuple):
@@ -76,43 +79,45 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
         pictures.check_available()
     config = resolve(config)
     compile_cache.use(config.run.compile_cache)
-    dataset = data.load(config.dataset, config.data)
-    validation.validate_against_data(config, dataset)
+    # Process 0 prepares what is not there yet.
+    dataset = distributed.first_alone(lambda: data.load(config.dataset, config.data))
     mesh = make_mesh()
-    check_batch_size(mesh, config.batch_size, 'batch_size')
-    victim = prepare(config, dataset)
+    victim = distributed.together(lambda: prepare(config, dataset, mesh))
     # Only now: a config that cannot be carried out must not take the directory.
-    writes = jax.process_index() == 0
-    workdir.claim(directory, config, checksum(dataset.arrays), writes)
+    arrays_checksum = checksum(dataset.arrays)
+    distributed.first_alone(lambda: workdir.claim(directory, config, arrays_checksum, jax.process_index() == 0))
+    with contextlib.closing(MetricWriter(directory)) as writer, Watch() as watch:
+        return carry_out(Run(config.seed, directory, mesh, writer, config.run, watch), victim, config)
 
-    run = Run(config.seed, directory, mesh, MetricWriter(directory), config.run)
+
+def carry_out(run: Run, victim: Victim, config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Infects, purifies, measures and draws, as the config's stages say; returns what results.json holds."""
+    writes = jax.process_index() == 0
     judge = Judge(victim, run)
-    try:
-        infected = infect(run, victim, config, judge)
-        attack = infected.attack
-        if writes:
-            write_manifest(directory / 'poison.npz', attack, victim.poisoned, victim.clean)
-        outcome = results.begin(config, run.mesh, directory / 'results.json')
-        before = judge(infected.variables, attack)
-        results.add_infected(outcome, before, infected.seconds)
-        purified = {}
-        if 'purify' in config.stages:
-            holdings = Holdings(
-                victim.module,
-                infected.variables,
-                dataset.train_images[victim.clean],
-                dataset.train_labels[victim.clean],
-            )
-            for name in validation.names(config.defenses):
-                fitted = DEFENSES[name](run, f'purify/{name}', holdings, defender_config(config, name))
-                purified[name] = fitted.state.variables
-                results.add_purified(outcome, name, before, judge(purified[name], attack), fitted.seconds)
-    finally:
-        run.writer.close()
+    infected = infect(run, victim, config, judge)
+    attack = infected.attack
     if writes:
-        workdir.write_json(directory / 'results.json', outcome)
-    if writes and 'report' in config.stages:
-        draw(directory / 'report', victim, infected, purified, judge, outcome)
+        write_manifest(run.workdir / 'poison.npz', attack, victim.poisoned, victim.clean)
+    outcome = results.begin(config, run.mesh, run.workdir / 'results.json')
+    before = judge(infected.variables, attack)
+    results.add_infected(outcome, before, infected.seconds)
+    purified = {}
+    if 'purify' in config.stages:
+        dataset = victim.dataset
+        holdings = Holdings(
+            victim.module,
+            infected.variables,
+            dataset.train_images[victim.clean],
+            dataset.train_labels[victim.clean],
+        )
+        for name in validation.names(config.defenses):
+            fitted = DEFENSES[name](run, f'purify/{name}', holdings, defender_config(config, name))
+            purified[name] = fitted.state.variables
+            results.add_purified(outcome, name, before, judge(purified[name], attack), fitted.seconds)
+    if writes:
+        workdir.write_json(run.workdir / 'results.json', outcome)
+    if 'report' in config.stages:
+        draw(run.workdir / 'report', victim, infected, purified, judge, outcome)
     return outcome
 
 
@@ -121,8 +126,10 @@ def defender_config(config: ml_collections.ConfigDict, defense: str) -> ml_colle
     return ml_collections.ConfigDict({field: config[field] for field in ('batch_size', 'train', 'augment', defense)})
 
 
-def prepare(config: ml_collections.ConfigDict, dataset: Dataset) -> Victim:
+def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh) -> Victim:
     """Returns the attack, the poisoned training set, the defender's share and the untrained classifier."""
+    validation.validate_against_data(config, dataset)
+    check_batch_size(mesh, config.batch_size, 'batch_size')
     attack = attacks.build(config, dataset.image_shape, dataset.num_classes)
     poisoned = poison(attack, dataset.train_images, dataset.train_labels, config)
     return Victim(dataset, attack, poisoned, clean_indices(poisoned, config), models.build(config, dataset.num_classes))
@@ -131,7 +138,7 @@ def prepare(config: ml_collections.ConfigDict, dataset: Dataset) -> Victim:
 def draw(
     directory: Path, victim: Victim, infected: Infected, purified: dict[str, dict], judge: 'Judge', outcome: dict
 ) -> None:
-    """Writes the pictures of an experiment.
+    """Writes the pictures of an experiment; every process takes part in the predictions, and process 0 writes.
 
     Args:
         directory: Where they go.
@@ -144,15 +151,24 @@ def draw(
     attack, dataset = infected.attack, victim.dataset
     exhibits = judge.show(attack)
     target_map = attack.target_map if attack else None
+    chosen = pictures.choose(dataset.test_labels, target_map, pictures.COLUMNS)
+    rows = {'clean': dataset.test_images[chosen]}
+    if exhibits.triggered is not None:
+        rows['triggered'] = exhibits.triggered[chosen]
+    models_shown = {'infected' if attack else 'benign': infected.variables} | purified
+    said = {
+        name: {kind: judge.predict(variables, images) for kind, images in rows.items()}
+        for name, variables in models_shown.items()
+    }
+    if jax.process_index() != 0:
+        return
     pictures.write_before_after(
         directory / 'before_after.png',
-        dataset.test_images,
-        exhibits.triggered,
-        dataset.test_labels,
+        rows,
+        dataset.test_labels[chosen],
         target_map,
         dataset.class_names,
-        judge.predict,
-        {'infected' if attack else 'benign': infected.variables} | purified,
+        said,
         outcome,
     )
     if attack is not None and exhibits.triggered is not None:

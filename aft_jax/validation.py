@@ -13,6 +13,7 @@ from aft_jax.config import AFT_PRESETS, default_config, resolve
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES
 from aft_jax.errors import UserError
+from aft_jax.training.feed import PLACEMENTS
 from aft_jax.training.optimiser import SCHEDULES
 from aft_jax.workdir import flatten
 
@@ -52,6 +53,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if not 0 <= config.seed < 2**32:
         raise UserError(f'seed={config.seed} must lie between 0 and 2**32 - 1.')
     _one_of('dtype', config.dtype, DTYPES)
+    _one_of('run.placement', config.run.placement, PLACEMENTS)
     if config.model.name == 'preact_resnet':
         _one_of('model.depth', config.model.depth, models.RESNET_DEPTHS)
     _positive(

@@ -15,6 +15,7 @@ from aft_jax.data.dataset import Dataset
 from aft_jax.training.loop import Run
 from aft_jax.training.mesh import make_mesh
 from aft_jax.training.metrics import MetricWriter
+from aft_jax.training.preemption import Watch
 
 # Before any backend starts. The environment variable is for the processes that tests start.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -96,7 +97,7 @@ def make_run(tmp_path: Path, config: ml_collections.ConfigDict):
         changed = config.run.copy_and_resolve_references()
         changed.update(options)
         writers.append(MetricWriter(workdir))
-        return Run(config.seed, workdir, make_mesh(jax.devices()[:devices]), writers[-1], changed)
+        return Run(config.seed, workdir, make_mesh(jax.devices()[:devices]), writers[-1], changed, Watch())
 
     yield make
     for writer in writers:

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from checkpoint_files import final_arrays
 from command import ROOT, start
 
 KILLS = 3
@@ -58,24 +58,6 @@ def finish(arguments: list[str], workdir: Path, log: Path) -> float:
 def without_times(results: dict) -> dict:
     """Returns results.json less the one thing that no two runs share: seconds."""
     return {k: without_times(v) if isinstance(v, dict) else v for k, v in results.items() if k != 'seconds'}
-
-
-def final_arrays(directory: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of the newest checkpoint by path, read by Orbax alone."""
-    newest = max((p for p in directory.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
-    tree = ocp.StandardCheckpointer().restore(newest / 'state')
-    return {jax_path: np.asarray(leaf) for jax_path, leaf in _leaves(tree, '')}
-
-
-def _leaves(tree, path: str):
-    if isinstance(tree, dict):
-        for name, child in tree.items():
-            yield from _leaves(child, f'{path}/{name}')
-    elif isinstance(tree, list | tuple):
-        for i, child in enumerate(tree):
-            yield from _leaves(child, f'{path}/{i}')
-    elif tree is not None:
-        yield path, tree
 
 
 def test_killed_at_random_moments(arguments, tmp_path):

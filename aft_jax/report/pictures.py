@@ -1,7 +1,6 @@
 """before_after.png: test images, clean and triggered, with what each model says, and the scores beside them."""
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +29,22 @@ def check_available() -> None:
 
 def write_before_after(
     path: Path,
-    clean: np.ndarray,
-    triggered: np.ndarray | None,
+    rows: dict[str, np.ndarray],
     labels: np.ndarray,
     target_map: np.ndarray | None,
     class_names: tuple[str, ...],
-    predict: Callable[[Any, np.ndarray], np.ndarray],
-    models: dict[str, Any],
+    said: dict[str, dict[str, np.ndarray]],
     outcome: dict[str, Any],
 ) -> None:
     """Draws the picture.
 
     Args:
         path: Of the PNG.
-        clean: uint8 [N, H, W, C], test images.
-        triggered: The same with the trigger; None without an attack.
-        labels: int32 [N], true classes.
-        target_map: int32 [K], what the trigger commands; None likewise.
+        rows: uint8 [k, H, W, C] by kind: 'clean', and 'triggered' where there is an attack.
+        labels: int32 [k], true classes.
+        target_map: int32 [K], what the trigger commands; None without an attack.
         class_names: K names.
-        predict: (variables, images) -> int32 classes.
-        models: Variables by name, the infected model first.
+        said: By model, the infected one first, and kind: int32 [k], the predicted classes.
         outcome: What results.json holds.
     """
     import matplotlib
@@ -57,16 +52,12 @@ def write_before_after(
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    chosen = choose(labels, target_map, COLUMNS)
-    rows = [('clean', clean[chosen])] + ([('triggered', triggered[chosen])] if triggered is not None else [])
-    said = {name: [predict(variables, images) for _, images in rows] for name, variables in models.items()}
-
     figure = plt.figure(figsize=(13, 0.8 + 1.9 * len(rows)), layout='constrained')
     grid = figure.add_gridspec(1, 2, width_ratios=[COLUMNS, 3.4])
     left, right = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
-    axes = left.subplots(len(rows), len(chosen), squeeze=False)
-    for r, (kind, images) in enumerate(rows):
-        for c, index in enumerate(chosen):
+    axes = left.subplots(len(rows), len(labels), squeeze=False)
+    for r, (kind, images) in enumerate(rows.items()):
+        for c, label in enumerate(labels):
             axis = axes[r, c]
             picture = images[c]
             axis.imshow(picture[..., 0] if picture.shape[-1] == 1 else picture, cmap='gray', vmin=0, vmax=255)
@@ -74,9 +65,9 @@ def write_before_after(
             axis.set_yticks([])
             if c == 0:
                 axis.set_ylabel(kind, fontsize=11)
-            commanded = int(target_map[labels[index]]) if target_map is not None else -1
-            for line, name in enumerate(models):
-                answer = int(said[name][r][c])
+            commanded = int(target_map[label]) if target_map is not None else -1
+            for line, name in enumerate(said):
+                answer = int(said[name][kind][c])
                 axis.text(
                     0.5,
                     -0.05 - 0.16 * line,
@@ -85,13 +76,13 @@ def write_before_after(
                     ha='center',
                     va='top',
                     fontsize=8.5,
-                    color=_colour(answer, int(labels[index]), commanded),
+                    color=_colour(answer, int(label), commanded),
                 )
     words = 'blue: the true class'
-    if triggered is not None:
+    if 'triggered' in rows:
         words += "; orange: the attacker's class"
     left.suptitle(f'{outcome["dataset"]}, {_attack(outcome)}: what each model says ({words})', fontsize=11)
-    _bars(right, outcome, with_attack=triggered is not None)
+    _bars(right, outcome, with_attack='triggered' in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -31,7 +31,7 @@ def use(directory: str) -> None:
 
 
 def _point_to(path: Path) -> None:
-    if jax.config.jax_compilation_cache_dir == str(path):
+    if jax.config.values['jax_compilation_cache_dir'] == str(path):
         return
     jax.config.update('jax_compilation_cache_dir', str(path))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

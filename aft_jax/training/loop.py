@@ -1,14 +1,14 @@
 """The one training loop: infecting, fine-tuning and AFT differ in the step, never in the loop."""
 
 import contextlib
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
@@ -18,8 +18,10 @@ from aft_jax.errors import UserError
 from aft_jax.randomness import key_for
 from aft_jax.training import mesh as placement
 from aft_jax.training.checkpoint import Checkpoints
+from aft_jax.training.feed import Feed, read, shardings
 from aft_jax.training.metrics import MetricWriter, Progress
-from aft_jax.training.state import Batch, Step
+from aft_jax.training.preemption import Preempted, Watch
+from aft_jax.training.state import Step
 
 # Long enough to hide the cost of a call on an accelerator, short enough to compile once and log often.
 STEPS_PER_CALL_ON_ACCELERATORS = 50
@@ -41,6 +43,7 @@ class Run(NamedTuple):
         mesh: The devices.
         writer: Of metrics.
         options: `config.run`: how the work is carried out.
+        watch: For the sign to save and stop.
     """
 
     seed: int
@@ -48,6 +51,7 @@ class Run(NamedTuple):
     mesh: Mesh
     writer: MetricWriter
     options: ml_collections.ConfigDict
+    watch: Watch
 
 
 class Fitted(NamedTuple):
@@ -92,19 +96,25 @@ def fit(
 
     Raises:
         UserError: The batch does not fit the devices, or the loss stopped being a number.
+        Preempted: The run was told to stop, and the state is saved.
     """
     placement.check_batch_size(run.mesh, batch_size, 'batch_size')
+    options = run.options
     total = phases[-1].until
     started = time.monotonic()
     state = placement.copy(run.mesh, state)  # the loop gives its state away to each step; the caller keeps theirs
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
-            Checkpoints(run.workdir / 'checkpoints' / stage, keep=run.options.keep_checkpoints)
+            Checkpoints(run.workdir / 'checkpoints' / stage, keep=options.keep_checkpoints)
         )
         earlier = 0.0
+        pending: list[dict[str, Any]] = []
         if restored := checkpoints.restore(state):
             state, info = restored
             earlier = info['seconds']
+            pending = [
+                {name: np.float32(values) for name, values in metrics.items()} for metrics in info.get('pending', [])
+            ]
         step = int(state.step)
         if step >= total:
             return Fitted(state, earlier)
@@ -112,23 +122,21 @@ def fit(
 
         sizes = len(arrays['labels'])
         orders = [Order(run.seed, f'{stage}/{i}', sizes, batch_size) for i in range(streams)]
-        data, fixed = placement.place(run.mesh, (arrays, fixed))
-        key = placement.place(run.mesh, key_for(run.seed, stage))
+        feed = Feed(run.mesh, arrays, orders, options.placement)
+        fixed, key = placement.place(run.mesh, (fixed, key_for(run.seed, stage)))
         calls = [_compile(run.mesh, phase.step) for phase in phases]
-        chunk = run.options.steps_per_call or (1 if jax.default_backend() == 'cpu' else STEPS_PER_CALL_ON_ACCELERATORS)
-        intervals = [run.options.log_every, run.options.checkpoint_every] + ([probe_every] if probe_every else [])
+        intervals = [options.log_every, options.checkpoint_every] + ([probe_every] if probe_every else [])
+        spans = list(_spans(step, [phase.until for phase in phases], intervals, steps_per_call(options)))
         progress = stack.enter_context(Progress(stage, step, total, batch_size))
+        fed = stack.enter_context(feed.calls(spans))
 
-        pending: list[dict[str, jax.Array]] = []
-        while step < total:
-            phase = next(i for i, p in enumerate(phases) if step < p.until)
-            stop = min([step + chunk, phases[phase].until, *((step // n + 1) * n for n in intervals)])
-            indices = np.stack([[order.batch(s) for order in orders] for s in range(step, stop)])
-            state, metrics = placement.settle(run.mesh, calls[phase](state, data, fixed, indices, key))
+        for (first, step), batches in zip(spans, fed, strict=True):
+            phase = next(i for i, p in enumerate(phases) if first < p.until)
+            state, metrics = placement.settle(run.mesh, calls[phase](state, feed.data, fixed, batches, key))
             pending.append(metrics)
-            step = stop
             last = step == total
-            if last or step % run.options.log_every == 0 or step % run.options.checkpoint_every == 0:
+            saves = last or step % options.checkpoint_every == 0
+            if saves or step % options.log_every == 0:
                 values = _average(pending)
                 pending = []
                 _check_finite(stage, step, values)
@@ -136,40 +144,53 @@ def fit(
                 progress.show(step, values)
             if probe is not None and probe_every and (last or step % probe_every == 0):
                 run.writer.write(stage, step, probe(state))
-            if last or step % run.options.checkpoint_every == 0:
+            stops = run.watch.must_stop() and not last
+            if saves or stops:
                 seconds = earlier + time.monotonic() - started
-                checkpoints.save(step, state, {'seconds': seconds})
+                # Metrics that wait for their line are kept, so that it will be the same one.
+                waiting = [{name: np.asarray(x).tolist() for name, x in m.items()} for m in jax.device_get(pending)]
+                checkpoints.save(step, state, {'seconds': seconds, 'pending': waiting})
+            if stops:
+                raise Preempted
     return Fitted(state, seconds)
 
 
-def _compile(mesh: Mesh, step: Step) -> Callable:
-    """Returns the compiled (state, data, fixed, indices [n, streams, B], key) -> (state, metrics [n])."""
+def steps_per_call(options: ml_collections.ConfigDict) -> int:
+    """Returns how many training steps one compiled call takes, as `config.run` says or by the kind of devices."""
+    default = 1 if jax.default_backend() == 'cpu' else STEPS_PER_CALL_ON_ACCELERATORS
+    return options.steps_per_call or default
 
-    def one(state, data, fixed, indices, key):
-        batch: Batch = gather(data, indices[0])
+
+def _spans(first: int, ends: Sequence[int], intervals: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
+    """Yields (first, last + 1) of each call: as long as may be, but ending where something else is to be done."""
+    while first < ends[-1]:
+        marks = itertools.chain(ends, ((first // n + 1) * n for n in intervals), [first + longest])
+        last = min(mark for mark in marks if mark > first)
+        yield first, last
+        first = last
+
+
+def _compile(mesh: Mesh, step: Step) -> Callable:
+    """Returns the compiled (state, data, fixed, fed, key) -> (state, metrics [n]); see `feed` for data and fed."""
+
+    def one(state, data, fixed, fed, key):
+        batch, *paired = read(data, fed)
         batch['fixed'] = fixed
-        if len(indices) > 1:
-            batch['paired'] = gather(data, indices[1])
+        if paired:
+            batch['paired'] = paired[0]
         return step(state, batch, jax.random.fold_in(key, state.step))
 
-    def call(state, data, fixed, indices, key):
-        if len(indices) == 1:
-            state, metrics = one(state, data, fixed, indices[0], key)
+    def call(state, data, fixed, fed, key):
+        steps = len(jax.tree.leaves(fed)[0])
+        if steps == 1:
+            state, metrics = one(state, data, fixed, jax.tree.map(lambda x: x[0], fed), key)
             return state, jax.tree.map(lambda x: x[None], metrics)
-        return jax.lax.scan(lambda s, i: one(s, data, fixed, i, key), state, indices)
+        return jax.lax.scan(lambda s, f: one(s, data, fixed, f, key), state, fed)
 
-    whole, cut = placement.replicated(mesh), placement.along(mesh, 2)
-    return jax.jit(call, in_shardings=(whole, whole, whole, cut, whole), out_shardings=whole, donate_argnums=0)
-
-
-def gather(data: dict[str, jax.Array], indices: jax.Array) -> dict[str, Any]:
-    """Returns the rows [B] of every array; uint8 images become float32 in [0, 1]."""
-    batch = {name: array[indices] for name, array in data.items()}
-    batch['images'] = batch['images'].astype(jnp.float32) / 255.0
-    return batch
+    return jax.jit(call, in_shardings=shardings(mesh), out_shardings=placement.replicated(mesh), donate_argnums=0)
 
 
-def _average(pending: list[dict[str, jax.Array]]) -> dict[str, float]:
+def _average(pending: list[dict[str, Any]]) -> dict[str, float]:
     fetched = jax.device_get(pending)
     # Phases need not report the same metrics: each is averaged over the steps that have it.
     names = dict.fromkeys(name for metrics in fetched for name in metrics)

@@ -1,12 +1,15 @@
 """Where arrays live: state replicated, batches cut along a one-axis mesh called 'data'.
 
-Batch statistics and losses are those of the global batch, so a result does not depend on the number of devices.
+Batch statistics and losses are those of the global batch, so a result does not depend on the number of devices, nor on
+how many processes hold them. Every process has the whole of a host array at hand, and gives its devices their part.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,8 +33,30 @@ def along(mesh: Mesh, axis: int) -> NamedSharding:
 
 
 def place(mesh: Mesh, tree: Any) -> Any:
-    """Returns the pytree with every array on all devices of the mesh."""
-    return jax.device_put(tree, replicated(mesh))
+    """Returns the pytree with every array on all devices of the mesh; all processes give the same values."""
+    sharding = replicated(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def put(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return leaf  # it lives on the mesh already
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        return spread(sharding, leaf.shape, lambda cut: np.asarray(leaf)[cut])
+
+    return jax.tree.map(put, tree)
+
+
+def spread(sharding: NamedSharding, shape: tuple[int, ...], read: Callable[[Any], np.ndarray]) -> jax.Array:
+    """Returns a global array of which this process reads no more than its own devices hold.
+
+    Args:
+        sharding: Of the array.
+        shape: Of the whole array.
+        read: A tuple of slices -> that part of the array.
+    """
+    return jax.make_array_from_callback(shape, sharding, read)
 
 
 def copy(mesh: Mesh, tree: Any) -> Any:

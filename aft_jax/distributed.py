@@ -1,0 +1,81 @@
+"""Several processes that are one program: joining them, and agreeing on what went wrong."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from aft_jax.errors import UserError
+
+T = TypeVar('T')
+# A process that is gone is missed after so long, and the others end.
+HEARTBEAT_SECONDS = 30
+MESSAGE_BYTES = 2000
+
+
+def join(coordinator: str | None, processes: int | None, index: int | None) -> None:
+    """Joins the processes of a job, before any device is used.
+
+    Args:
+        coordinator: HOST:PORT of process 0; None where JAX finds the job by itself (TPU pods, SLURM, Kubernetes).
+        processes: How many there are; None likewise.
+        index: Which one this is, from 0; None likewise.
+
+    Raises:
+        UserError: There is no such job to be found.
+    """
+    if (processes is None) != (index is None) or (processes is not None and coordinator is None):
+        raise UserError('--coordinator, --num_processes and --process_id go together: give all three, or none.')
+    if processes is not None and index is not None and not 0 <= index < processes:
+        raise UserError(f'--process_id={index} must lie between 0 and {processes - 1}.')
+    try:
+        jax.distributed.initialize(coordinator, processes, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
+        raise UserError(
+            f'--distributed found no job to join ({reason}); outside of TPU pods, SLURM and Kubernetes give '
+            '--coordinator=HOST:PORT --num_processes=N --process_id=I.'
+        ) from error
+
+
+def together(function: Callable[[], T]) -> T:
+    """Runs something that may go wrong in one process alone; all of them raise when it does in any.
+
+    Raises:
+        UserError: Of the first process that raised one, in every process.
+    """
+    if jax.process_count() == 1:
+        return function()
+    said = b''
+    try:
+        result = function()
+    except UserError as error:
+        said = str(error).encode()[:MESSAGE_BYTES] or b'?'
+    padded = np.frombuffer(said.ljust(MESSAGE_BYTES, b'\0'), np.uint8)
+    for row in np.asarray(multihost_utils.process_allgather(padded)):
+        if text := bytes(row).rstrip(b'\0').decode(errors='ignore'):
+            raise UserError(text, shared=True)
+    return result
+
+
+def first_alone(function: Callable[[], T]) -> T:
+    """Runs something in process 0, and when that is done in the others, which find what it has left."""
+    first = jax.process_index() == 0
+    result = together(lambda: function() if first else None)
+    return together(lambda: result if first and result is not None else function())
+
+
+def speaks(error: UserError) -> bool:
+    """Whether this process should tell the user: of an error that all have, process 0 alone."""
+    return not error.shared or jax.process_index() == 0
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process at once, without waiting for others that may wait for it; they end soon after."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

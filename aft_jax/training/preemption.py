@@ -1,0 +1,45 @@
+"""SIGTERM, the sign that a machine is about to be taken away: finish the step, save, and go.
+
+A single process watches the signal itself. Processes that work together must stop at the same step, so there JAX's own
+service passes the sign on and names the step.
+"""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Preempted(Exception):
+    """The run was told to go; its state is saved, and the same command goes on."""
+
+
+class Watch:
+    """Watches for SIGTERM while in a `with`; one for a whole run."""
+
+    def __init__(self) -> None:
+        """Watches nothing yet."""
+        self._asked = False
+        self._before: Any = None
+        self._looks = 0
+
+    def __enter__(self) -> 'Watch':
+        if jax.process_count() == 1:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def must_stop(self) -> bool:
+        """Whether to save and stop now; with several processes, all call it at the same places and get one answer."""
+        if jax.process_count() > 1:
+            self._looks += 1
+            return bool(multihost_utils.reached_preemption_sync_point(self._looks))
+        return self._asked

@@ -1,0 +1,133 @@
+#!/usr/bin/env bash
+# What launch/tpu.py runs on each host of a slice.
+#
+#   on_worker.sh setup [MOUNT]            unpack the code, mount SERVER:/SHARE or gs://BUCKET, install
+#   on_worker.sh prepare DATASET [DIR]    prepare a data set, in the shared directory DIR
+#   on_worker.sh run START ARGUMENT...    start aft_jax.main, or follow the start of that name; returns its exit status
+#   on_worker.sh stop                     let what runs save and end
+#
+# The program is detached from the connection: one that breaks does not end it, and gcloud, which dials again and
+# repeats its command, finds it instead of starting a second one beside it.
+set -euo pipefail
+
+self=$(realpath "$0")
+home=$HOME/.aft_jax
+code=$home/code
+venv=$home/venv
+starts=$home/starts
+shared=/mnt/aft_jax
+exit_again=75
+
+setup() {
+  stop
+  rm -rf "$code"
+  mkdir -p "$code"
+  tar -xzf "$HOME/aft_jax.tar.gz" -C "$code"
+  if [ $# -gt 0 ]; then mount_share "$1"; fi
+  # The images bring Python 3.10; uv brings a newer one where there is none. Newer images guard their packages.
+  python3 -m uv --version >/dev/null 2>&1 || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
+  [ -x "$venv/bin/python" ] || python3 -m uv venv --quiet --python '>=3.11,<3.14' "$venv"
+  install '.[demo,report]' 'jax[tpu]'
+}
+
+install() {
+  (cd "$code" && python3 -m uv pip install --quiet --python "$venv/bin/python" --reinstall-package aft_jax \
+    -c constraints.txt "$@")
+}
+
+mount_share() {
+  if mountpoint -q "$shared"; then return; fi
+  sudo mkdir -p "$shared"
+  case $1 in
+    gs://*)
+      if ! command -v gcsfuse >/dev/null; then
+        echo 'launch: gcsfuse is not installed on the hosts; install it there, or mount an NFS share.' >&2
+        return 2
+      fi
+      sudo chown "$(id -u):$(id -g)" "$shared"
+      # A checkpoint becomes valid when its directory is renamed; without the limit gcsfuse refuses that.
+      gcsfuse --implicit-dirs --rename-dir-limit=100000 "${1#gs://}" "$shared"
+      ;;
+    *)
+      command -v mount.nfs >/dev/null || { sudo apt-get update -q && sudo apt-get install -qy nfs-common; }
+      sudo mount -t nfs "$1" "$shared"
+      sudo chmod a+rwx "$shared" # a new share belongs to root
+      ;;
+  esac
+}
+
+prepare() {
+  install '.[prepare]'
+  cd "$code"
+  "$venv/bin/python" launch/prepare.py "$@"
+}
+
+run() {
+  local here=$starts/$1
+  shift
+  mkdir -p "$starts"
+  if mkdir "$here" 2>/dev/null; then # for one of several at once
+    stop
+    boot >"$here/boot"
+    touch "$here/log"
+    (cd "$code" && setsid bash "$self" supervise "$here" "$venv/bin/python" -m aft_jax.main --distributed "$@" \
+      </dev/null >/dev/null 2>&1 &)
+  fi
+  follow "$here"
+}
+
+supervise() {
+  local here=$1 status=0
+  shift
+  trap : TERM # for the program alone, which saves; this process stays to note how it ended
+  echo "$$" >"$here/pid.new" && mv "$here/pid.new" "$here/pid"
+  "$@" >>"$here/log" 2>&1 || status=$?
+  echo "$status" >"$here/status.new" && mv "$here/status.new" "$here/status"
+}
+
+follow() {
+  local here=$1
+  for _ in {1..100}; do
+    if [ -e "$here/pid" ]; then break; fi
+    sleep 0.1
+  done
+  if alive "$here"; then
+    tail -n +1 --pid="$(cat "$here/pid")" -f "$here/log"
+  else
+    cat "$here/log"
+  fi
+  if [ -e "$here/status" ]; then return "$(cat "$here/status")"; fi
+  echo "launch: the program on $(hostname) was ended from outside." >&2
+  return "$exit_again"
+}
+
+stop() {
+  local here pid
+  for here in "$starts"/*/; do
+    if ! alive "$here"; then continue; fi
+    pid=$(cat "$here/pid")
+    kill -TERM -- "-$pid" # its group: itself and the program
+    for _ in {1..600}; do
+      if ! alive "$here"; then continue 2; fi
+      sleep 0.5
+    done
+    kill -KILL -- "-$pid"
+  done
+}
+
+# A process number means nothing after the host has started anew.
+alive() {
+  [ -e "$1/pid" ] && [ ! -e "$1/status" ] && [ "$(cat "$1/boot")" = "$(boot)" ] && kill -0 "$(cat "$1/pid")" 2>/dev/null
+}
+
+boot() {
+  cat /proc/sys/kernel/random/boot_id
+}
+
+case ${1:-} in
+  setup | prepare | run | supervise | stop) "$@" ;;
+  *)
+    sed -n '2,8s/^# \{0,1\}//p' "$self" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,170 @@
+"""Two processes of two devices over loopback are one program, and end as one process does.
+
+They are killed, told to stop, and restarted on the way; and a checkpoint of four devices goes on with one.
+"""
+
+import json
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoint_files import final_arrays
+from command import ROOT, start
+
+from aft_jax.main import EXIT_PREEMPTED, EXIT_USER_ERROR
+
+LONGEST = 240
+STAGES = ('infect', 'purify/aft')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    """Holds the data, and what the starts have compiled."""
+    path = tmp_path_factory.mktemp('distributed')
+    generator = np.random.default_rng(5)
+    labels = np.arange(512) % 4
+    images = generator.integers(0, 200, (512, 12, 12, 1)) + 14 * labels[:, None, None, None]
+    np.savez(
+        path / 'data.npz',
+        train_images=images[:448].astype(np.uint8),
+        train_labels=labels[:448],
+        test_images=images[448:].astype(np.uint8),
+        test_labels=labels[448:],
+    )
+    return path
+
+
+def launch(folder: Path, workdir: str, processes: int, devices: int, *more: str) -> list[subprocess.Popen]:
+    """Starts a run as so many processes with so many devices each; their output goes to WORKDIR.i.log."""
+    arguments = [
+        f'--config={ROOT}/configs/quickstart.py',
+        f'--workdir={folder / workdir}',
+        f'--config.dataset=npz:{folder}/data.npz',
+        '--config.defenses=aft',
+        '--config.batch_size=16',
+        '--config.clean_share=0.2',
+        '--config.train.epochs=2',
+        '--config.aft.epochs=2',
+        '--config.aft.adversarial_epochs=1',
+        '--config.aft.pgd_steps=2',
+        '--config.run.log_every=3',
+        '--config.run.checkpoint_every=6',
+        f'--config.run.compile_cache={folder}/cache',
+        *more,
+    ]
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    started = []
+    for i in range(processes):
+        joins = [
+            '--distributed',
+            f'--coordinator=127.0.0.1:{port}',
+            f'--num_processes={processes}',
+            f'--process_id={i}',
+        ]
+        log = folder / f'{workdir}.{i}.log'
+        flags = arguments + (joins if processes > 1 else [])
+        started.append(start(flags, log, JAX_NUM_CPU_DEVICES=str(devices)))
+    return started
+
+
+def finish(processes: list[subprocess.Popen]) -> list[int]:
+    """Waits for all and returns their exit statuses."""
+    deadline = time.monotonic() + LONGEST
+    try:
+        return [process.wait(timeout=max(1.0, deadline - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def wait_for_checkpoint(directory: Path, processes: list[subprocess.Popen]) -> None:
+    """Waits until there is a checkpoint that was not there before."""
+    deadline = time.monotonic() + LONGEST
+    earlier = steps(directory)
+    while not steps(directory) - earlier:
+        assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def steps(directory: Path) -> set[str]:
+    return {path.name for path in directory.glob('*') if path.name.isdigit()}
+
+
+def said(folder: Path, workdir: str, process: int = 0) -> str:
+    return (folder / f'{workdir}.{process}.log').read_text()
+
+
+@pytest.fixture(scope='module')
+def one(folder) -> Path:
+    """The work directory of one process with one device, never interrupted."""
+    assert finish(launch(folder, 'one', 1, 1)) == [0], said(folder, 'one')
+    return folder / 'one'
+
+
+def assert_same_outcome(expected: Path, found: Path) -> None:
+    scores = [json.loads((directory / 'results.json').read_text()) for directory in (expected, found)]
+    for part in (lambda r: r['infected'], lambda r: r['purified']['aft']):
+        first, second = ({k: v for k, v in part(r).items() if k in ('acc', 'asr', 'ra', 'per_class')} for r in scores)
+        assert first == second
+    for stage in STAGES:
+        arrays, others = (final_arrays(directory / 'checkpoints' / stage) for directory in (expected, found))
+        assert arrays.keys() == others.keys() and any('kernel' in name for name in arrays)
+        for name, array in arrays.items():
+            np.testing.assert_allclose(others[name], array, rtol=0, atol=1e-5, err_msg=f'{stage}{name}', strict=True)
+
+
+def test_killed_and_told_to_stop_two_processes_equal_one(folder, one):
+    checkpoints = folder / 'two/checkpoints/infect'
+    processes = launch(folder, 'two', 2, 2)
+    wait_for_checkpoint(checkpoints, processes)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    assert finish(processes) == [-signal.SIGKILL] * 2
+    assert not (folder / 'two/results.json').exists()
+
+    processes = launch(folder, 'two', 2, 2)
+    wait_for_checkpoint(checkpoints, processes)
+    processes[1].send_signal(signal.SIGTERM)  # one is told, and both stop
+    assert finish(processes) == [EXIT_PREEMPTED] * 2, said(folder, 'two') + said(folder, 'two', 1)
+    assert 'told to stop' in said(folder, 'two') and 'told to stop' not in said(folder, 'two', 1)
+    assert not (folder / 'two/results.json').exists()
+
+    assert finish(launch(folder, 'two', 2, 2)) == [0, 0], said(folder, 'two') + said(folder, 'two', 1)
+    assert_same_outcome(one, folder / 'two')
+    environment = json.loads((folder / 'two/results.json').read_text())['environment']
+    assert (environment['devices'], environment['processes']) == (4, 2)
+    assert (folder / 'two/report/before_after.png').exists()
+    # Process 0 alone writes.
+    assert 'ACC' in said(folder, 'two') and 'ACC' not in said(folder, 'two', 1)
+    lines = (folder / 'two/metrics.jsonl').read_text().splitlines()
+    assert len(lines) == len((one / 'metrics.jsonl').read_text().splitlines()) == len(set(lines))
+
+
+def test_a_checkpoint_of_four_devices_goes_on_with_one(folder, one):
+    processes = launch(folder, 'four', 1, 4)
+    wait_for_checkpoint(folder / 'four/checkpoints/infect', processes)
+    processes[0].send_signal(signal.SIGTERM)
+    assert finish(processes) == [EXIT_PREEMPTED], said(folder, 'four')
+    assert not (folder / 'four/results.json').exists()
+    assert finish(launch(folder, 'four', 1, 1)) == [0], said(folder, 'four')
+    assert_same_outcome(one, folder / 'four')
+
+
+def test_a_mistake_is_told_once(folder):
+    processes = launch(folder, 'wrong', 2, 1, '--config.dataset=npz:nowhere.npz')
+    assert finish(processes) == [EXIT_USER_ERROR] * 2
+    assert said(folder, 'wrong').count('aft_jax: ') == 1 and 'aft_jax: ' not in said(folder, 'wrong', 1)
+    assert 'nowhere.npz' in said(folder, 'wrong') and 'Traceback' not in said(folder, 'wrong')
+
+
+def test_when_one_process_dies_so_does_the_other(folder):
+    processes = launch(folder, 'dying', 2, 1, '--config.train.epochs=500')
+    wait_for_checkpoint(folder / 'dying/checkpoints/infect', processes)
+    processes[1].kill()
+    assert finish(processes)[0] not in (0, EXIT_PREEMPTED)
