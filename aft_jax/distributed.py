@@ -69,6 +69,19 @@ def first_alone(function: Callable[[], T]) -> T:
     return together(lambda: result if first and result is not None else function())
 
 
+def everyone(agrees: bool) -> bool:
+    """Whether every process says so."""
+    if jax.process_count() == 1:
+        return agrees
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(agrees))))
+
+
+def meet(place: str) -> None:
+    """Waits until every process is here; `place` is a name for where."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(place)
+
+
 def speaks(error: UserError) -> bool:
     """Whether this process should tell the user: of an error that all have, process 0 alone."""
     return not error.shared or jax.process_index() == 0

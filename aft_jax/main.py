@@ -53,23 +53,25 @@ def main(arguments: list[str]) -> int:
     # After the flags, so that a wrong one is told at once.
     from aft_jax import distributed
 
+    joined = False
     try:
         if _DISTRIBUTED.value:
             distributed.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+            joined = True
         elif _COORDINATOR.value or _NUM_PROCESSES.value is not None or _PROCESS_ID.value is not None:
             raise UserError('--coordinator, --num_processes and --process_id need --distributed.')
         return run()
     except UserError as error:
         if distributed.speaks(error):
             _complain(error)
-        if _DISTRIBUTED.value and not error.shared:
+        if joined and not error.shared:
             distributed.leave(EXIT_USER_ERROR)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print('aft_jax: interrupted; the same command goes on from the last checkpoint.', file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception:
-        if not _DISTRIBUTED.value:
+        if not joined:
             raise
         traceback.print_exc()
         distributed.leave(1)

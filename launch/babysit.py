@@ -65,8 +65,8 @@ def babysit(pod: Pod, machine: Machine, job: Job, max_restarts: int, poll: float
                 raise
             say(str(error))
     raise LaunchError(
-        f'{pod.name} used up all of its {max_restarts} restarts; nothing that was saved is lost: see above for the '
-        'reason, then start the same command again.',
+        f'{pod.name} used up all of its {max_restarts} restarts, and may still cost money; nothing that was saved is '
+        'lost: see above for the reason, then start the same command again.',
         status or USER_ERROR,
     )
 

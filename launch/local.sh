@@ -62,10 +62,9 @@ while ((${#pids[@]})); do
     wait "${pids[i]}" 2>/dev/null
     status=$?
     unset "pids[i]"
-    if ((status == 0 || first != 0)); then continue; fi
-    first=$status
+    if ((first == 0)); then first=$status; fi
     # Processes that were told to stop end together, when all is saved; the others wait for one that is gone.
-    if ((status == 75)); then continue; fi
+    if ((status == 0 || status == 75)) || [ -n "$kill_at" ]; then continue; fi
     echo "launch: process $i ended with exit status $status; ending the others." >&2
     if ((i > 0)); then tail -n 20 "$logs/process-$i.log" >&2; fi
     signal_all TERM

@@ -17,6 +17,7 @@ venv=$home/venv
 starts=$home/starts
 shared=/mnt/aft_jax
 exit_again=75
+not_found=127 # as of a command
 
 setup() {
   stop
@@ -49,7 +50,9 @@ mount_share() {
       gcsfuse --implicit-dirs --rename-dir-limit=100000 "${1#gs://}" "$shared"
       ;;
     *)
-      command -v mount.nfs >/dev/null || { sudo apt-get update -q && sudo apt-get install -qy nfs-common; }
+      # A host that has just started may still be at its own updates.
+      command -v mount.nfs >/dev/null || { sudo apt-get update -q &&
+        sudo apt-get install -qy -o DPkg::Lock::Timeout=300 nfs-common; }
       sudo mount -t nfs "$1" "$shared"
       sudo chmod a+rwx "$shared" # a new share belongs to root
       ;;
@@ -63,17 +66,22 @@ prepare() {
 }
 
 run() {
-  local here=$starts/$1
+  local here=$starts/$1 lines=20
   shift
+  if [ ! -d "$code" ]; then
+    echo 'launch: this host is not set up.' >&2
+    return "$not_found"
+  fi
   mkdir -p "$starts"
   if mkdir "$here" 2>/dev/null; then # for one of several at once
+    lines=+1
     stop
     boot >"$here/boot"
     touch "$here/log"
     (cd "$code" && setsid bash "$self" supervise "$here" "$venv/bin/python" -m aft_jax.main --distributed "$@" \
       </dev/null >/dev/null 2>&1 &)
   fi
-  follow "$here"
+  follow "$here" "$lines"
 }
 
 supervise() {
@@ -92,9 +100,9 @@ follow() {
     sleep 0.1
   done
   if alive "$here"; then
-    tail -n +1 --pid="$(cat "$here/pid")" -f "$here/log"
+    tail -n "$2" --pid="$(cat "$here/pid")" -f "$here/log"
   else
-    cat "$here/log"
+    tail -n "$2" "$here/log"
   fi
   if [ -e "$here/status" ]; then return "$(cat "$here/status")"; fi
   echo "launch: the program on $(hostname) was ended from outside." >&2
@@ -124,10 +132,18 @@ boot() {
   cat /proc/sys/kernel/random/boot_id
 }
 
-case ${1:-} in
-  setup | prepare | run | supervise | stop) "$@" ;;
-  *)
-    sed -n '2,8s/^# \{0,1\}//p' "$self" >&2
-    exit 2
-    ;;
-esac
+# In braces, and so read as one: a shell reads a script as it goes, and setup puts a new copy in this one's place.
+{
+  case ${1:-} in
+    setup) setup "${@:2}" ;;
+    prepare) prepare "${@:2}" ;;
+    run) run "${@:2}" ;;
+    supervise) supervise "${@:2}" ;;
+    stop) stop ;;
+    *)
+      sed -n '2,8s/^# \{0,1\}//p' "$self" >&2
+      exit 2
+      ;;
+  esac
+  exit
+}

@@ -52,25 +52,28 @@ class Shell:
         if self.dry_run:
             self.show(command)
             return ''
-        done = self._run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise GcloudError(command, done.stderr)
-        return done.stdout.strip()
+        process = _start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        output, said = process.communicate()
+        if process.returncode:
+            raise GcloudError(command, said)
+        return output.strip()
 
     def show(self, command: list[str]) -> int:
-        """Runs a command whose output is the user's to see; returns its exit status."""
+        """Runs a command whose output is the user's to see; returns its exit status.
+
+        gcloud ends with the status of the first host that failed, which may only have lost the one that is the reason.
+        So a status that says what to do wins: a user's mistake, then a lost connection, then a wish to start again.
+        """
         if self.dry_run:
             print(shlex.join(command), flush=True)
             return 0
-        return self._run(command).returncode
-
-    def _run(self, command: list[str], **options: bool) -> subprocess.CompletedProcess:
-        try:
-            # Without a terminal gcloud asks no questions, which nobody would answer at night.
-            return subprocess.run(command, stdin=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
-        except FileNotFoundError:
-            hint = 'install the Google Cloud CLI' if command[0] == 'gcloud' else 'install it'
-            raise LaunchError(f'{command[0]} is not on the PATH; {hint}, or see the commands with --dry-run.') from None
+        hosts = set()
+        with _start(command, stderr=subprocess.PIPE) as process:
+            for line in process.stderr or ():
+                print(line, end='', file=sys.stderr, flush=True)
+                if match := re.search(r'execution on worker \d+ failed with exit status (\d+)', line):
+                    hosts.add(int(match[1]))
+        return next((status for status in (2, 255, 75) if status in hosts), process.returncode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +160,7 @@ class Pod:
         return self.shell.show(self._gcloud('tpu-vm', 'scp', *files, f'{self.name}:', '--worker=all', '--quiet'))
 
     def ssh(self, remote: list[str], worker: str = 'all') -> int:
-        """Runs a command on one host or on all, and waits; returns the first exit status that is not 0, or 0.
+        """Runs a command on one host or on all, and waits; returns its exit status as `Shell.show` does.
 
         gcloud dials up to ten times a host that it cannot reach, or whose connection breaks; then the status is 255.
         It is 1 when gcloud itself refuses, as when the slice was taken away.
@@ -181,6 +184,17 @@ class Pod:
 def say(text: str) -> None:
     """Tells the user something that is not the result of the command."""
     print(f'launch: {text}', file=sys.stderr, flush=True)
+
+
+def _start(command: list[str], stdout: int | None = None, stderr: int | None = None) -> subprocess.Popen[str]:
+    try:
+        # Without a terminal gcloud asks no questions, which nobody would answer at night.
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, text=True, errors='replace'
+        )
+    except FileNotFoundError:
+        hint = 'install the Google Cloud CLI' if command[0] == 'gcloud' else 'install it'
+        raise LaunchError(f'{command[0]} is not on the PATH; {hint}, or see the commands with --dry-run.') from None
 
 
 def _reason(text: str) -> str:

@@ -24,7 +24,7 @@ python=${PYTHON:-.venv/bin/python}
 exit_again=75
 
 if ! command -v "$python" >/dev/null; then
-  echo "launch: PYTHON=$python is not a program; submit from the repository after make test, or set PYTHON." >&2
+  echo "launch: PYTHON=$python is not a program; name the interpreter that aft_jax is installed for." >&2
   exit 2
 fi
 

@@ -16,6 +16,7 @@ you can put right, 130 interrupted (what runs on the hosts goes on).
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from babysit import babysit
@@ -77,9 +78,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _create(pod: Pod, machine: Machine) -> int:
     pod.create(machine)
-    _remind(
-        pod, 'is in the queue, and costs money once it is ACTIVE' if machine.queued else 'is there, and costs money'
-    )
+    _remind(pod, 'is in the queue, and costs money once ACTIVE' if machine.queued else 'is there, and costs money')
     return 0
 
 
@@ -152,6 +151,16 @@ def _job(options: argparse.Namespace, arguments: list[str]) -> Job:
     return Job(tuple(arguments), mount, options.dataset, options.data_dir)
 
 
+def _from_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        if not 0 <= (value := kind(text)) < 1e6:
+            raise ValueError
+        return value
+
+    convert.__name__ = 'number'  # as argparse calls it
+    return convert
+
+
 class _Parser(argparse.ArgumentParser):
     """Tells mistakes in one sentence."""
 
@@ -172,10 +181,11 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument(
         '--gcloud-flag', action='append', default=[], help='for its create command: --gcloud-flag=--network=mine'
     )
-    data = _Parser(add_help=False)
+    shared = _Parser(add_help=False)
+    shared.add_argument('--data-dir', default='', help='shared directory for prepared data, made by one host for all')
+    data = _Parser(add_help=False, parents=[shared])
     data.add_argument('--mount', default='', help=f'SERVER:/SHARE or gs://BUCKET, mounted at {SHARED} on all hosts')
     data.add_argument('--dataset', default='', help='data set to prepare, such as cifar10')
-    data.add_argument('--data-dir', default='', help='shared directory for prepared data, made by one host for all')
 
     parser = _Parser(prog='launch/tpu.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=_Parser)
@@ -187,13 +197,16 @@ def _parser() -> argparse.ArgumentParser:
     add('queue', 'Ask for a slice in the queue.', machine)
     add('status', 'Print the state.')
     add('setup', 'Copy the code to all hosts, install it, prepare data.', data)
-    one = add('run', 'Run aft_jax.main on all hosts; its arguments follow --.', data)
+    one = add('run', 'Run aft_jax.main on all hosts; its arguments follow --.', shared)
+    one.set_defaults(mount='', dataset='')
     one.add_argument('--attempt', default='', help='follow the start of that name, if the hosts know it')
     add('stop', 'Tell what runs on the hosts to save and end.')
     kept = add('babysit', 'Create, set up and run until it is done; its arguments follow --.', machine, data)
     kept.add_argument('--queued', action='store_true', help='create through the queue')
-    kept.add_argument('--poll', type=float, default=60.0, help='seconds between two looks at the state (60)')
-    kept.add_argument('--max-restarts', type=int, default=20, help='of the program (20)')
+    kept.add_argument(
+        '--poll', type=_from_zero(float), default=60.0, help='seconds between two looks at the state (60)'
+    )
+    kept.add_argument('--max-restarts', type=_from_zero(int), default=20, help='of the program (20)')
     add('delete', 'Delete the slice and its queued resource.')
     return parser
 

@@ -17,8 +17,8 @@ def run_here(arguments: list[str], capsys) -> tuple[int, str]:
     """Returns the exit status and what went to standard error."""
     flags.FLAGS.unparse_flags()
     for name in list(flags.FLAGS):
-        if name == 'config' or name == 'workdir':
-            flags.FLAGS[name].value = None
+        if name in ('config', 'workdir', 'distributed', 'coordinator', 'num_processes', 'process_id'):
+            flags.FLAGS[name].value = flags.FLAGS[name].default
         elif name.startswith('config.'):
             delattr(flags.FLAGS, name)
     capsys.readouterr()

@@ -203,6 +203,32 @@ def test_a_loss_that_is_no_number(npz, tmp_path, capsys):
     )
 
 
+def test_a_compile_cache_that_cannot_be_made(tmp_path, npz, capsys):
+    (tmp_path / 'file').write_text('')
+    arguments = [CONFIG, f'--workdir={tmp_path}/run', npz, f'--config.run.compile_cache={tmp_path}/file/cache']
+    assert_one_sentence(*run_here(arguments, capsys), 'run.compile_cache=.*cannot be made')
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    'arguments, expected',
+    [
+        (['--process_id=1'], 'need --distributed'),
+        (['--distributed', '--process_id=1'], 'give all three, or none'),
+        (['--distributed', '--num_processes=2', '--process_id=0'], 'give all three, or none'),
+        (['--distributed', '--coordinator=localhost:1', '--num_processes=2', '--process_id=2'], 'between 0 and 1'),
+    ],
+)
+def test_processes_that_cannot_be_joined(arguments, expected, tmp_path, capsys):
+    assert_one_sentence(*run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments], capsys), expected)
+
+
+def test_no_job_to_join(tmp_path):
+    process = start([CONFIG, f'--workdir={tmp_path}/run', '--distributed'], tmp_path / 'log')
+    assert process.wait(timeout=120) == 2
+    assert_one_sentence(2, (tmp_path / 'log').read_text(), 'found no job to join')
+
+
 def test_a_process_of_its_own_says_the_same(tmp_path):
     process = start([CONFIG, f'--workdir={tmp_path}/run', '--config.attack.name=bled'], tmp_path / 'log')
     assert process.wait(timeout=60) == 2

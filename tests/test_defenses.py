@@ -152,9 +152,9 @@ def holdings(dataset, tiny_net, tiny_variables):
 def purify(make_run, config, holdings):
     """Returns a function that purifies with the given options of a defense; returns the state and the record."""
 
-    def call(defense, name='run', **options):
+    def call(defense, name='run', devices=4, **options):
         config[defense].update(options)
-        run = make_run(name)
+        run = make_run(name, devices=devices)
         fitted = DEFENSES[defense](run, f'purify/{defense}', holdings, resolve(config))
         return fitted.state, [json.loads(line) for line in (run.workdir / 'metrics.jsonl').read_text().splitlines()]
 
@@ -177,6 +177,16 @@ def test_aft_switches_phases_at_the_right_step_and_leaves_the_suspect_alone(puri
     assert [line['step'] for line in record] == list(range(1, 10))
     assert ['fooled' in line for line in record] == [True] * 6 + [False] * 3
     assert_left_alone(holdings, before, after)
+
+
+def test_aft_on_four_devices_equals_one(purify, assert_trees_close):
+    """Parameters, statistics and metrics of adversarial and clean steps, with distillation and clipped gradients."""
+    options = {'epochs': 2, 'adversarial_epochs': 1.0, 'pgd_steps': 2}
+    (one, first), (four, second) = (purify('aft', str(n), devices=n, **options) for n in (1, 4))
+    assert_trees_close(four, one, atol=1e-5)
+    assert [line['step'] for line in first] == list(range(1, 7)) and 'fooled' in first[0]
+    for a, b in zip(first, second, strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
 
 
 def test_the_teacher_of_distillation_is_the_suspect_in_every_step(make_run, config, dataset):

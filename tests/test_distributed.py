@@ -38,8 +38,13 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def launch(folder: Path, workdir: str, processes: int, devices: int, *more: str) -> list[subprocess.Popen]:
-    """Starts a run as so many processes with so many devices each; their output goes to WORKDIR.i.log."""
+def launch(
+    folder: Path, workdir: str, processes: int, devices: int, *more: str, slurm: bool = False
+) -> list[subprocess.Popen]:
+    """Starts a run as so many processes with so many devices each; their output goes to WORKDIR.i.log.
+
+    The processes are told of each other by flags, or find themselves in a SLURM job of so many tasks.
+    """
     arguments = [
         f'--config={ROOT}/configs/quickstart.py',
         f'--workdir={folder / workdir}',
@@ -67,9 +72,16 @@ def launch(folder: Path, workdir: str, processes: int, devices: int, *more: str)
             f'--num_processes={processes}',
             f'--process_id={i}',
         ]
+        job = {
+            'SLURM_JOB_ID': str(port),  # JAX derives the coordinator's port from it
+            'SLURM_STEP_NODELIST': 'localhost',
+            'SLURM_NTASKS': str(processes),
+            'SLURM_PROCID': str(i),
+            'SLURM_LOCALID': str(i),
+        }
         log = folder / f'{workdir}.{i}.log'
-        flags = arguments + (joins if processes > 1 else [])
-        started.append(start(flags, log, JAX_NUM_CPU_DEVICES=str(devices)))
+        flags = arguments + (['--distributed'] if slurm else joins if processes > 1 else [])
+        started.append(start(flags, log, JAX_NUM_CPU_DEVICES=str(devices), **(job if slurm else {})))
     return started
 
 
@@ -156,11 +168,14 @@ def test_a_checkpoint_of_four_devices_goes_on_with_one(folder, one):
     assert_same_outcome(one, folder / 'four')
 
 
-def test_a_mistake_is_told_once(folder):
-    processes = launch(folder, 'wrong', 2, 1, '--config.dataset=npz:nowhere.npz')
-    assert finish(processes) == [EXIT_USER_ERROR] * 2
-    assert said(folder, 'wrong').count('aft_jax: ') == 1 and 'aft_jax: ' not in said(folder, 'wrong', 1)
-    assert 'nowhere.npz' in said(folder, 'wrong') and 'Traceback' not in said(folder, 'wrong')
+@pytest.mark.parametrize('slurm', [False, True])
+def test_a_mistake_is_told_once(folder, slurm):
+    """So they have found each other, by flags or as the tasks of a SLURM job."""
+    name = f'wrong-{slurm}'
+    processes = launch(folder, name, 2, 1, '--config.dataset=npz:nowhere.npz', slurm=slurm)
+    assert finish(processes) == [EXIT_USER_ERROR] * 2, said(folder, name)
+    assert said(folder, name).count('aft_jax: ') == 1 and 'aft_jax: ' not in said(folder, name, 1)
+    assert 'nowhere.npz' in said(folder, name) and 'Traceback' not in said(folder, name)
 
 
 def test_when_one_process_dies_so_does_the_other(folder):

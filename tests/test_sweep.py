@@ -33,9 +33,9 @@ def get_config():
         config.dataset = 'npz:{npz}'
         config.batch_size = 16
         config.clean_share = 0.2
-        config.train.epochs = 4
-        config.ft.epochs = 2
-        config.run.checkpoint_every = 20
+        config.train.epochs = 2
+        config.ft.epochs = 1
+        config.run.checkpoint_every = 10
         config.run.log_every = 10
         config.run.compile_cache = '{npz}.cache'
     return table_config(experiments, label_modes='all2one', seeds=(0, 1), stages=('infect', 'purify'), defenses='ft')
@@ -85,25 +85,31 @@ def read(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def test_a_grid_is_interrupted_and_resumed(table, tmp_path, capsys):
+def sweep_there(arguments: list[str]) -> subprocess.Popen:
+    """Starts the command in a process of its own with one CPU device."""
+    command = [sys.executable, '-m', 'aft_jax.sweep', *arguments]
+    environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_grid_is_interrupted_and_resumed(table, tmp_path):
     root = tmp_path / 'sweep'
     arguments = [f'--config={table}', f'--workdir={root}']
-    # Somewhere in the second experiment, or the third.
-    environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
-    command = [sys.executable, '-m', 'aft_jax.sweep', *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 180
+    process = sweep_there(arguments)
+    deadline = time.monotonic() + 240
     while not (root / 'runs/blend-all2one-0/metrics.jsonl').exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     first = root / 'runs/badnets-all2one-0/results.json'
     kept, written = first.read_text(), first.stat().st_mtime_ns
     assert not (root / 'runs/blend-all2one-1/results.json').exists()
 
-    assert sweep_here(arguments) == 0
-    assert 'badnets-all2one-0: finished earlier' in capsys.readouterr().out
+    process = sweep_there(arguments)
+    told, _ = process.communicate(timeout=240)
+    assert process.returncode == 0
+    assert 'badnets-all2one-0: finished earlier' in told
     assert (first.read_text(), first.stat().st_mtime_ns) == (kept, written)
     rows = read(root / 'table.csv')
     assert [(row['attack'], row['seed'], row['defense']) for row in rows] == [

@@ -20,6 +20,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from aft_jax import distributed
+
 log = logging.getLogger(__name__)
 State = TypeVar('State')
 # Long enough for a read of a small file that is under way.
@@ -66,14 +68,17 @@ class Checkpoints:
             template: A state of the same structure, shapes, dtypes and shardings.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
+            found, reason = None, 'another process could not read it'
             try:
                 with _abandoned_reads_are_silent():
-                    return self._read(step, template)
+                    found = self._read(step, template)
             except MemoryError:
                 raise
             except Exception as error:  # Orbax and TensorStore raise whatever the damage makes them raise.
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-                log.warning('The checkpoint %s is damaged and is skipped (%s).', self.directory / str(step), reason)
+            if distributed.everyone(found is not None):
+                return found
+            log.warning('The checkpoint %s is damaged and is skipped (%s).', self.directory / str(step), reason)
             with _abandoned_reads_are_silent():
                 gc.collect()
             self._set_aside(step)
@@ -91,11 +96,13 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> None:
         self._manager.close()
+        distributed.meet('before a damaged checkpoint is moved')
         aside = self.directory.parent / f'{self.directory.name}.damaged'
         if jax.process_index() == 0:
             aside.mkdir(exist_ok=True)
             name = next(name for i in itertools.count() if not (aside / (name := f'{step}-{i}')).exists())
             (self.directory / str(step)).rename(aside / name)
+        distributed.meet('after a damaged checkpoint was moved')
         self._manager = self._open()
 
 

@@ -1,0 +1,454 @@
+"""What data parallelism costs: the collectives in the compiled steps, and an estimate on paper for two TPU slices.
+
+    python benchmarks/scaling.py [--paper_only] [--csv=docs/results/scaling.csv]
+
+Nothing here runs on a TPU. The steps are compiled, not run, for virtual CPU devices: PreActResNet18, 32x32x3, ten
+classes, `configs/cifar10.py`. docs/scaling.md explains the model and shows the tables.
+"""
+
+import argparse
+import csv
+import math
+import re
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from aft_jax.adversarial import PGD, perturb
+from aft_jax.attacks.infection import Learner, plain
+from aft_jax.config import default_config, resolve
+from aft_jax.defenses.aft import Recipe, aft_step
+from aft_jax.models import build, logits_function
+from aft_jax.training import loop, state
+from aft_jax.training.mesh import along, make_mesh, replicated
+from aft_jax.training.optimiser import sgd
+from aft_jax.training.state import Step
+
+KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'collective-permute', 'all-to-all')
+# '-start' is left out: the result of an asynchronous collective is that of its '-done'.
+LINE = re.compile(rf'^\s*(?:ROOT )?%?\S+ = (.*?) ({"|".join(KINDS)})(?:-done)?\(', re.MULTILINE)
+ARRAY = re.compile(r'([a-z]+(\d*)\w*)\[([\d,]*)\]')
+
+SIDE, CLASSES, TRAIN_IMAGES = 32, 10, 50_000
+BATCHES = tuple(2**k for k in range(7, 14))
+MODEL_FLOPS_UTILISATION = 0.4  # assumed, not measured
+HOP_SECONDS = 1e-6  # assumed: "typically around 1us", https://jax-ml.github.io/scaling-book/sharding/
+# There a small all-gather over three hops was measured: 8 us instead of 3.
+SLOW_HOP_SECONDS = HOP_SECONDS * 8 / 3
+WORTH_IT = 0.7
+
+
+class Collective(NamedTuple):
+    """One collective of a program.
+
+    Attributes:
+        kind: One of KINDS.
+        arrays: How many arrays it carries.
+        bytes: Of its result on one device.
+        name: The operation of the source that it comes from.
+    """
+
+    kind: str
+    arrays: int
+    bytes: int
+    name: str
+
+
+def collectives(text: str) -> list[Collective]:
+    """Returns the collectives of an HLO module, as they stand in its text; one in a loop counts once."""
+    found = []
+    for match in LINE.finditer(text):
+        types = ARRAY.findall(match[1])
+        size = sum(math.prod(int(n) for n in shape.split(',') if n) * (int(bits or 8) // 8) for _, bits, shape in types)
+        line = text[match.start() : text.find('\n', match.end())]
+        name = re.search(r'op_name="([^"]*)"', line)
+        found.append(Collective(match[2], len(types), size, name[1] if name else ''))
+    return found
+
+
+def purpose(collective: Collective) -> str:
+    """Returns what a collective of a partitioned program is for, by the operation that it comes from."""
+    backward = 'transpose(' in collective.name
+    if collective.kind != 'all-reduce':
+        return f'{collective.kind}: {collective.name.rsplit("/", 1)[-1]}'
+    if 'BatchNorm' in collective.name:
+        return 'BatchNorm, backward' if backward else 'BatchNorm, forward'
+    if backward:
+        return 'weight gradients'
+    return 'loss and metrics' if collective.bytes <= 4 else f'all-reduce: {collective.name}'
+
+
+class Programs(NamedTuple):
+    """A compiled step: the program as it was cut among the devices, before and after the backend's own passes."""
+
+    partitioned: str
+    optimised: str
+    compiled: Any
+
+
+def compiled(function: Any, *arguments: Any) -> Programs:
+    """Compiles a jitted function for abstract arguments."""
+    lowered = function.lower(*arguments)
+    with tempfile.TemporaryDirectory() as name:
+        options = {'xla_dump_to': name, 'xla_dump_hlo_pass_re': 'spmd-partitioning'}
+        program = lowered.compile(compiler_options=options)
+        (partitioned,) = Path(name).glob('*after_spmd-partitioning*')
+        return Programs(partitioned.read_text(), program.as_text(), program)
+
+
+class Subject(NamedTuple):
+    """What is compiled: a classifier, and abstract arrays in place of its variables.
+
+    Attributes:
+        config: The resolved config.
+        module: The classifier.
+        variables: Pytree of shapes.
+        shape: Of one image.
+    """
+
+    config: ml_collections.ConfigDict
+    module: nn.Module
+    variables: Any
+    shape: tuple[int, int, int]
+
+
+def subject(width: int = 64, dtype: str = 'bfloat16', side: int = SIDE) -> Subject:
+    """Returns PreActResNet18 as configs/cifar10.py has it, perhaps narrower."""
+    config = default_config()
+    config.model.name, config.model.width, config.dtype = 'preact_resnet', width, dtype
+    config.augment.crop, config.augment.flip = 4, True
+    config = resolve(config)
+    return describe(config, build(config, CLASSES), (side, side, 3))
+
+
+def describe(config: ml_collections.ConfigDict, module: nn.Module, shape: tuple[int, int, int]) -> Subject:
+    """Returns a classifier with the shapes of its variables."""
+    variables = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape), jnp.float32))
+    return Subject(config, module, variables, shape)
+
+
+def abstract_key() -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def compile_step(mesh: Mesh, on: Subject, step: Step, before: Any, batch: int, fixed: Any = None) -> Programs:
+    """Compiles a training step as the training loop does, with the data set on the devices."""
+    data = {
+        'images': jax.ShapeDtypeStruct((TRAIN_IMAGES, *on.shape), jnp.uint8),
+        'labels': jax.ShapeDtypeStruct((TRAIN_IMAGES,), jnp.int32),
+    }
+    indices = jax.ShapeDtypeStruct((1, 1, batch), jnp.int32)
+    return compiled(loop._compile(mesh, step), before, data, fixed, indices, abstract_key())
+
+
+def training(mesh: Mesh, on: Subject, batch: int) -> Programs:
+    """Compiles the step that trains on a poisoned data set."""
+    optimiser = sgd(0.01, 'cosine', 1000)
+    before = jax.eval_shape(lambda v: state.create(v, optimiser), on.variables)
+    infection = plain(None, Learner(on.module, optimiser, before), on.config)
+    return compile_step(mesh, on, infection.step, before, batch)
+
+
+def recipe(config: ml_collections.ConfigDict, **changes: Any) -> Recipe:
+    """Returns what an adversarial step of the config's AFT is to do, perhaps with another PGD."""
+    o = config.aft
+    pgd = PGD(o.eps, o.step_size, o.pgd_steps, o.norm, o.random_start, clip=o.clip)._replace(**changes)
+    return Recipe(pgd, o.adversarial_share, o.distillation, config.augment)
+
+
+def adversarial_tuning(mesh: Mesh, on: Subject, batch: int, **changes: Any) -> Programs:
+    """Compiles an adversarial step of AFT, perhaps with another PGD."""
+    optimiser = sgd(0.03, 'cosine', 1000, max_grad_norm=on.config.aft.max_grad_norm)
+    before = jax.eval_shape(lambda v: state.create(v, optimiser), on.variables)
+    step = partial(aft_step, module=on.module, optimiser=optimiser, recipe=recipe(on.config, **changes))
+    return compile_step(mesh, on, step, before, batch, fixed=on.variables)
+
+
+def attack(mesh: Mesh, on: Subject, batch: int) -> Programs:
+    """Compiles PGD alone, on a batch that is cut among the devices."""
+
+    def run(variables, images, labels, key):
+        return perturb(logits_function(on.module, variables), images, labels, key, recipe(on.config).pgd)
+
+    whole, cut = replicated(mesh), along(mesh, 0)
+    images = jax.ShapeDtypeStruct((batch, *on.shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    function = jax.jit(run, in_shardings=(whole, cut, cut, whole), out_shardings=cut)
+    return compiled(function, on.variables, images, labels, abstract_key())
+
+
+class Network(NamedTuple):
+    """The sizes of a classifier.
+
+    Attributes:
+        parameters: Their number.
+        norms: Number of BatchNorm layers.
+        channels: Of all of them together.
+        forward: FLOPs of one image, two for each multiplication with its addition.
+        first: Those of the first layer.
+        outputs: Numbers that the convolutions write for one image.
+    """
+
+    parameters: int
+    norms: int
+    channels: int
+    forward: float
+    first: float
+    outputs: int
+
+
+def measure(on: Subject) -> Network:
+    """Counts the parameters, and the work of the convolutions and dense layers."""
+
+    def layers(variables, images):
+        keep = lambda module, _: isinstance(module, nn.Conv | nn.Dense)  # noqa: E731
+        return on.module.apply(variables, images, capture_intermediates=keep, mutable=['intermediates'])[1]
+
+    image = jax.ShapeDtypeStruct((1, *on.shape), jnp.float32)
+    outputs = flatten_dict(jax.eval_shape(layers, on.variables, image)['intermediates'])
+    kernels = flatten_dict(on.variables['params'])
+    sizes = {path[:-1]: math.prod(out[0].shape) for path, out in outputs.items()}
+    flops = {path: 2 * size * math.prod(kernels[*path, 'kernel'].shape[:-1]) for path, size in sizes.items()}
+    means = [leaf for path, leaf in flatten_dict(on.variables['batch_stats']).items() if path[-1] == 'mean']
+    return Network(
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(on.variables['params'])),
+        norms=len(means),
+        channels=sum(leaf.size for leaf in means),
+        forward=sum(flops.values()),
+        first=flops['stem',],
+        outputs=sum(sizes.values()),
+    )
+
+
+class Work(NamedTuple):
+    """What a step does: FLOPs for an image of the batch, and how often each weight is read or written by its passes."""
+
+    flops: float
+    passes: int
+
+
+def work(network: Network, config: ml_collections.ConfigDict) -> dict[str, Work]:
+    """Returns the work of the two steps. A backward pass costs two forward passes, one of them for its input."""
+    step = Work(3 * network.forward - network.first, 3)  # nobody asks for the gradient of the training images
+    o = config.aft
+    share = o.adversarial_share
+    # PGD; a look at its examples; the suspect model's predictions on the rest.
+    further = share * (2 * o.pgd_steps + 1) + (1 - share) * (o.distillation > 0)
+    passes = 2 * o.pgd_steps + 1 + (share < 1 and o.distillation > 0)
+    return {'training': step, 'AFT': Work(step.flops + further * network.forward, step.passes + passes)}
+
+
+class Slice(NamedTuple):
+    """A TPU slice. Figures of one chip are Google's; their pages are named in docs/scaling.md.
+
+    Attributes:
+        name: Its accelerator type.
+        axes: Chips along each axis.
+        wraps: Whether each axis is a ring.
+        flops: Peak bfloat16 FLOP/s of a chip.
+        memory: Bytes of HBM of a chip.
+        bandwidth: Bytes a second between HBM and the chip.
+        links: Bytes a second that a chip can send over all its links together.
+    """
+
+    name: str
+    axes: tuple[int, ...]
+    wraps: bool
+    flops: float
+    memory: float
+    bandwidth: float
+    links: float
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.axes)
+
+    @property
+    def hops(self) -> int:
+        """Of an all-reduce: there and back along every axis."""
+        return 2 * sum(n // 2 if self.wraps else n - 1 for n in self.axes)
+
+
+V5E = partial(Slice, wraps=False, flops=197e12, memory=16e9, bandwidth=819e9, links=200e9)
+V5P = partial(Slice, flops=459e12, memory=95 * 2**30, bandwidth=2765e9, links=600e9)
+# Of each kind, smallest to largest; the last one is estimated in full.
+SLICES = (
+    (V5E('one chip', (1, 1)), V5E('v5e-4', (2, 2)), V5E('v5e-8', (2, 4)), V5E('v5e-16', (4, 4))),
+    (
+        V5P('one chip', (1, 1, 1), wraps=False),
+        V5P('v5p-8', (2, 2, 1), wraps=False),
+        V5P('v5p-16', (2, 2, 2), wraps=False),
+        V5P('v5p-32', (2, 2, 4), wraps=False),
+        V5P('v5p-64', (2, 4, 4), wraps=False),
+        V5P('v5p-128', (4, 4, 4), wraps=True),  # 128 TensorCores, two a chip
+    ),
+)
+
+
+class Estimate(NamedTuple):
+    """Seconds of one step, one after the other: nothing is hidden behind anything else.
+
+    Attributes:
+        compute: The FLOPs, at the assumed utilisation.
+        weights: By which reading the weights takes longer than that.
+        update: The optimiser's, which every chip does for all parameters.
+        statistics: BatchNorm's all-reduces, one forward and one backward a layer.
+        gradients: Their all-reduce.
+    """
+
+    compute: float
+    weights: float
+    update: float
+    statistics: float
+    gradients: float
+
+    @property
+    def step(self) -> float:
+        return sum(self)
+
+    @property
+    def efficiency(self) -> float:
+        """The share of the step that computes."""
+        return self.compute / self.step
+
+    @property
+    def largest(self) -> str:
+        """What takes the most time."""
+        return max(self._fields, key=lambda name: getattr(self, name))
+
+
+def estimate(on: Slice, network: Network, step: Work, batch: int, hop: float = HOP_SECONDS) -> Estimate:
+    """Estimates one step on a slice.
+
+    Args:
+        on: The slice.
+        network: The classifier.
+        step: What the step does.
+        batch: Images, all chips together.
+        hop: Seconds that a message takes from a chip to its neighbour.
+    """
+    parameters = 4 * network.parameters
+    compute = step.flops * batch / on.chips / (on.flops * MODEL_FLOPS_UTILISATION)
+    # Without a ring half of the links idle.
+    rate = on.links * (1 if on.wraps else 0.5)
+    reduce_all = on.hops * hop
+    return Estimate(
+        compute=compute,
+        weights=max(0.0, step.passes * parameters / on.bandwidth - compute),
+        update=5 * parameters / on.bandwidth,  # reads gradient, parameters, momentum; writes the latter two
+        statistics=2 * network.norms * reduce_all,
+        gradients=2 * (on.chips - 1) / on.chips * parameters / rate + reduce_all,
+    )
+
+
+def memory(network: Network, images: float) -> dict[str, float]:
+    """Returns bytes of a chip's memory in AFT, with so many images on the chip."""
+    return {
+        'parameters, momentum, gradients, suspect model': 16 * network.parameters,
+        'data set': TRAIN_IMAGES * (SIDE * SIDE * 3 + 4),
+        # In bfloat16 the output of a convolution, its normalised and its rectified form, and one in float32.
+        'activations': images * network.outputs * (3 * 2 + 4),
+    }
+
+
+def print_counts(title: str, programs: Programs) -> None:
+    """Prints what a program's collectives are for, and what the CPU's passes made of them."""
+    print(f'\n{title}')
+    partitioned, optimised = collectives(programs.partitioned), collectives(programs.optimised)
+    for name in sorted({purpose(c) for c in partitioned}):
+        own = [c for c in partitioned if purpose(c) == name]
+        print(f'  {name:32s} {len(own):4d} of {sum(c.bytes for c in own):12,d} bytes')
+    for kind in KINDS:
+        own = [c for c in optimised if c.kind == kind]
+        if own:
+            print(f'  compiled for CPUs: {kind:19s} {len(own):4d} of {sum(c.bytes for c in own):12,d} bytes')
+    if not partitioned and not optimised:
+        print('  no collective')
+
+
+def print_compiled(steps: dict[str, Work], batch: int) -> None:
+    """Compiles the steps and prints their collectives and FLOPs."""
+    four = make_mesh(jax.devices()[:4])
+    full, single = subject(), subject(dtype='float32')
+    programs = {'training': training(four, single, batch), 'AFT': adversarial_tuning(four, full, batch)}
+    print_counts(f'training step, float32, 4 devices, batch {batch}', programs['training'])
+    print_counts(f'training step, bfloat16, 4 devices, batch {batch}', training(four, full, batch))
+    print_counts(f'PGD alone, bfloat16, 4 devices, batch {batch}', attack(four, full, batch))
+    print_counts(f'AFT step, bfloat16, 4 devices, batch {batch}', programs['AFT'])
+    for count in (16, 64):
+        mesh = make_mesh(jax.devices()[:count])
+        narrow = adversarial_tuning(mesh, subject(width=4), 8192, steps=1)
+        print_counts(f'AFT step, width 4, PGD-1, {count} devices, batch 8192', narrow)
+    print()
+    for name, program in programs.items():
+        analysis = program.compiled.cost_analysis()['flops'] / (batch // 4)
+        temporary = program.compiled.memory_analysis().temp_size_in_bytes
+        print(f'{name}: GFLOP an image on paper {steps[name].flops / 1e9:.3f}, by XLA {analysis / 1e9:.3f};', end=' ')
+        print(f'temporary memory on a CPU device with {batch // 4} images {temporary / 1e6:.0f} MB')
+
+
+def print_paper(network: Network, steps: dict[str, Work]) -> list[dict[str, Any]]:
+    """Prints the estimates; returns them row by row."""
+    rows = []
+    for slices in SLICES:
+        whole = slices[-1]
+        print(f'\n{whole.name}: {whole.chips} chips, an all-reduce takes {whole.hops} hops')
+        new = [row(slices, network, kind, step, batch) for kind, step in steps.items() for batch in BATCHES]
+        print('  '.join(new[0]))
+        for values in new:
+            print('  '.join(f'{value:>{len(name)}}' for name, value in values.items()))
+        rows += new
+        needed = memory(network, BATCHES[-1] / whole.chips)
+        parts = ', '.join(f'{part} {size / 1e6:,.0f}' for part, size in needed.items())
+        print(f'MB of memory a chip in AFT at batch {BATCHES[-1]}: {parts}; it has {whole.memory / 1e6:,.0f}')
+    return rows
+
+
+def row(slices: Sequence[Slice], network: Network, kind: str, step: Work, batch: int) -> dict[str, Any]:
+    """Returns the estimate of one step on the last of the slices, which is the largest."""
+    whole = slices[-1]
+    here = estimate(whole, network, step, batch)
+    slow = estimate(whole, network, step, batch, SLOW_HOP_SECONDS)
+    worth = [s.chips for s in slices if estimate(s, network, step, batch).efficiency >= WORTH_IT]
+    values: dict[str, Any] = {'slice': whole.name, 'step': kind, 'batch': batch, 'a_chip': batch // whole.chips}
+    values |= {f'{name}_ms': f'{seconds * 1e3:.3f}' for name, seconds in here._asdict().items()}
+    values |= {'step_ms': f'{here.step * 1e3:.3f}', 'efficiency': f'{here.efficiency:.3f}'}
+    values |= {'slow_hops': f'{slow.efficiency:.3f}', 'largest_part': here.largest}
+    return values | {'worth_it': max(worth, default=1)}
+
+
+def main() -> None:
+    """Prints everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--batch', type=int, default=128, help='of the compiled steps')
+    parser.add_argument('--paper_only', action='store_true', help='compile nothing')
+    parser.add_argument('--csv', type=Path, help='where to write the estimates')
+    options = parser.parse_args()
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', 64)  # the most that a program here is compiled for
+
+    on = subject()
+    network = measure(on)
+    steps = work(network, on.config)
+    print(f'jax {jax.__version__}; {network}')
+    if not options.paper_only:
+        print_compiled(steps, options.batch)
+    rows = print_paper(network, steps)
+    if options.csv:
+        with options.csv.open('w', newline='') as file:
+            writer = csv.DictWriter(file, rows[0].keys(), lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,153 @@
+"""A gcloud of our own: keeps its slices in $FAKE_GCLOUD/world.json and writes every call to $FAKE_GCLOUD/calls.jsonl.
+
+The world has
+    request, node   state of the queued resource and of the TPU VM; absent: there is none
+    queue           states through which a new queued resource goes, one a look; ACTIVE brings the TPU VM
+    create_errors   what the next calls of create say instead of creating
+    looks_fail      how many of the next looks fail, after looks_work more that do not
+    setups, runs    what the next calls of on_worker.sh do: the exit status of a single host or the statuses of several,
+                    and states of the world that follow
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+HOME = Path(os.environ['FAKE_GCLOUD'])
+UNUSABLE = ('PREEMPTED', 'TERMINATED', 'STOPPED')
+
+
+def main(arguments: list[str]) -> int:
+    with (HOME / 'calls.jsonl').open('a') as log:
+        log.write(json.dumps(arguments) + '\n')
+    path = HOME / 'world.json'
+    world = json.loads(path.read_text())
+    try:
+        return act(world, arguments)
+    finally:
+        path.write_text(json.dumps(world))
+
+
+def act(world: dict, arguments: list[str]) -> int:
+    if world.get('logged_out'):
+        fail('You do not currently have an active account selected.\nPlease run:\n\n  $ gcloud auth login\n')
+    assert arguments[:2] == ['compute', 'tpus'], arguments
+    group, verb, *rest = arguments[2:]
+    options = parser(group, verb).parse_args(rest)
+    match verb:
+        case 'create':
+            return create(world, group)
+        case 'describe':
+            return describe(world, group)
+        case 'delete':
+            return delete(world, group)
+        case 'scp':
+            usable(world)
+            assert all(Path(name).is_file() for name in options.name[:-1]), options.name
+            return 0
+        case _:
+            usable(world)
+            script, command = options.command.split()[1:3]
+            assert script == 'on_worker.sh'
+            then = world[f'{command}s'].pop(0) if world.get(f'{command}s') else {'status': 0}
+            print(f'worker says: {command}')
+            statuses = then.pop('statuses', [])
+            for worker, status in enumerate(statuses):
+                print(
+                    f'##### Command execution on worker {worker} failed with exit status {status}. Continuing.',
+                    file=sys.stderr,
+                )
+            status = then.pop('status', statuses[0] if statuses else 0)
+            world.update(then)
+            return status
+
+
+def parser(group: str, verb: str) -> argparse.ArgumentParser:
+    """Knows the flags of gcloud's that launch/ uses, and no others."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument('name', nargs='+' if verb == 'scp' else None)
+    parser.add_argument('--zone', required=True)
+    parser.add_argument('--project')
+    match group, verb:
+        case _, 'create':
+            parser.add_argument('--accelerator-type', required=True)
+            parser.add_argument('--spot', action='store_true')
+            parser.add_argument('--network')
+            parser.add_argument('--version' if group == 'tpu-vm' else '--runtime-version', required=True)
+            if group == 'queued-resources':
+                parser.add_argument('--node-id', required=True)
+        case _, 'describe':
+            form = 'value(state)' if group == 'tpu-vm' else 'value(state.state)'
+            parser.add_argument('--format', required=True, choices=[form])
+        case _, 'delete':
+            parser.add_argument('--quiet', action='store_true', required=True)
+            if group == 'queued-resources':
+                parser.add_argument('--force', action='store_true', required=True)
+        case 'tpu-vm', 'scp' | 'ssh':
+            parser.add_argument('--worker', choices=['all', '0'], required=True)
+            parser.add_argument('--quiet', action='store_true', required=True)
+            if verb == 'ssh':
+                parser.add_argument('--ssh-flag', action='append')
+                parser.add_argument('--command', required=True)
+    return parser
+
+
+def create(world: dict, group: str) -> int:
+    if world.get('create_errors'):
+        fail(world['create_errors'].pop(0))
+    if group == 'queued-resources':
+        if 'request' in world:
+            fail('ALREADY_EXISTS: Resource already exists')
+        world['request'] = 'ACCEPTED'
+        world['waiting'] = list(world.get('queue', ['ACTIVE']))
+    else:
+        if 'node' in world:
+            fail('ALREADY_EXISTS: Resource already exists')
+        world['node'] = 'READY'
+    return 0
+
+
+def describe(world: dict, group: str) -> int:
+    if world.get('looks_work', 0):
+        world['looks_work'] -= 1
+    elif world.get('looks_fail', 0):
+        world['looks_fail'] -= 1
+        fail('There was a problem refreshing your current auth tokens: no network')
+    if group == 'queued-resources' and world.get('waiting'):
+        world['request'] = world['waiting'].pop(0)
+        if world['request'] == 'ACTIVE':
+            world['node'] = 'READY'
+    state = world.get('request' if group == 'queued-resources' else 'node')
+    if state is None:
+        fail("NOT_FOUND: Resource 'projects/mine/locations/us-west4-a/nodes/pod' was not found")
+    print(state)
+    return 0
+
+
+def delete(world: dict, group: str) -> int:
+    if group == 'queued-resources':
+        del world['request']
+        world.pop('node', None)
+    else:
+        assert 'request' not in world, 'the TPU VM belongs to a queued resource'
+        del world['node']
+    return 0
+
+
+def usable(world: dict) -> None:
+    if 'node' not in world:
+        fail('NOT_FOUND: the node was not found')
+    if world['node'] in UNUSABLE:
+        fail(f'This TPU has terminal state "{world["node"]}", so it cannot be used anymore.')
+
+
+def fail(text: str) -> NoReturn:
+    print(f'ERROR: (gcloud.compute.tpus) {text}', file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
