@@ -1,6 +1,7 @@
 """Command lines with a config: parsing them, and saying in one sentence what is wrong with one."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,6 +9,12 @@ import ml_collections
 from absl import flags
 
 from aft_jax.errors import UserError
+
+# Exit statuses of the commands, beside 0.
+EXIT_FAILURES = 1  # some experiments of a sweep
+EXIT_USER_ERROR = 2  # the user can put it right
+EXIT_PREEMPTED = 75  # told to stop, and saved: EX_TEMPFAIL of sysexits.h, try again
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 CONFIG_HINT = 'name a file of configs/, such as --config=configs/quickstart.py'
 
@@ -49,6 +56,12 @@ def parse(arguments: list[str], values: flags.FlagValues, fields: ml_collections
         raise UserError('the config file must have a get_config() that returns an ml_collections.ConfigDict.')
     if not values.workdir:
         raise UserError('--workdir is missing; name the directory for results, such as --workdir=runs/mine.')
+
+
+def complain(error: UserError) -> int:
+    """Prints a user's mistake and returns the exit status for it."""
+    print(f'aft_jax: {error}', file=sys.stderr)
+    return EXIT_USER_ERROR
 
 
 def suggestion(value: str, allowed: Iterable[str]) -> str:

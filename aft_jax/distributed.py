@@ -32,9 +32,11 @@ def join(coordinator: str | None, processes: int | None, index: int | None) -> N
         raise UserError('--coordinator, --num_processes and --process_id go together: give all three, or none.')
     if processes is not None and index is not None and not 0 <= index < processes:
         raise UserError(f'--process_id={index} must lie between 0 and {processes - 1}.')
+    if coordinator is not None and not coordinator.rpartition(':')[2].isdecimal():
+        raise UserError(f'--coordinator={coordinator} must be HOST:PORT, such as 10.0.0.2:8476.')
     try:
         jax.distributed.initialize(coordinator, processes, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except (RuntimeError, ValueError) as error:
+    except ValueError as error:  # a host that comes too late raises another kind, and is not the user's mistake
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
         raise UserError(
             f'--distributed found no job to join ({reason}); outside of TPU pods, SLURM and Kubernetes give '

@@ -23,13 +23,9 @@ import traceback
 from absl import flags
 from ml_collections import config_flags
 
-from aft_jax.command_line import parse
+from aft_jax.command_line import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, complain, parse
 from aft_jax.config import default_config
 from aft_jax.errors import UserError, user_path
-
-EXIT_USER_ERROR = 2
-EXIT_PREEMPTED = 75
-EXIT_INTERRUPTED = 130
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/; any field can be overridden.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where results and checkpoints go; the same one resumes.')
@@ -49,7 +45,7 @@ def main(arguments: list[str]) -> int:
     try:
         parse(arguments, flags.FLAGS, default_config())
     except UserError as error:
-        return _complain(error)
+        return complain(error)
     # After the flags, so that a wrong one is told at once.
     from aft_jax import distributed
 
@@ -63,7 +59,7 @@ def main(arguments: list[str]) -> int:
         return run()
     except UserError as error:
         if distributed.speaks(error):
-            _complain(error)
+            complain(error)
         if joined and not error.shared:
             distributed.leave(EXIT_USER_ERROR)
         return EXIT_USER_ERROR
@@ -97,11 +93,6 @@ def run() -> int:
         print(results.table(outcome))
         print(f'\nResults, pictures and checkpoints are in {workdir}')
     return 0
-
-
-def _complain(error: UserError) -> int:
-    print(f'aft_jax: {error}', file=sys.stderr)
-    return EXIT_USER_ERROR
 
 
 if __name__ == '__main__':

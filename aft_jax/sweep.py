@@ -11,7 +11,7 @@ The same command again skips what is finished, resumes what was interrupted and 
 written anew after each run, from all finished runs of the table, whoever made them.
 
 Exit status: 0 every experiment of the table that was this command's is finished, 1 some failed (the others are
-finished), 2 something that you can put right before anything starts, 130 interrupted.
+finished), 2 something that you can put right before anything starts, 75 told to stop by SIGTERM, 130 interrupted.
 """
 
 import json
@@ -23,12 +23,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from aft_jax.command_line import parse
+from aft_jax.command_line import EXIT_FAILURES, EXIT_INTERRUPTED, EXIT_PREEMPTED, complain, parse
 from aft_jax.errors import UserError, user_path
-
-EXIT_FAILURES = 1
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 FLAGS = flags.FlagValues()
 config_flags.DEFINE_config_file('config', None, 'A file of configs/tables/.', flag_values=FLAGS)
@@ -46,13 +42,18 @@ def main(arguments: list[str]) -> int:
     try:
         parse(arguments, FLAGS)
         from aft_jax import grid
-
+        from aft_jax.training.preemption import Preempted
+    except UserError as error:
+        return complain(error)
+    try:
         root = user_path(str(FLAGS.workdir), '--workdir')
         experiments = grid.expand(FLAGS.config)
         failures = run(root, experiments, grid.share(experiments, FLAGS.shard))
     except UserError as error:
-        print(f'aft_jax: {error}', file=sys.stderr)
-        return EXIT_USER_ERROR
+        return complain(error)
+    except Preempted:
+        print('aft_jax: told to stop; all is saved, and the same command goes on.', file=sys.stderr)
+        return EXIT_PREEMPTED
     except KeyboardInterrupt:
         print('aft_jax: interrupted; the same command goes on.', file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -76,6 +77,7 @@ def run(root: Path, experiments: list, mine: list) -> dict[str, str]:
 
     from aft_jax import grid, results
     from aft_jax.experiment import run_experiment
+    from aft_jax.training.preemption import Preempted
 
     failures = {}
     for number, experiment in enumerate(mine, 1):
@@ -87,6 +89,8 @@ def run(root: Path, experiments: list, mine: list) -> dict[str, str]:
         try:
             print(results.table(run_experiment(experiment.config, directory)), flush=True)
             (directory / 'error.txt').unlink(missing_ok=True)
+        except Preempted:
+            raise
         except UserError as error:
             failures[experiment.name] = str(error)
         except Exception as error:  # The others should not suffer; what happened is kept in full.

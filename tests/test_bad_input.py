@@ -216,6 +216,7 @@ def test_a_compile_cache_that_cannot_be_made(tmp_path, npz, capsys):
         (['--process_id=1'], 'need --distributed'),
         (['--distributed', '--process_id=1'], 'give all three, or none'),
         (['--distributed', '--num_processes=2', '--process_id=0'], 'give all three, or none'),
+        (['--distributed', '--coordinator=here', '--num_processes=2', '--process_id=0'], 'must be HOST:PORT'),
         (['--distributed', '--coordinator=localhost:1', '--num_processes=2', '--process_id=2'], 'between 0 and 1'),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 from checkpoint_files import final_arrays
 from command import ROOT, start
 
-from aft_jax.main import EXIT_PREEMPTED, EXIT_USER_ERROR
+from aft_jax.command_line import EXIT_PREEMPTED, EXIT_USER_ERROR
 
 LONGEST = 240
 STAGES = ('infect', 'purify/aft')

@@ -17,9 +17,10 @@ import pytest
 from command import ROOT
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from aft_jax import grid, summary, sweep
+from aft_jax import command_line, grid, summary, sweep
 from aft_jax.config import default_config
 from aft_jax.errors import UserError
+from aft_jax.training.preemption import Preempted
 
 TABLE = """
 from aft_jax.config import default_config
@@ -133,14 +134,20 @@ def test_a_failure_stops_nothing_else(table, tmp_path, capsys):
     (root / 'runs/badnets-all2one-0').mkdir(parents=True)
     (root / 'runs/badnets-all2one-0/config.json').write_text('{"seed": 7}')
     arguments = [f'--config={table}', f'--workdir={root}', '--config.seeds=(0,)']
-    assert sweep_here(arguments) == sweep.EXIT_FAILURES
+    assert sweep_here(arguments) == command_line.EXIT_FAILURES
     assert 'badnets-all2one-0 failed: --workdir=' in capsys.readouterr().err
     assert [row['attack'] for row in read(root / 'table.csv')] == ['blend', 'blend']
 
     with mock.patch('aft_jax.experiment.run_experiment', side_effect=RuntimeError('out of luck')):
         arguments[1] = f'--workdir={tmp_path / "other"}'
-        assert sweep_here(arguments) == sweep.EXIT_FAILURES
+        assert sweep_here(arguments) == command_line.EXIT_FAILURES
     assert 'RuntimeError: out of luck' in (tmp_path / 'other/runs/blend-all2one-0/error.txt').read_text()
+
+
+def test_the_sign_to_stop_stops_the_whole_sweep(table, tmp_path, capsys):
+    with mock.patch('aft_jax.experiment.run_experiment', side_effect=Preempted) as run:
+        assert sweep_here([f'--config={table}', f'--workdir={tmp_path / "sweep"}']) == command_line.EXIT_PREEMPTED
+    assert run.call_count == 1 and 'told to stop' in capsys.readouterr().err
 
 
 def experiments(*names: str) -> dict:
@@ -210,7 +217,7 @@ def test_a_wrong_table(field, value, match):
 )
 def test_a_mistake_gets_a_sentence(arguments, said, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert sweep_here(arguments) == sweep.EXIT_USER_ERROR
+    assert sweep_here(arguments) == command_line.EXIT_USER_ERROR
     error = capsys.readouterr().err
     assert said in error and error.count('\n') == 1
 
