@@ -26,6 +26,12 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Tests compile far more than they compute, and XLA compiles twice as fast so.
 jax.config.update('jax_disable_most_optimizations', True)
 
+# Nor need anything be compiled twice, in this process, its neighbours and those that tests start, or in the next run.
+CACHE = Path(__file__).parent.parent / '.jax_cache'
+for name, value in {'jax_compilation_cache_dir': str(CACHE), 'jax_persistent_cache_min_compile_time_secs': 0.0}.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
+
 CLASSES = 4
 SIDE = 8
 

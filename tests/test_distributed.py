@@ -23,7 +23,7 @@ STAGES = ('infect', 'purify/aft')
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> Path:
-    """Holds the data, and what the starts have compiled."""
+    """Holds the data."""
     path = tmp_path_factory.mktemp('distributed')
     generator = np.random.default_rng(5)
     labels = np.arange(512) % 4
@@ -58,7 +58,6 @@ def launch(
         '--config.aft.pgd_steps=2',
         '--config.run.log_every=3',
         '--config.run.checkpoint_every=6',
-        f'--config.run.compile_cache={folder}/cache',
         *more,
     ]
     with socket.socket() as free:

@@ -43,9 +43,7 @@ def arguments(tmp_path):
 
 
 def begin(arguments: list[str], workdir: Path, log: Path) -> subprocess.Popen:
-    """Starts a run; what one start has compiled, the next ones find."""
-    cache = {'JAX_COMPILATION_CACHE_DIR': str(log.parent / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-    return start([*arguments, f'--workdir={workdir}'], log, **cache)
+    return start([*arguments, f'--workdir={workdir}'], log)
 
 
 def finish(arguments: list[str], workdir: Path, log: Path) -> float:

@@ -64,8 +64,9 @@ def table(tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def no_compile_cache():
     """Puts back what a table has set for the whole process."""
+    before = jax.config.values['jax_compilation_cache_dir']
     yield
-    jax.config.update('jax_compilation_cache_dir', None)
+    jax.config.update('jax_compilation_cache_dir', before)
     reset_cache()
 
 

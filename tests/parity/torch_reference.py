@@ -185,11 +185,13 @@ def _input_aware(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     mask.eval()
     images = nchw(cases.uniform(7, (2, *shape)))
     with torch.no_grad():
-        pattern, m = generator(images), torch.tanh(20 * mask(images) - 10) / 2 + 0.5
+        pattern, maps = generator(images), mask(images)
+        m = torch.tanh(20 * maps - 10) / 2 + 0.5
         generator.train()
         training = nhwc(generator(nchw(cases.uniform(9, (8, *shape)))))
         return {
             'pattern': nhwc(pattern),
+            'map': nhwc(maps),
             'mask': nhwc(m),
             'triggered': nhwc(images + (pattern - images) * m),
             'training': training[:2],
