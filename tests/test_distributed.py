@@ -18,6 +18,7 @@ from command import ROOT, start
 from aft_jax.command_line import EXIT_PREEMPTED, EXIT_USER_ERROR
 
 LONGEST = 240
+NO_PICTURES = "--config.stages=('infect', 'purify')"
 STAGES = ('infect', 'purify/aft')
 
 
@@ -55,7 +56,7 @@ def launch(
         '--config.train.epochs=2',
         '--config.aft.epochs=2',
         '--config.aft.adversarial_epochs=1',
-        '--config.aft.pgd_steps=2',
+        '--config.aft.pgd_steps=1',
         '--config.run.log_every=3',
         '--config.run.checkpoint_every=6',
         *more,
@@ -114,7 +115,7 @@ def said(folder: Path, workdir: str, process: int = 0) -> str:
 @pytest.fixture(scope='module')
 def one(folder) -> Path:
     """The work directory of one process with one device, never interrupted."""
-    assert finish(launch(folder, 'one', 1, 1)) == [0], said(folder, 'one')
+    assert finish(launch(folder, 'one', 1, 1, NO_PICTURES)) == [0], said(folder, 'one')
     return folder / 'one'
 
 
@@ -158,12 +159,12 @@ def test_killed_and_told_to_stop_two_processes_equal_one(folder, one):
 
 
 def test_a_checkpoint_of_four_devices_goes_on_with_one(folder, one):
-    processes = launch(folder, 'four', 1, 4)
+    processes = launch(folder, 'four', 1, 4, NO_PICTURES)
     wait_for_checkpoint(folder / 'four/checkpoints/infect', processes)
     processes[0].send_signal(signal.SIGTERM)
     assert finish(processes) == [EXIT_PREEMPTED], said(folder, 'four')
     assert not (folder / 'four/results.json').exists()
-    assert finish(launch(folder, 'four', 1, 1)) == [0], said(folder, 'four')
+    assert finish(launch(folder, 'four', 1, 1, NO_PICTURES)) == [0], said(folder, 'four')
     assert_same_outcome(one, folder / 'four')
 
 

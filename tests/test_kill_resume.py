@@ -46,11 +46,25 @@ def begin(arguments: list[str], workdir: Path, log: Path) -> subprocess.Popen:
     return start([*arguments, f'--workdir={workdir}'], log)
 
 
-def finish(arguments: list[str], workdir: Path, log: Path) -> float:
-    """Runs to the end and returns the seconds it took."""
-    started = time.monotonic()
+def finish(arguments: list[str], workdir: Path, log: Path) -> None:
+    """Runs to the end."""
     assert begin(arguments, workdir, log).wait(timeout=LONGEST) == 0, log.read_text()
-    return time.monotonic() - started
+
+
+def kill_after(lines: int, arguments: list[str], workdir: Path, log: Path) -> None:
+    """Starts a run, and kills it when it has written so many lines of metrics."""
+    process = begin(arguments, workdir, log)
+    deadline = time.monotonic() + LONGEST
+    while count_lines(workdir) < lines:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def count_lines(workdir: Path) -> int:
+    path = workdir / 'metrics.jsonl'
+    return path.read_bytes().count(b'\n') if path.exists() else 0
 
 
 def without_times(results: dict) -> dict:
@@ -61,17 +75,13 @@ def without_times(results: dict) -> dict:
 def test_killed_at_random_moments(arguments, tmp_path):
     whole, broken = tmp_path / 'whole', tmp_path / 'broken'
     finish(arguments, whole, tmp_path / 'whole.log')
-    # Measured again with everything compiled, as the starts below will find it.
-    seconds = finish(arguments, tmp_path / 'timed', tmp_path / 'timed.log')
-
+    total = count_lines(whole)
+    # One moment in each third of the work, so that every stage of the run is met.
     generator = np.random.default_rng(1)
-    for _ in range(KILLS):
-        process = begin(arguments, broken, tmp_path / 'broken.log')
-        time.sleep(float(generator.uniform(0.25, 0.8)) * seconds)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    for third in range(KILLS):
+        moment = int(generator.uniform(third, third + 1) / KILLS * (total - 1)) + 1
+        kill_after(moment, arguments, broken, tmp_path / 'broken.log')
+    assert not (broken / 'results.json').exists()
     finish(arguments, broken, tmp_path / 'broken.log')
 
     read = [without_times(json.loads((d / 'results.json').read_text())) for d in (whole, broken)]
