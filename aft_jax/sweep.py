@@ -105,19 +105,27 @@ def run(root: Path, experiments: list, mine: list) -> dict[str, str]:
     return failures
 
 
-def is_finished(directory: Path, experiment) -> bool:
-    """Whether a run has measured all that its config asks for; one of another config counts as unfinished."""
-    from aft_jax import validation, workdir
+def measured(directory: Path, experiment) -> set[str] | None:
+    """Returns the defenses that a run of this very experiment has measured, or None where there is no such run."""
+    from aft_jax import workdir
     from aft_jax.config import resolve
 
     try:
         kept = json.loads((directory / 'config.json').read_text())
-        measured = json.loads((directory / 'results.json').read_text())['purified']
+        found = json.loads((directory / 'results.json').read_text())['purified']
     except (OSError, ValueError, KeyError):
-        return False
-    config = resolve(experiment.config)
+        return None
+    return None if workdir.differences(kept, resolve(experiment.config)) else set(found)
+
+
+def is_finished(directory: Path, experiment) -> bool:
+    """Whether a run has measured all that its config asks for; one of another config counts as unfinished."""
+    from aft_jax import validation
+
+    config = experiment.config
     wanted = set(validation.names(config.defenses)) if 'purify' in config.stages else set()
-    return not workdir.differences(kept, config) and wanted <= measured.keys()
+    found = measured(directory, experiment)
+    return found is not None and wanted <= found
 
 
 def gather(root: Path, experiments: list) -> None:
@@ -125,8 +133,8 @@ def gather(root: Path, experiments: list) -> None:
     from aft_jax import collect, grid, summary, workdir
     from aft_jax.report import bars, pictures
 
-    directories = [grid.directory_of(root, experiment) for experiment in experiments]
-    finished = [directory for directory in directories if (directory / 'results.json').exists()]
+    directories = [(grid.directory_of(root, experiment), experiment) for experiment in experiments]
+    finished = [directory for directory, experiment in directories if measured(directory, experiment) is not None]
     if not finished:
         return
     rows = collect.read(finished)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from aft_jax.data.batches import Order
+from aft_jax.errors import UserError
 from aft_jax.training import feed, state
 from aft_jax.training.loop import Phase, fit
 from aft_jax.training.mesh import make_mesh
@@ -111,6 +113,30 @@ def test_stopped_and_resumed_equals_uninterrupted(train, make_run, assert_trees_
 def test_the_last_step_is_not_stopped(train, make_run):
     run = make_run(checkpoint_every=100)._replace(watch=StopsAt(STEPS))
     assert int(train(run)[0].step) == STEPS
+
+
+def test_a_broken_state_is_not_saved_at_the_sign_to_stop(make_run, dataset, tiny_variables):
+    def broken(current, batch, key):
+        return current.replace(step=current.step + 1), {'loss': jnp.full((), jnp.nan)}
+
+    run = make_run(log_every=100)._replace(watch=StopsAt(2))
+    arrays = {'images': dataset.train_images, 'labels': dataset.train_labels}
+    start = state.create(tiny_variables, sgd(0.1, 'constant', 1))
+    with pytest.raises(UserError, match='no longer a finite number'):
+        fit(run, 'infect', start, [Phase(broken, STEPS)], arrays, 8)
+    assert not any(path.name.isdigit() for path in (run.workdir / 'checkpoints/infect').iterdir())
+
+
+def test_another_thread_is_left_alone():
+    def watch():
+        with Watch() as watch:
+            seen.append(watch.must_stop())
+
+    seen: list[bool] = []
+    thread = threading.Thread(target=watch)
+    thread.start()
+    thread.join()
+    assert seen == [False]
 
 
 def test_sigterm_is_noted_and_the_handler_put_back():

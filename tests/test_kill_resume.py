@@ -32,13 +32,13 @@ def arguments(tmp_path):
         f'--config.dataset=npz:{tmp_path}/data.npz',
         '--config.batch_size=16',
         '--config.clean_share=0.2',
-        '--config.train.epochs=12',
-        '--config.ft.epochs=20',
-        '--config.aft.epochs=20',
-        '--config.aft.adversarial_epochs=10',
+        '--config.train.epochs=6',
+        '--config.ft.epochs=10',
+        '--config.aft.epochs=10',
+        '--config.aft.adversarial_epochs=5',
         '--config.aft.pgd_steps=2',
         '--config.run.log_every=5',
-        '--config.run.checkpoint_every=40',
+        '--config.run.checkpoint_every=20',
     ]
 
 

@@ -134,6 +134,8 @@ def test_a_failure_stops_nothing_else(table, tmp_path, capsys):
     root = tmp_path / 'sweep'
     (root / 'runs/badnets-all2one-0').mkdir(parents=True)
     (root / 'runs/badnets-all2one-0/config.json').write_text('{"seed": 7}')
+    # What another config has left there is none of this table.
+    (root / 'runs/badnets-all2one-0/results.json').write_text('{"infected": {}, "purified": {"ft": {}}}')
     arguments = [f'--config={table}', f'--workdir={root}', '--config.seeds=(0,)']
     assert sweep_here(arguments) == command_line.EXIT_FAILURES
     assert 'badnets-all2one-0 failed: --workdir=' in capsys.readouterr().err

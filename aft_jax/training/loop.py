@@ -145,6 +145,8 @@ def fit(
             if probe is not None and probe_every and (last or step % probe_every == 0):
                 run.writer.write(stage, step, probe(state))
             stops = run.watch.must_stop() and not last
+            if stops:
+                _check_finite(stage, step, _average(pending))
             if saves or stops:
                 seconds = earlier + time.monotonic() - started
                 # Metrics that wait for their line are kept, so that it will be the same one.

@@ -5,6 +5,7 @@ service passes the sign on and names the step.
 """
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -26,12 +27,13 @@ class Watch:
         self._looks = 0
 
     def __enter__(self) -> 'Watch':
-        if jax.process_count() == 1:
+        # Python hands signals to the main thread alone; a program that runs us in another sees to them itself.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if jax.process_count() == 1:
+        if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -39,7 +41,7 @@ class Watch:
 
     def must_stop(self) -> bool:
         """Whether to save and stop now; with several processes, all call it at the same places and get one answer."""
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 and not self._asked:
             self._looks += 1
-            return bool(multihost_utils.reached_preemption_sync_point(self._looks))
+            self._asked = bool(multihost_utils.reached_preemption_sync_point(self._looks))
         return self._asked
