@@ -124,6 +124,13 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.defenses = 'ft,aft'
     config.clean_share = 0.05  # of the training set's size: what the defender holds
+    # How a defense that has to choose tells its candidates apart: on a part of its clean images, by one rule for all.
+    config.tuning = ml_collections.ConfigDict(
+        {
+            'held_out_share': 0.2,  # of the defender's clean images
+            'budget': 0.02,  # of accuracy on them; the strongest candidate within it is taken
+        }
+    )
     config.ft = ml_collections.ConfigDict({'epochs': 40, 'learning_rate': 0.01, 'schedule': 'cosine'})
     config.aft = ml_collections.ConfigDict(
         {

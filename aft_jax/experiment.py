@@ -123,7 +123,9 @@ def carry_out(run: Run, victim: Victim, config: ml_collections.ConfigDict) -> di
 
 def defender_config(config: ml_collections.ConfigDict, defense: str) -> ml_collections.ConfigDict:
     """Returns what a defender may read of the config: nothing of the attack."""
-    return ml_collections.ConfigDict({field: config[field] for field in ('batch_size', 'train', 'augment', defense)})
+    return ml_collections.ConfigDict(
+        {field: config[field] for field in ('batch_size', 'train', 'augment', 'tuning', defense)}
+    )
 
 
 def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh) -> Victim:

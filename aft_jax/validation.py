@@ -64,9 +64,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _not_negative(
         config,
         *('train.momentum', 'train.weight_decay', 'run.evaluate_every', 'run.steps_per_call'),
-        *('data.size', 'data.pad', 'augment.crop', 'augment.rotation'),
+        *('data.size', 'data.pad', 'augment.crop', 'augment.rotation', 'tuning.budget'),
     )
-    for field in ('clean_share', 'attack.poisoned_share', 'data.test_share'):
+    for field in ('clean_share', 'attack.poisoned_share', 'data.test_share', 'tuning.held_out_share'):
         share = _value(config, field)
         if not 0 < share < 1:
             raise UserError(f'{field}={share} must lie strictly between 0 and 1.')

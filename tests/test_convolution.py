@@ -31,6 +31,7 @@ def case(request):
 @pytest.mark.parametrize('patch_bytes', [1, 3000, 10**9])
 def test_gradients_in_parts_are_the_plain_ones(case, patch_bytes, monkeypatch):
     monkeypatch.setattr(convolution, 'PATCH_BYTES', patch_bytes)
+    monkeypatch.setattr(convolution, 'FEWEST_IMAGES', 1)
     for expected, found in zip(plain_gradients(*case), cpu_gradients(*case), strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5, strict=True)
 
@@ -57,6 +58,7 @@ def test_the_layer_takes_them_where_there_is_one_cpu_device(monkeypatch):
         return jax.grad(lambda w: convolution.convolve(x, w, (1, 1), ((1, 1), (1, 1))).sum())(kernel)
 
     monkeypatch.setattr(convolution, 'PATCH_BYTES', 1)
+    monkeypatch.setattr(convolution, 'FEWEST_IMAGES', 1)
     plain = jax.jit(gradient).lower(x, kernel).as_text()
     monkeypatch.setattr(jax, 'device_count', lambda: 1)
     jax.clear_caches()

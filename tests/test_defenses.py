@@ -13,7 +13,7 @@ import scipy.special
 
 from aft_jax.adversarial import PGD
 from aft_jax.config import resolve
-from aft_jax.defenses import DEFENSES, Holdings, aft
+from aft_jax.defenses import DEFENSES, Holdings, aft, defender
 from aft_jax.training import state
 from aft_jax.training.optimiser import sgd
 
@@ -232,3 +232,24 @@ def test_fine_tuning_lowers_the_loss_and_leaves_the_suspect_alone(purify, holdin
     assert now < 0.5 * before
     assert np.mean([line['loss'] for line in record[-3:]]) < 0.5 * np.mean([line['loss'] for line in record[:3]])
     assert_left_alone(holdings, given, after)
+
+
+@pytest.mark.parametrize(
+    ('accuracies', 'expected'),
+    [([0.9, 0.89, 0.885, 0.7], 2), ([0.9, 0.7, 0.89, 0.6], 2), ([0.5, 0.6, 0.6, 0.4], 2), ([0.88], 0)],
+)
+def test_the_strongest_candidate_within_the_budget_is_taken(accuracies, expected):
+    assert defender.strongest(accuracies, before=0.9, budget=0.02) == expected
+
+
+def test_held_out_images_are_of_every_class_and_train_nothing():
+    labels = np.array([0] * 10 + [1] * 3 + [2] * 2 + [3], np.int32)
+    holdings = Holdings(Linear(), {}, np.arange(16, dtype=np.uint8)[:, None, None, None], labels)
+    kept, held = defender.hold_out(holdings, 0.2, seed=0)
+    np.testing.assert_array_equal(np.bincount(held.labels, minlength=4), [2, 1, 1, 0])
+    np.testing.assert_array_equal(np.bincount(kept.labels, minlength=4), [8, 2, 1, 1])
+    np.testing.assert_array_equal(np.sort(np.concatenate([kept.images, held.images]).ravel()), np.arange(16))
+    for part in (kept, held):
+        np.testing.assert_array_equal(labels[part.images.ravel()], part.labels)
+    other = defender.hold_out(holdings, 0.2, seed=1)[1]
+    assert not np.array_equal(held.images, other.images)
