@@ -10,17 +10,9 @@ ASR and RA leave out images whose true label is already the commanded one.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-
-from aft_jax.models import logits_function
-from aft_jax.training.mesh import along, place, replicated, settle, spread
 
 
 class Scores(NamedTuple):
@@ -33,35 +25,6 @@ class Scores(NamedTuple):
     asr_per_class: np.ndarray
     ra_per_class: np.ndarray
     cross_acc: float = math.nan
-
-
-class Predictor:
-    """Predicts the classes of many images with one compiled, sharded call a batch."""
-
-    def __init__(self, module: nn.Module, mesh: Mesh, batch_size: int):
-        """Predicts with `module` in evaluation mode; `batch_size` is rounded up to a multiple of the devices."""
-        self._mesh = mesh
-        self._batch_size = -(-batch_size // mesh.size) * mesh.size
-        whole, cut = replicated(mesh), along(mesh, 0)
-
-        def predict(variables, images):
-            logits = logits_function(module, variables)(images.astype(jnp.float32) / 255.0)
-            return logits.argmax(axis=-1).astype(jnp.int32)
-
-        self._predict: Callable = jax.jit(predict, in_shardings=(whole, cut), out_shardings=whole)
-
-    def __call__(self, variables: Any, images: np.ndarray) -> np.ndarray:
-        """Returns int32 [N] for uint8 images [N, H, W, C]; the last batch is padded and the padding discarded."""
-        variables = place(self._mesh, {name: variables[name] for name in variables})
-        predictions = []
-        for first in range(0, len(images), self._batch_size):
-            part = images[first : first + self._batch_size]
-            padding = np.zeros((self._batch_size - len(part), *images.shape[1:]), images.dtype)
-            padded = np.concatenate([part, padding])
-            images_there = spread(along(self._mesh, 0), padded.shape, padded.__getitem__)
-            predicted = settle(self._mesh, self._predict(variables, images_there))
-            predictions.append((predicted, len(part)))
-        return np.concatenate([np.asarray(predicted)[:count] for predicted, count in predictions])
 
 
 def score(

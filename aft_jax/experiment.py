@@ -18,7 +18,8 @@ from aft_jax.config import resolve
 from aft_jax.data.batches import count_steps
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES, Holdings
-from aft_jax.evaluation import Predictor, Scores, score
+from aft_jax.evaluation import Scores, score
+from aft_jax.prediction import Predictor
 from aft_jax.randomness import key_for
 from aft_jax.report import gallery, pictures
 from aft_jax.training import compile_cache, optimiser, state

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from aft_jax.evaluation import Predictor, Scores, defense_effectiveness, score
+from aft_jax.evaluation import Scores, defense_effectiveness, score
+from aft_jax.prediction import Predictor
 from aft_jax.training.mesh import make_mesh
 
 LABELS = np.array([0, 0, 1, 1, 1, 2, 2, 2], np.int32)

@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from aft_jax.evaluation import Predictor
+from aft_jax.prediction import Predictor
 from aft_jax.randomness import generator_for
 from aft_jax.training import optimiser, state
 from aft_jax.training.loop import Run
