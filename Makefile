@@ -14,7 +14,7 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m aft_jax.main --config=configs/quickstart.py --workdir=runs/quickstart $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

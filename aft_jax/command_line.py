@@ -1,9 +1,11 @@
-"""Command lines with a config: parsing them, and saying in one sentence what is wrong with one."""
+"""Command lines: parsing those with a config, and saying in one sentence what is wrong with one."""
 
+import argparse
 import difflib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import ml_collections
 from absl import flags
@@ -56,6 +58,14 @@ def parse(arguments: list[str], values: flags.FlagValues, fields: ml_collections
         raise UserError('the config file must have a get_config() that returns an ml_collections.ConfigDict.')
     if not values.workdir:
         raise UserError('--workdir is missing; name the directory for results, such as --workdir=runs/mine.')
+
+
+class Parser(argparse.ArgumentParser):
+    """For the commands without a config; says what is wrong in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the user's mistake."""
+        raise UserError(f'the command line cannot be understood: {message}.')
 
 
 def complain(error: UserError) -> int:

@@ -75,10 +75,14 @@ def default_config() -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict(
         {
             'name': 'mnist_cnn',
-            'depth': 18,  # preact_resnet: 18, 34 or 50
-            'width': 64,  # preact_resnet: channels of the first stage
+            'depth': 18,  # preact_resnet and resnet: 18, 34 or 50; vgg_bn: 11, 13, 16 or 19
+            'width': 64,  # all but mnist_cnn: channels of the first stage
             'final_norm': False,  # preact_resnet: BatchNorm and ReLU before the pooling
-            'dropout': 0.3,  # mnist_cnn
+            'stem': 'cifar',  # resnet: 'cifar' (3x3) or 'imagenet' (7x7, stride 2, and a max pool)
+            'pool_size': 7,  # vgg_bn: the dense layers see pool_size x pool_size averages
+            'hidden': 4096,  # vgg_bn: units of each hidden dense layer
+            'conv_bias': True,  # mnist_cnn: biases of the two inner convolutions
+            'dropout': 0.3,  # mnist_cnn and vgg_bn
             'mean': (0.5,),  # pixel normalisation, one value or one a channel
             'std': (0.25,),
         }
@@ -114,7 +118,6 @@ def default_config() -> ml_collections.ConfigDict:
                 'mask_learning_rate': 0.01,
                 'mask_density': 0.032,  # share of the image that the mask may cover at no cost
                 'mask_weight': 100.0,
-                # Distances are those of [0, 1] pixels; on normalised images they would be larger.
                 'mask_diversity_weight': 1.0,
                 'generator_learning_rate': 0.01,
                 'diversity_weight': 1.0,
@@ -132,6 +135,51 @@ def default_config() -> ml_collections.ConfigDict:
         }
     )
     config.ft = ml_collections.ConfigDict({'epochs': 40, 'learning_rate': 0.01, 'schedule': 'cosine'})
+    config.nad = ml_collections.ConfigDict(
+        {
+            'teacher_epochs': 10,
+            'epochs': 40,  # of each student
+            'learning_rate': 0.01,
+            'schedule': 'cosine',
+            'max_grad_norm': 1.0,  # the attention's slope is steep where a student goes astray; 0 for no bound
+            'betas': (500.0, 1000.0, 1000.0),  # of the last stages, the last for the last
+            'factors': (0.1, 1.0, 10.0),  # of the betas, from the weakest; a student each
+        }
+    )
+    config.mcr = ml_collections.ConfigDict(
+        {
+            'endpoint_epochs': 40,  # of the fine-tuned end of the curve
+            'epochs': 40,
+            'learning_rate': 0.01,
+            'schedule': 'cosine',
+            'candidates': (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),  # places on the curve
+        }
+    )
+    config.fp = ml_collections.ConfigDict({'epochs': 40, 'learning_rate': 0.01, 'schedule': 'cosine'})
+    config.anp = ml_collections.ConfigDict(
+        {
+            'iterations': 2000,
+            'eps': 0.4,  # of the noise, a share of a BatchNorm's scales and biases
+            'clean_weight': 0.2,  # of the loss without noise; the rest is that with noise
+            'learning_rate': 0.2,  # of the masks
+        }
+    )
+    config.pbe = ml_collections.ConfigDict(
+        {
+            'first_share': 0.05,  # of the suspect training set, in the first round
+            'keep': (0.2, 0.5, 0.7),  # the most consistent share, in each further round
+            'epochs': 10,  # of each round
+            'adversarial_epochs': 1.0,  # of them in the rounds after the first
+            'adversarial_share': 1.0,  # of a batch, in these epochs and in the first round
+            'eps': 16 / 255,
+            'step_size': 4 / 255,
+            'pgd_steps': 7,
+            'random_start': True,
+            'learning_rate': 0.01,
+            'schedule': 'cosine',
+            'max_grad_norm': 1.0,
+        }
+    )
     config.aft = ml_collections.ConfigDict(
         {
             'preset': 'default',
@@ -159,7 +207,7 @@ def default_config() -> ml_collections.ConfigDict:
             'log_every': 50,  # steps
             'checkpoint_every': 500,  # steps
             'keep_checkpoints': 2,  # a stage
-            'evaluate_every': 0,  # epochs between evaluations while infecting; 0 only at the end
+            'evaluate_every': 0.0,  # epochs, or parts of one, between evaluations while infecting; 0 only at the end
             'eval_batch_size': 500,
             'compile_cache': '',  # a directory where compiled programs are kept from one start to the next
         }

@@ -10,9 +10,12 @@ ASR and RA leave out images whose true label is already the commanded one.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from aft_jax.roc import auc
 
 
 class Scores(NamedTuple):
@@ -67,6 +70,33 @@ def score(
         asr_per_class=_per_class(succeeded, counted_labels, num_classes),
         ra_per_class=_per_class(recovered, counted_labels, num_classes),
         cross_acc=math.nan if crossed_predictions is None else _mean(crossed_predictions == labels),
+    )
+
+
+class Detection(NamedTuple):
+    """How well a defense that holds a suspect training set tells its poisoned images from the others.
+
+    Attributes:
+        poisoned_shares: Of each subset that it trained on.
+        aucs: Area under the ROC curve of each score as a detector of poisoned images; NaN without any.
+    """
+
+    poisoned_shares: tuple[float, ...]
+    aucs: tuple[float, ...]
+
+
+def detection(scores: Sequence[np.ndarray], subsets: Sequence[np.ndarray], poisoned: np.ndarray) -> Detection:
+    """Judges the subsets and scores of a defense that is given a suspect training set.
+
+    Args:
+        scores: float [N] each; high for an image that is held to be clean.
+        subsets: int, indices of the training set.
+        poisoned: int, the indices that carry the trigger.
+    """
+    clean = [np.delete(score, poisoned) for score in scores]
+    return Detection(
+        poisoned_shares=tuple(float(np.isin(subset, poisoned).mean()) for subset in subsets),
+        aucs=tuple(auc(-score[poisoned], -rest) for score, rest in zip(scores, clean, strict=True)),
     )
 
 

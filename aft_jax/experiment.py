@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 
 from aft_jax import attacks, data, distributed, models, results, validation, workdir
 from aft_jax.attacks.attack import Attack, crossed, triggered
-from aft_jax.attacks.poison import Poisoned, clean_indices, poison, write_manifest
+from aft_jax.attacks.poison import Poisoned, clean_indices, left_behind, poison, write_manifest
 from aft_jax.config import resolve
 from aft_jax.data.batches import count_steps
 from aft_jax.data.dataset import Dataset
-from aft_jax.defenses import DEFENSES, Holdings
-from aft_jax.evaluation import Scores, score
+from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET, Holdings
+from aft_jax.evaluation import Scores, detection, score
 from aft_jax.prediction import Predictor
 from aft_jax.randomness import key_for
 from aft_jax.report import gallery, pictures
@@ -104,22 +104,34 @@ def carry_out(run: Run, victim: Victim, config: ml_collections.ConfigDict) -> di
     results.add_infected(outcome, before, infected.seconds)
     purified = {}
     if 'purify' in config.stages:
-        dataset = victim.dataset
-        holdings = Holdings(
-            victim.module,
-            infected.variables,
-            dataset.train_images[victim.clean],
-            dataset.train_labels[victim.clean],
-        )
         for name in validation.names(config.defenses):
-            fitted = DEFENSES[name](run, f'purify/{name}', holdings, defender_config(config, name))
-            purified[name] = fitted.state.variables
-            results.add_purified(outcome, name, before, judge(purified[name], attack), fitted.seconds)
+            suspects = suspect_set(attack, victim, config) if name in FROM_SUSPECT_SET else None
+            holdings = holdings_of(victim, infected, suspects)
+            cleansed = DEFENSES[name](run, f'purify/{name}', holdings, defender_config(config, name))
+            purified[name] = cleansed.state.variables
+            results.add_purified(outcome, name, before, judge(purified[name], attack), cleansed.seconds)
+            if suspects is not None:
+                poison_found = detection(cleansed.scores, cleansed.subsets, suspects.indices)
+                results.add_detection(outcome, name, poison_found)
     if writes:
         workdir.write_json(run.workdir / 'results.json', outcome)
     if 'report' in config.stages:
         draw(run.workdir / 'report', victim, infected, purified, judge, outcome)
     return outcome
+
+
+def suspect_set(attack: Attack | None, victim: Victim, config: ml_collections.ConfigDict) -> Poisoned:
+    """Returns the training set that a defender finds beside the infected model."""
+    clean = victim.dataset.train_images, victim.dataset.train_labels
+    return left_behind(attack, *clean, victim.poisoned, config)
+
+
+def holdings_of(victim: Victim, infected: Infected, suspects: Poisoned | None) -> Holdings:
+    """Returns what a defender holds: the suspect training set where it is given, or else the clean share."""
+    if suspects is not None:
+        return Holdings(victim.module, infected.variables, suspects.images, suspects.labels)
+    images, labels = victim.dataset.train_images[victim.clean], victim.dataset.train_labels[victim.clean]
+    return Holdings(victim.module, infected.variables, images, labels)
 
 
 def defender_config(config: ml_collections.ConfigDict, defense: str) -> ml_collections.ConfigDict:

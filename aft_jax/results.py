@@ -12,7 +12,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from aft_jax.evaluation import Scores, defense_effectiveness
+from aft_jax.evaluation import Detection, Scores, defense_effectiveness
 
 SCHEMA = 1
 
@@ -60,6 +60,15 @@ def add_purified(outcome: dict[str, Any], defense: str, before: Scores, after: S
         'der': effectiveness,
         'seconds': round(seconds, 3),
         'per_class': _per_class(after),
+    }
+
+
+def add_detection(outcome: dict[str, Any], defense: str, found: Detection) -> None:
+    """Adds how well a defense that holds the suspect training set, and so no clean share, found the poisoned images."""
+    outcome['purified'][defense] |= {
+        'clean_share': 0.0,
+        'poisoned_shares': list(found.poisoned_shares),
+        'aucs': [_number(auc) for auc in found.aucs],
     }
 
 

@@ -13,6 +13,8 @@ from aft_jax.config import AFT_PRESETS, default_config, resolve
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES
 from aft_jax.errors import UserError
+from aft_jax.models.resnet import STEMS
+from aft_jax.models.vgg_bn import SMALLEST_SIDE
 from aft_jax.training.feed import PLACEMENTS
 from aft_jax.training.optimiser import SCHEDULES
 from aft_jax.workdir import flatten
@@ -54,11 +56,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(f'seed={config.seed} must lie between 0 and 2**32 - 1.')
     _one_of('dtype', config.dtype, DTYPES)
     _one_of('run.placement', config.run.placement, PLACEMENTS)
-    if config.model.name == 'preact_resnet':
-        _one_of('model.depth', config.model.depth, models.RESNET_DEPTHS)
+    if config.model.name in models.DEPTHS:
+        _one_of('model.depth', config.model.depth, models.DEPTHS[config.model.name])
+    _one_of('model.stem', config.model.stem, STEMS)
     _positive(
         config,
         *('batch_size', 'model.width', 'train.epochs', 'ft.epochs', 'train.learning_rate', 'ft.learning_rate'),
+        *('model.pool_size', 'model.hidden'),
         *('run.log_every', 'run.checkpoint_every', 'run.keep_checkpoints', 'run.eval_batch_size'),
     )
     _not_negative(
@@ -79,6 +83,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise UserError(f'model.std={config.model.std} must be positive.')
     _validate_attack(config)
     _validate_aft(config)
+    _validate_nad(config)
+    _validate_mcr(config)
+    _validate_pruning(config)
+    _validate_pbe(config)
     for field in ('data.size', 'data.pad'):
         if _value(config, field) > LARGEST_SIDE:
             raise UserError(f'{field}={_value(config, field)} is more than {LARGEST_SIDE} pixels.')
@@ -193,6 +201,51 @@ def _validate_aft(config: ml_collections.ConfigDict) -> None:
             raise UserError(f'aft.{field}={aft[field]} must not be negative.')
 
 
+def _validate_nad(config: ml_collections.ConfigDict) -> None:
+    _positive(config, *(f'nad.{field}' for field in ('teacher_epochs', 'epochs', 'learning_rate')))
+    _not_negative(config, 'nad.max_grad_norm')
+    _one_of('nad.schedule', config.nad.schedule, SCHEDULES)
+    betas, factors = config.nad.betas, config.nad.factors
+    if not betas or min(betas) < 0:
+        raise UserError(f'nad.betas={betas} must be weights of one stage or more, none of them negative.')
+    if not factors or min(factors) <= 0 or list(factors) != sorted(set(factors)):
+        raise UserError(f'nad.factors={factors} must be positive numbers that rise, one or more.')
+
+
+def _validate_mcr(config: ml_collections.ConfigDict) -> None:
+    _positive(config, *(f'mcr.{field}' for field in ('endpoint_epochs', 'epochs', 'learning_rate')))
+    _one_of('mcr.schedule', config.mcr.schedule, SCHEDULES)
+    candidates = config.mcr.candidates
+    if not candidates or not all(0 < t < 1 for t in candidates):
+        raise UserError(f'mcr.candidates={candidates} must lie strictly between 0 and 1, one or more.')
+
+
+def _validate_pruning(config: ml_collections.ConfigDict) -> None:
+    _positive(config, 'fp.epochs', 'fp.learning_rate', 'anp.iterations', 'anp.learning_rate', 'anp.eps')
+    _one_of('fp.schedule', config.fp.schedule, SCHEDULES)
+    for field in ('anp.eps', 'anp.clean_weight'):
+        if not 0 <= _value(config, field) <= 1:
+            raise UserError(f'{field}={_value(config, field)} is a share: at least 0 and at most 1.')
+
+
+def _validate_pbe(config: ml_collections.ConfigDict) -> None:
+    options = config.pbe
+    positive = ('epochs', 'adversarial_epochs', 'eps', 'step_size', 'pgd_steps', 'learning_rate')
+    _positive(config, *(f'pbe.{field}' for field in positive))
+    _not_negative(config, 'pbe.max_grad_norm')
+    _one_of('pbe.schedule', options.schedule, SCHEDULES)
+    _in_pixels('pbe.eps', options.eps)
+    _in_pixels('pbe.step_size', options.step_size)
+    for share in (options.first_share, *options.keep):
+        if not 0 < share <= 1:
+            raise UserError(f'pbe.first_share and pbe.keep are shares above 0 and at most 1, and one is {share}.')
+    if not 0 < options.adversarial_share <= 1 or round(options.adversarial_share * config.batch_size) == 0:
+        raise UserError(
+            f'pbe.adversarial_share={options.adversarial_share} must lie above 0 and at most at 1, and be at least one '
+            'image of a batch.'
+        )
+
+
 def validate_against_data(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
     """Checks what only the data can tell.
 
@@ -212,6 +265,11 @@ def validate_against_data(config: ml_collections.ConfigDict, dataset: Dataset) -
     height, width, channels = dataset.image_shape
     if config.augment.crop >= min(height, width):
         raise UserError(f'augment.crop={config.augment.crop} moves images of {height}x{width} out of their frame.')
+    if config.model.name == 'vgg_bn' and min(height, width) < SMALLEST_SIDE:
+        raise UserError(
+            f'model.name=vgg_bn needs images of {SMALLEST_SIDE}x{SMALLEST_SIDE} or more, and those of {config.dataset} '
+            f'are {height}x{width}; set data.pad or data.size.'
+        )
     for field in ('mean', 'std'):
         count = len(config.model[field])
         if count not in (1, channels):

@@ -27,5 +27,5 @@ def get_config(attack='badnets'):
     config.dtype = 'bfloat16'
     config.train.epochs = 100
     config.train.learning_rate = 0.01
-    config.run.evaluate_every = 10
+    config.run.evaluate_every = 10.0
     return config

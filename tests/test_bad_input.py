@@ -38,7 +38,9 @@ CONFIG_MISTAKES = {
     '--config.attack.name=bled': "badnets, blend, sig.*Did you mean 'blend'",
     '--config.attack.label_mode=all2none': 'all2one, all2all',
     '--config.attack.poisoning=once': 'fixed, per_batch',
-    '--config.model.name=resnet': "mnist_cnn, preact_resnet.*Did you mean 'preact_resnet'",
+    '--config.model.stem=imagenette': "imagenet, cifar.*Did you mean 'imagenet'",
+    '--config.model.hidden=0': 'model.hidden=0 must be positive',
+    '--config.model.name=preact_resnet18': "mnist_cnn, preact_resnet.*Did you mean 'preact_resnet'",
     '--config.defenses=aft,fft': "defenses='fft' does not exist.*ft, aft",
     '--config.dtype=float16': 'float32, bfloat16',
     '--config.aft.preset=paper': 'released, default',
@@ -149,6 +151,14 @@ def test_data_mistakes(argument, npz, tmp_path, capsys):
     status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments], capsys)
     assert_one_sentence(status, text, DATA_MISTAKES[argument])
     assert not (tmp_path / 'run').exists()  # so that the corrected command can have it
+
+
+def test_images_too_small_for_a_network(npz, tmp_path, capsys):
+    arguments = [npz, '--config.clean_share=0.5', '--config.model.name=vgg_bn']
+    status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments], capsys)
+    assert_one_sentence(status, text, 'model.depth=18 does not exist; choose one of 11, 13, 16, 19')
+    status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments, '--config.model.depth=11'], capsys)
+    assert_one_sentence(status, text, 'vgg_bn needs images of 32x32 or more.* are 12x12; set data.pad or data.size')
 
 
 def test_a_pattern_that_is_no_picture(npz, tmp_path, capsys):

@@ -90,13 +90,13 @@ def test_the_manifest_tells_who_was_poisoned(npz, tmp_path, capsys):
     ],
 )
 def test_other_ways_run_too(attack, npz, tmp_path, capsys):
-    results = run(npz, tmp_path / 'run', capsys, '--config.defenses=ft', '--config.run.evaluate_every=3', *attack)
+    results = run(npz, tmp_path / 'run', capsys, '--config.defenses=ft', '--config.run.evaluate_every=1.5', *attack)
     assert results['infected']['acc'] > 0.9
     benign = attack == ('--config.attack.name=none',)
     assert (results['infected']['asr'] is None) == benign
     assert (results['purified']['ft']['der'] is None) == benign
     probes = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
-    assert [p['step'] for p in probes if 'test_acc' in p] == [48, 96]
+    assert [p['step'] for p in probes if 'test_acc' in p] == [24, 48, 72, 96]
     assert all(('test_asr' in p) != benign for p in probes if 'test_acc' in p)
 
 

@@ -184,6 +184,29 @@ def test_the_mask_shrinks(attack, arrays, config):
     assert areas[-1] < 0.5 * areas[0]
 
 
+def test_the_masks_loss_is_that_of_normalised_images(attack, arrays, config):
+    config.model.std = (0.2,)
+    networks = input_aware.Networks(*networks_for((8, 8, 1)))
+    adam = input_aware.adam(0.01)
+    images, others = (arrays['images'][i : i + 8].astype(np.float32) / 255 for i in (0, 8))
+    batch = {'images': jnp.asarray(images), 'paired': {'images': jnp.asarray(others)}}
+    before = state.create(attack.arrays['mask'], adam)
+    _, metrics = input_aware.mask_step(
+        before, batch, jax.random.key(0), networks=networks, optimiser=adam, config=config
+    )
+    both = jnp.concatenate([batch['images'], batch['paired']['images']])
+    maps, _ = networks.mask.apply(before.variables, both, train=True, mutable=['batch_stats'])
+    masks = np.tanh(20 * np.float64(maps) - 10) / 2 + 0.5
+
+    def distance(a, b):
+        return np.sqrt(np.square(np.float64(a) - b).mean((1, 2, 3)))
+
+    diverse = np.mean(distance(images / 0.2, others / 0.2) / (distance(masks[:8], masks[8:]) + 1e-7))
+    np.testing.assert_allclose(metrics['diversity'], diverse, rtol=1e-4)
+    expected = 100 * np.maximum(masks - 0.032, 0).mean() + diverse
+    np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-4)
+
+
 def test_begin_and_resume_bit_for_bit(attack, make_run, arrays, learner, config, assert_trees_close):
     def go(run, until):
         infection = attacks.begin(run, attack, arrays, learner, config)

@@ -9,7 +9,7 @@ import pytest
 import scipy.signal
 
 from aft_jax import models
-from aft_jax.models.layers import conv
+from aft_jax.models.layers import adaptive_average_pool, conv, max_pool
 from aft_jax.models.mnist_cnn import MnistCNN
 from aft_jax.models.preact_resnet import PreActResNet
 
@@ -169,6 +169,71 @@ def test_parameter_counts(config, name, depth, shape, expected, total):
     assert count_parameters(build(config, name, depth=depth), shape) == expected == total
 
 
+@pytest.mark.parametrize(
+    ('name', 'depth', 'total'),
+    [
+        ('resnet', 18, 11_689_512),
+        ('resnet', 34, 21_797_672),
+        ('resnet', 50, 25_557_032),
+        ('vgg_bn', 11, 132_868_840),
+        ('vgg_bn', 13, 133_053_736),
+        ('vgg_bn', 16, 138_365_992),
+        ('vgg_bn', 19, 143_678_248),
+    ],
+)
+def test_parameter_counts_are_those_that_torchvision_publishes(config, name, depth, total):
+    module = build(config, name, num_classes=1000, depth=depth, stem='imagenet')
+    assert count_parameters(module, (64, 64, 3)) == total
+
+
+def test_the_stem_for_large_images_has_two_strides(config):
+    module = build(config, 'resnet', width=4, stem='imagenet')
+    _, stages = jax.eval_shape(
+        lambda x: module.init_with_output(jax.random.key(0), x, features=True), np.zeros((2, 65, 64, 3), 'f')
+    )[0]
+    assert [stage.shape[1:3] for stage in stages] == [(17, 16), (9, 8), (5, 4), (3, 2)]
+
+
+@pytest.mark.parametrize('name', ['resnet', 'vgg_bn'])
+def test_training_mode_changes_every_statistic(config, name):
+    module = build(config, name, width=2, depth=18 if name == 'resnet' else 11, hidden=4)
+    variables, images = random_variables(module, (32, 32, 3)), random_images(2, (32, 32, 3))
+    train = jax.jit(partial(module.apply, train=True, mutable=['batch_stats'], rngs={'dropout': jax.random.key(0)}))
+    _, changes = train(variables, images)
+    for before, after in zip(jax.tree.leaves(variables['batch_stats']), jax.tree.leaves(changes), strict=True):
+        assert np.isfinite(after).all() and not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize(('size', 'stride', 'margin'), [(2, 2, 0), (3, 2, 1)])
+@pytest.mark.parametrize('side', [7, 8])
+def test_max_pool(side, size, stride, margin):
+    maps = np.random.default_rng(0).normal(size=(2, side, side + 1, 3)).astype(np.float32)
+    padded = np.pad(maps, ((0, 0), (margin, margin), (margin, margin), (0, 0)), constant_values=-np.inf)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))[:, ::stride, ::stride]
+    np.testing.assert_array_equal(max_pool(jnp.asarray(maps), size, stride, margin), windows.max(axis=(4, 5)))
+    # The gradient goes to each window's largest pixel, as often as it is one.
+    gradient = jax.grad(lambda x: max_pool(x, size, stride, margin).sum())(jnp.asarray(maps))
+    largest = windows.max(axis=(4, 5))
+    expected = np.array([[(largest[i] == value).sum() for value in maps[i].ravel()] for i in range(2)])
+    np.testing.assert_array_equal(np.asarray(gradient).reshape(2, -1), expected)
+
+
+def test_max_pool_of_maps_that_are_too_small():
+    with pytest.raises(ValueError, match='maps of 1x5 are too small for a pool of 2x2'):
+        max_pool(jnp.zeros((1, 1, 5, 2)), 2, 2, 0)
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (7, 7), (5, 10)])
+def test_adaptive_average_pool(shape):
+    maps = np.random.default_rng(0).normal(size=(2, *shape, 3)).astype(np.float32)
+    expected = np.empty((2, 7, 7, 3))
+    for i in range(7):
+        for j in range(7):
+            rows, columns = (slice(k * n // 7, -((k + 1) * n // -7)) for k, n in ((i, shape[0]), (j, shape[1])))
+            expected[:, i, j] = maps[:, rows, columns].mean(axis=(1, 2), dtype=np.float64)
+    np.testing.assert_allclose(adaptive_average_pool(jnp.asarray(maps), 7), expected, atol=1e-6)
+
+
 def test_the_modules_own_defaults_are_the_papers():
     assert count_parameters(PreActResNet(10), (32, 32, 3)) == PREACT_18
     assert count_parameters(MnistCNN(10), MNIST_SHAPE) == MNIST_CNN
@@ -180,6 +245,9 @@ def test_the_modules_own_defaults_are_the_papers():
         ('mnist_cnn', 18, MNIST_SHAPE, [(14, 14, 32), (7, 7, 64), (4, 4, 64)]),
         ('preact_resnet', 18, (32, 32, 3), [(32, 32, 8), (16, 16, 16), (8, 8, 32), (4, 4, 64)]),
         ('preact_resnet', 50, (32, 32, 3), [(32, 32, 32), (16, 16, 64), (8, 8, 128), (4, 4, 256)]),
+        ('resnet', 18, (32, 32, 3), [(32, 32, 8), (16, 16, 16), (8, 8, 32), (4, 4, 64)]),
+        ('resnet', 50, (32, 32, 3), [(32, 32, 32), (16, 16, 64), (8, 8, 128), (4, 4, 256)]),
+        ('vgg_bn', 11, (47, 40, 3), [(47, 40, 8), (23, 20, 16), (11, 10, 32), (5, 5, 64), (2, 2, 64)]),
     ],
 )
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])

@@ -11,8 +11,10 @@ has two stages; images come in pairs (x1, x2) from two independently shuffled st
 
     diversity(f) = mean over pairs of ||x1 - x2|| / (||f(x1) - f(x2)|| + 1e-7)
 
-The norms are root mean squares, so that images of C channels and masks of one compare. In the authors' code G's
-gradients are never set to zero, so that it steps along their running sum; here it steps along the batch's own.
+The norms are root mean squares, so that images of C channels and masks of one compare; in stage 1 they are those of
+images that are normalised as the classifier does it, which decides how much of an image the masks cover. In the
+authors' code G's gradients are never set to zero, so that it steps along their running sum; here it steps along the
+batch's own.
 """
 
 from functools import partial
@@ -192,10 +194,11 @@ def mask_step(
     images, others = _augmented(key, batch, config)
     count = len(images)
     weight = options.mask_diversity_weight
+    deviation = jnp.broadcast_to(jnp.asarray(config.model.std, jnp.float32), images.shape[-1:])[None, None, None]
 
     def terms(maps: jax.Array) -> tuple[jax.Array, jax.Array]:
         masks = sharpen(maps)
-        return masks, diversity(images, others, masks[:count], masks[count:])
+        return masks, diversity(images / deviation, others / deviation, masks[:count], masks[count:])
 
     def loss(maps: jax.Array) -> jax.Array:
         masks, diverse = terms(maps)

@@ -72,6 +72,28 @@ def poison(
     return Poisoned(images, labels, indices, cross_indices)
 
 
+def left_behind(
+    attack: Attack | None, images: np.ndarray, labels: np.ndarray, poisoned: Poisoned, config: ml_collections.ConfigDict
+) -> Poisoned:
+    """Returns the training set that a defender finds beside a suspect model.
+
+    It is the poisoned one. An attacker who poisoned batch by batch, or trained the trigger along, leaves the same share
+    of the images with the trigger as it came out.
+
+    Args:
+        attack: The attack after the infection, or None.
+        images: uint8 [N, H, W, C], clean.
+        labels: int32 [N].
+        poisoned: The training set of the infection.
+        config: The resolved config.
+    """
+    if attack is None or len(poisoned.indices):
+        return poisoned
+    stored = config.copy_and_resolve_references()
+    stored.attack.poisoning = 'fixed'
+    return poison(attack._replace(joint=False), images, labels, stored)
+
+
 def poison_batch(
     attack: Attack, key: jax.Array, images: jax.Array, labels: jax.Array, config: ml_collections.ConfigDict
 ) -> tuple[jax.Array, jax.Array]:

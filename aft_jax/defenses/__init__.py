@@ -1,16 +1,27 @@
 """What a defender does: one file a defense.
 
-Threat model: the defender holds the suspect model and a few clean, labelled images, and never sees a trigger, a
-target label, a poisoned image or the test set. Nothing in this folder imports aft_jax.attacks.
+Threat model: the defender holds the suspect model and a few clean, labelled images, or (PBE) the suspect training set,
+not knowing which of its images are poisoned. It never sees a trigger, a target label or the test set. Nothing in this
+folder imports aft_jax.attacks.
 """
 
 from collections.abc import Callable
+from typing import Any
 
-from aft_jax.defenses import aft, ft
+from aft_jax.defenses import aft, anp, fp, ft, mcr, nad, pbe
 from aft_jax.defenses.defender import Holdings
-from aft_jax.training.loop import Fitted
 
-__all__ = ['DEFENSES', 'Holdings']
+__all__ = ['DEFENSES', 'FROM_SUSPECT_SET', 'Holdings']
 
-# (run, stage, holdings, config) -> the purified state
-DEFENSES: dict[str, Callable[..., Fitted]] = {'ft': ft.purify, 'aft': aft.purify}
+# (run, stage, holdings, config) -> what holds the purified state, and the seconds
+DEFENSES: dict[str, Callable[..., Any]] = {
+    'ft': ft.purify,
+    'aft': aft.purify,
+    'nad': nad.purify,
+    'mcr': mcr.purify,
+    'fp': fp.purify,
+    'anp': anp.purify,
+    'pbe': pbe.purify,
+}
+# These hold the suspect training set, and no image that is known to be clean.
+FROM_SUSPECT_SET = ('pbe',)

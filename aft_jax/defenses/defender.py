@@ -1,5 +1,6 @@
 """What every defender holds, how it begins, and how it tunes itself on nothing but its clean images."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import flax.linen as nn
 import ml_collections
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from aft_jax.prediction import Predictor
 from aft_jax.randomness import generator_for
@@ -81,8 +83,14 @@ def hold_out(holdings: Holdings, share: float, seed: int) -> tuple[Holdings, Hol
 
 def accuracy(run: Run, held: Holdings, variables: dict) -> float:
     """Returns the share of the held-out images that the model with these variables gets right, in evaluation mode."""
-    predict = Predictor(held.module, run.mesh, run.options.eval_batch_size)
+    predict = _predictor(held.module, run.mesh, run.options.eval_batch_size)
     return float(np.mean(predict(variables, held.images) == held.labels))
+
+
+@functools.lru_cache(maxsize=1)
+def _predictor(module: nn.Module, mesh: Mesh, batch_size: int) -> Predictor:
+    """A predictor is compiled once for all candidates of a defense."""
+    return Predictor(module, mesh, batch_size)
 
 
 def strongest(accuracies: Sequence[float], before: float, budget: float) -> int:

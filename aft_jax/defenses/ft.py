@@ -23,8 +23,32 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
         holdings: The defender's.
         config: The resolved config; `config.ft` has epochs, learning_rate and schedule.
     """
-    steps = count_steps(len(holdings.labels), config.ft.epochs, config.batch_size)
-    before, optimiser = begin(holdings, config.ft, config.train, steps)
+    return fine_tune(run, stage, holdings, config.ft, config.ft.epochs, config)
+
+
+def fine_tune(
+    run: Run,
+    stage: str,
+    holdings: Holdings,
+    options: ml_collections.ConfigDict,
+    epochs: float,
+    config: ml_collections.ConfigDict,
+) -> Fitted:
+    """Fine-tunes as a part of another defense: its teacher, or an end of its curve.
+
+    Args:
+        run: The experiment.
+        stage: The name of this part's checkpoints and metrics.
+        holdings: The defender's.
+        options: The defense's own config: learning_rate and schedule.
+        epochs: Of the holdings' images.
+        config: The resolved config.
+
+    Returns:
+        The suspect model fine-tuned.
+    """
+    steps = count_steps(len(holdings.labels), epochs, config.batch_size)
+    before, optimiser = begin(holdings, options, config.train, steps)
     step = partial(
         classification_step,
         module=holdings.module,

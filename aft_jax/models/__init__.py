@@ -13,10 +13,13 @@ import jax.numpy as jnp
 import ml_collections
 
 from aft_jax.models.mnist_cnn import MnistCNN
-from aft_jax.models.preact_resnet import PreActResNet
+from aft_jax.models.preact_resnet import BLOCKS, PreActResNet
+from aft_jax.models.resnet import ResNet
+from aft_jax.models.vgg_bn import CONVOLUTIONS, VGG
 
-NAMES = ('mnist_cnn', 'preact_resnet')
-RESNET_DEPTHS = (18, 34, 50)
+NAMES = ('mnist_cnn', 'preact_resnet', 'resnet', 'vgg_bn')
+# Of the models that come in several.
+DEPTHS = {'preact_resnet': tuple(BLOCKS), 'resnet': tuple(BLOCKS), 'vgg_bn': tuple(CONVOLUTIONS)}
 
 
 def build(config: ml_collections.ConfigDict, num_classes: int) -> nn.Module:
@@ -30,9 +33,20 @@ def build(config: ml_collections.ConfigDict, num_classes: int) -> nn.Module:
     }
     match options.name:
         case 'mnist_cnn':
-            return MnistCNN(dropout=options.dropout, **common)
+            return MnistCNN(dropout=options.dropout, conv_bias=options.conv_bias, **common)
         case 'preact_resnet':
             return PreActResNet(depth=options.depth, width=options.width, final_norm=options.final_norm, **common)
+        case 'resnet':
+            return ResNet(depth=options.depth, width=options.width, stem=options.stem, **common)
+        case 'vgg_bn':
+            return VGG(
+                depth=options.depth,
+                width=options.width,
+                pool_size=options.pool_size,
+                hidden=options.hidden,
+                dropout=options.dropout,
+                **common,
+            )
     raise ValueError(f'no model is called {options.name!r}')
 
 

@@ -1,10 +1,14 @@
 """Layers that the classifiers share."""
 
+import math
+from functools import reduce
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from aft_jax.models.convolution import convolve
 
@@ -31,6 +35,56 @@ def conv(channels: int, kernel: int, stride: int, *, dtype: Any, use_bias: bool,
         dtype=dtype,
         name=name,
     )
+
+
+def max_pool(x: jax.Array, size: int, stride: int, margin: int) -> jax.Array:
+    """Returns the largest of each `size` x `size` pixels, `stride` apart, in maps with a margin that never wins.
+
+    Made of pairwise maxima, whose gradient is deterministic on a GPU as well; where several pixels are the largest it
+    is shared among them, while torch gives it to one.
+
+    Args:
+        x: [B, H, W, C].
+        size: Pixels of the window's side.
+        stride: Pixels between windows.
+        margin: Pixels around the map, at most `size` - 1.
+
+    Returns:
+        [B, H', W', C], H' = floor((H + 2 margin - size) / stride) + 1.
+
+    Raises:
+        ValueError: The maps are smaller than the window.
+    """
+    for axis in (1, 2):
+        widths = [(0, 0)] * 4
+        widths[axis] = (margin, margin)
+        padded = jnp.pad(x, widths, constant_values=-jnp.inf)
+        reach = padded.shape[axis] - size
+        if reach < 0:
+            raise ValueError(f'maps of {x.shape[1]}x{x.shape[2]} are too small for a pool of {size}x{size}')
+        stop = reach // stride * stride + 1
+        shifted = [lax.slice_in_dim(padded, i, i + stop, stride, axis) for i in range(size)]
+        x = reduce(jnp.maximum, shifted)
+    return x
+
+
+def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
+    """Returns [B, size, size, C], averages of maps [B, H, W, C] as torch's AdaptiveAvgPool2d takes them.
+
+    Cell i averages the pixels from floor(i H / size) to ceil((i + 1) H / size), so that cells overlap, or repeat a
+    pixel, where H is no multiple of the size.
+    """
+    rows, columns = (_averaging_matrix(length, size) for length in x.shape[1:3])
+    averages = jnp.einsum('bhwc,ph,qw->bpqc', x.astype(jnp.float32), rows, columns, precision=lax.Precision.HIGHEST)
+    return averages.astype(x.dtype)
+
+
+def _averaging_matrix(length: int, size: int) -> np.ndarray:
+    matrix = np.zeros((size, length), np.float32)
+    for i in range(size):
+        cell = slice(i * length // size, math.ceil((i + 1) * length / size))
+        matrix[i, cell] = 1 / (cell.stop - cell.start)
+    return matrix
 
 
 def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: Any) -> jax.Array:

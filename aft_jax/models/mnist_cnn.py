@@ -17,6 +17,7 @@ class MnistCNN(nn.Module):
     Attributes:
         num_classes: K.
         dropout: Share of the 512 units dropped while training.
+        conv_bias: Whether the two inner convolutions have a bias; those of the WaNet paper's release have none.
         mean: Pixel mean, one value or one a channel.
         std: Pixel standard deviation, likewise.
         dtype: Of the computation; parameters are float32.
@@ -24,6 +25,7 @@ class MnistCNN(nn.Module):
 
     num_classes: int
     dropout: float = 0.3
+    conv_bias: bool = True
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.25,)
     dtype: Any = jnp.float32
@@ -35,7 +37,7 @@ class MnistCNN(nn.Module):
         stages = [x]
         for _ in range(2):
             x = nn.relu(batch_norm(x, train=train, dtype=self.dtype))
-            x = conv(64, 3, 2, dtype=self.dtype, use_bias=True)(x)
+            x = conv(64, 3, 2, dtype=self.dtype, use_bias=self.conv_bias)(x)
             stages.append(x)
         x = x.reshape((x.shape[0], -1))
         x = nn.relu(nn.Dense(512, dtype=self.dtype)(x))

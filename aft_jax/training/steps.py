@@ -12,8 +12,8 @@ from aft_jax.training.state import Batch, Metrics, TrainState
 
 # (key, images, labels) -> (images, labels)
 Transform = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-# logits [B, K] -> scalar
-Loss = Callable[[jax.Array], jax.Array]
+# logits [B, K], or whatever else the module was asked to return -> scalar
+Loss = Callable[[Any], jax.Array]
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -29,7 +29,8 @@ def update(
     *,
     module: nn.Module,
     optimiser: optax.GradientTransformation,
-) -> tuple[TrainState, jax.Array, Metrics]:
+    **asked: Any,
+) -> tuple[TrainState, Any, Metrics]:
     """Takes one gradient step on `loss(logits of images)`, the model in training mode.
 
     Args:
@@ -39,23 +40,25 @@ def update(
         key: PRNG key of dropout.
         module: The classifier.
         optimiser: Its optimiser.
+        asked: Further arguments of the module. With features=True it returns (logits, feature maps), and so `loss` is
+            of both.
 
     Returns:
         The state after the step, the logits [B, K] before it, and the metrics 'loss' and 'grad_norm'.
     """
 
     def objective(params):
-        logits, batch_stats = apply_training(module, state, params, images, key)
-        return loss(logits), (logits, batch_stats)
+        output, batch_stats = apply_training(module, state, params, images, key, **asked)
+        return loss(output), (output, batch_stats)
 
-    (value, (logits, batch_stats)), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+    (value, (output, batch_stats)), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
     after = advance(state, gradient, batch_stats, optimiser)
-    return after, logits, {'loss': value, 'grad_norm': optax.tree.norm(gradient)}
+    return after, output, {'loss': value, 'grad_norm': optax.tree.norm(gradient)}
 
 
 def apply_training(
-    module: nn.Module, state: TrainState, params: Any, images: jax.Array, key: jax.Array | None = None
-) -> tuple[jax.Array, Any]:
+    module: nn.Module, state: TrainState, params: Any, images: jax.Array, key: jax.Array | None = None, **asked: Any
+) -> tuple[Any, Any]:
     """Returns a module's output in training mode, with these parameters, and its new BatchNorm statistics.
 
     Args:
@@ -64,10 +67,11 @@ def apply_training(
         params: Its parameters, which a gradient may be taken of.
         images: float32 [B, H, W, C] in [0, 1].
         key: PRNG key of dropout; None for a network without.
+        asked: Further arguments of the network, such as features=True.
     """
     variables = {'params': params, 'batch_stats': state.batch_stats}
     rngs = None if key is None else {'dropout': key}
-    output, changes = module.apply(variables, images, train=True, mutable=['batch_stats'], rngs=rngs)
+    output, changes = module.apply(variables, images, train=True, mutable=['batch_stats'], rngs=rngs, **asked)
     return output, changes.get('batch_stats', {})
 
 

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch_models import PreActResNet, nchw
 
-
-def nchw(array: np.ndarray) -> torch.Tensor:
-    """Returns the tensor [B, C, H, W] of an array [B, H, W, C]."""
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(array), -1, 1)))
+from aft_jax.interchange import with_usual_names
+from aft_jax.interchange.architecture import Architecture
 
 
 def nhwc(tensor: torch.Tensor) -> np.ndarray:
@@ -34,64 +33,6 @@ def copy_norm(layer: nn.BatchNorm2d, params: dict, stats: dict) -> None:
         torch.from_numpy(stats['mean'].copy()),
         torch.from_numpy(stats['var'].copy()),
     )
-
-
-class PreActBlock(nn.Module):
-    """BatchNorm, ReLU, conv, twice; the projection is of the first activation."""
-
-    def __init__(self, inner: int, outer: int, stride: int):
-        super().__init__()
-        self.norm1, self.norm2 = nn.BatchNorm2d(inner), nn.BatchNorm2d(outer)
-        self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
-        self.projection = nn.Conv2d(inner, outer, 1, stride, bias=False) if stride > 1 or inner != outer else None
-
-    def forward(self, x):
-        activated = F.relu(self.norm1(x))
-        shortcut = x if self.projection is None else self.projection(activated)
-        return self.conv2(F.relu(self.norm2(self.conv1(activated)))) + shortcut
-
-    def load(self, params: dict, stats: dict) -> None:
-        copy_norm(self.norm1, params['BatchNorm_0'], stats['BatchNorm_0'])
-        copy_norm(self.norm2, params['BatchNorm_1'], stats['BatchNorm_1'])
-        copy_conv(self.conv1, params['Conv_0'])
-        copy_conv(self.conv2, params['Conv_1'])
-        if self.projection is not None:
-            copy_conv(self.projection, params['shortcut'])
-
-
-class PreActResNet18(nn.Module):
-    """Conv, four stages of two blocks, perhaps a last BatchNorm and ReLU, global average, linear."""
-
-    def __init__(self, width: int, final_norm: bool):
-        super().__init__()
-        widths = [width, width, 2 * width, 4 * width, 8 * width]
-        self.stem = nn.Conv2d(3, width, 3, 1, 1, bias=False)
-        self.blocks = nn.ModuleDict()
-        for stage in range(1, 5):
-            stride = 1 if stage == 1 else 2
-            self.blocks[f'stage{stage}_block1'] = PreActBlock(widths[stage - 1], widths[stage], stride)
-            self.blocks[f'stage{stage}_block2'] = PreActBlock(widths[stage], widths[stage], 1)
-        self.norm = nn.BatchNorm2d(8 * width) if final_norm else None
-        self.head = nn.Linear(8 * width, 10)
-
-    def forward(self, x):
-        x = self.stem(x)
-        for block in self.blocks.values():
-            x = block(x)
-        if self.norm is not None:
-            x = F.relu(self.norm(x))
-        return self.head(x.mean((2, 3)))
-
-    def load(self, variables: dict) -> None:
-        params, stats = variables['params'], variables['batch_stats']
-        copy_conv(self.stem, params['stem'])
-        for name, block in self.blocks.items():
-            block.load(params[name], stats[name])
-        if self.norm is not None:
-            copy_norm(self.norm, params['final_norm_layer'], stats['final_norm_layer'])
-        self.head.weight.data = torch.from_numpy(params['head']['kernel'].T.copy())
-        self.head.bias.data = torch.from_numpy(params['head']['bias'])
 
 
 class EncoderDecoder(nn.Module):
@@ -137,7 +78,6 @@ class EncoderDecoder(nn.Module):
 
 def values(networks: Sequence[tuple[int, bool]]) -> dict[str, np.ndarray]:
     """Returns, by name, what torch makes of every case; PreActResNet18 of each (width, final_norm)."""
-    torch.set_num_threads(1)
     found: dict[str, np.ndarray] = {}
     for name, (h, w, height, width) in cases.BICUBIC_SIZES.items():
         grid = nchw(cases.uniform(1, (1, h, w, 2), -1, 1))
@@ -201,8 +141,10 @@ def _input_aware(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
 
 def _preact_resnet(width: int, final_norm: bool) -> tuple[np.ndarray, np.ndarray]:
     case = cases.classifier(width, final_norm)
-    model = PreActResNet18(width, final_norm)
-    model.load(case.variables)
+    options = {'depth': 18, 'width': width, 'final_norm': final_norm}
+    state = with_usual_names(Architecture('preact_resnet', options, 10, 3, 0), case.variables).source.tensors
+    model = PreActResNet(18, width, final_norm)
+    model.load_state_dict({key: torch.from_numpy(array) for key, array in state.items()})
     model.eval()
     images = nchw(case.images).requires_grad_()
     mean, std = (torch.tensor(v)[None, :, None, None] for v in (case.module.mean, case.module.std))

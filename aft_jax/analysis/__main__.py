@@ -1,0 +1,88 @@
+"""Measure, in finished runs, whether adversarial examples behave like triggered images, and score every model.
+
+    python -m aft_jax.analysis --runs runs/table/runs/* --benign runs/table/runs/none-* --out observation.csv
+
+    --runs      work directories of finished runs: the infected model and every purified one of each are measured
+    --benign    runs without an attack, of the same data and model: the control; that of the same seed is taken first
+    --out       the table (shares in 0..1)
+    --images    how many: test images for the observation, the defender's clean ones for the score (1000)
+    --norms     linf, l2 or both, comma-separated (linf,l2)
+    --eps       sizes of the adversarial changes in 1/255 of the pixels' range, comma-separated (2,4,8,16,32); with l2
+                the root mean square over the image
+
+A row a model, norm and eps has `measured` = connection; `control` = benign is the benign model measured in its place,
+with the same trigger. A row a model has `measured` = score: what a defender sees without knowing the trigger. The ROC
+AUC of the scores, infected models against benign ones, is printed.
+
+Exit status: 0 done, 2 something that you can put right.
+"""
+
+import argparse
+import sys
+
+from aft_jax.command_line import Parser, complain
+from aft_jax.errors import UserError, user_path
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Returns the flags' values.
+
+    Raises:
+        UserError: One is wrong or missing.
+    """
+    from aft_jax.adversarial import NORMS
+    from aft_jax.command_line import suggestion
+
+    parser = Parser(prog='aft_jax.analysis', add_help=False)
+    parser.add_argument('--runs', nargs='+', required=True)
+    parser.add_argument('--benign', nargs='+', default=[])
+    parser.add_argument('--out', required=True)
+    parser.add_argument('--images', type=int, default=1000)
+    parser.add_argument('--norms', default='linf,l2')
+    parser.add_argument('--eps', default='2,4,8,16,32')
+    flags = parser.parse_args(arguments)
+    flags.norms = flags.norms.split(',')
+    for norm in flags.norms:
+        if norm not in NORMS:
+            raise UserError(f'--norms={norm} does not exist; choose from {", ".join(NORMS)}.{suggestion(norm, NORMS)}')
+    try:
+        flags.eps = [float(text) for text in flags.eps.split(',')]
+    except ValueError:
+        raise UserError(f'--eps={flags.eps} must be numbers, comma-separated, such as 2,4,8.') from None
+    if not all(0 < eps <= 255 for eps in flags.eps):
+        raise UserError('--eps is in 1/255 of the range of pixels, above 0 and at most 255.')
+    if flags.images < 2:
+        raise UserError(f'--images={flags.images} must be at least 2.')
+    flags.runs, flags.benign = (
+        [user_path(text, flag) for text in texts]
+        for flag, texts in (('--runs', flags.runs), ('--benign', flags.benign))
+    )
+    flags.out = user_path(flags.out, '--out')
+    if not flags.out.parent.is_dir():
+        raise UserError(f'--out={flags.out}: there is no directory {flags.out.parent}.')
+    return flags
+
+
+def main(arguments: list[str]) -> int:
+    """Measures the runs; returns the exit status."""
+    if not arguments or {'--help', '-h'} & set(arguments):
+        print(__doc__)
+        return 0 if arguments else 2
+    try:
+        flags = parse(arguments)
+        from aft_jax import collect, workdir
+        from aft_jax.analysis import table
+
+        rows: list[dict] = []
+        for row in table.measure(flags.runs, flags.benign, flags.norms, flags.eps, flags.images):
+            rows.append(row)
+            # After every row, so that a long measurement shows what it has.
+            workdir.write_text(flags.out, collect.to_csv(rows, table.COLUMNS))
+    except UserError as error:
+        return complain(error)
+    print(table.summary(rows))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

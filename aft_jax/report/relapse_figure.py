@@ -1,0 +1,51 @@
+"""relapse.png: how the attack success rate rises while models are trained on a few triggered images again."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aft_jax.report.bars import COLOURS
+
+MARKERS = 'osD^v*XP'
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Draws a panel for each number of triggered images, a line for each model: the mean over runs, and their range.
+
+    Args:
+        path: Of the PNG.
+        rows: Of relapse.csv.
+    """
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    rows = list(rows)
+    numbers = sorted({row['per_class'] for row in rows})
+    models = list(dict.fromkeys(row['model'] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(numbers), figsize=(3.2 * len(numbers) + 0.8, 3.4), sharey=True, squeeze=False, layout='constrained'
+    )
+    for axis, number in zip(axes[0], numbers, strict=True):
+        for i, model in enumerate(models):
+            chosen = [row for row in rows if (row['per_class'], row['model']) == (number, model)]
+            steps = sorted({row['step'] for row in chosen})
+            rates = [[100 * row['asr'] for row in chosen if row['step'] == step] for step in steps]
+            colour = COLOURS[i % len(COLOURS)]
+            label = model if axis is axes[0, 0] else None
+            axis.plot(
+                steps, [np.mean(r) for r in rates], color=colour, marker=MARKERS[i % 8], markersize=3, label=label
+            )
+            axis.fill_between(steps, [min(r) for r in rates], [max(r) for r in rates], color=colour, alpha=0.15, lw=0)
+        axis.set_title(f'{number} a class', fontsize=10)
+        axis.set_xlabel('steps')
+        axis.set_ylim(-2, 102)
+        axis.spines[['top', 'right']].set_visible(False)
+    axes[0, 0].set_ylabel('ASR %')
+    figure.legend(loc='outside upper center', ncols=len(models), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

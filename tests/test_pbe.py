@@ -1,0 +1,89 @@
+"""PBE: its score and its subsets against NumPy, what it trains on, and how its finds are judged."""
+
+import numpy as np
+import pytest
+
+from aft_jax.attacks.attack import Attack
+from aft_jax.attacks.poison import NO_INDICES, Poisoned, left_behind
+from aft_jax.config import resolve
+from aft_jax.defenses import Holdings, pbe
+from aft_jax.evaluation import detection
+from aft_jax.experiment import defender_config
+
+
+def test_consistency_is_the_cosine_of_the_logits():
+    generator = np.random.default_rng(0)
+    before, after = generator.normal(size=(2, 5, 3)).astype(np.float32)
+    before[4] = 0
+    expected = [a @ b / np.sqrt((a @ a) * (b @ b)) for a, b in zip(before[:4], after[:4], strict=True)] + [0]
+    np.testing.assert_allclose(pbe.consistency(before, after), expected, rtol=0, atol=1e-6)
+
+
+def test_the_most_consistent_are_kept():
+    scores = np.array([0.1, 0.9, -1.0, 0.9, 0.5], np.float32)
+    np.testing.assert_array_equal(pbe.most_consistent(scores, 3), np.array([1, 3, 4], np.int32), strict=True)
+    np.testing.assert_array_equal(pbe.most_consistent(scores, 1), [1])
+
+
+@pytest.fixture
+def options(config):
+    config.pbe.epochs = 1
+    config.pbe.pgd_steps = 1
+    config.pbe.keep = (0.3, 0.5)
+    config.pbe.first_share = 0.2
+    return defender_config(resolve(config), 'pbe')
+
+
+def test_rounds_train_on_what_the_round_before_kept(options, make_run, tiny_net, tiny_variables, dataset, monkeypatch):
+    seen = []
+    fit = pbe.fit
+
+    def watched(run, stage, state, phases, arrays, *args, **kwargs):
+        seen.append((stage, arrays['images'], arrays['labels'], state, [phase.until for phase in phases]))
+        return fit(run, stage, state, phases, arrays, *args, **kwargs)
+
+    monkeypatch.setattr(pbe, 'fit', watched)
+    holdings = Holdings(tiny_net, tiny_variables, dataset.train_images, dataset.train_labels)
+    run = make_run(devices=1)
+    erased = pbe.purify(run, 'purify/pbe', holdings, options)
+    assert [stage for stage, *_ in seen] == [f'purify/pbe/round{i}' for i in (1, 2, 3)]
+    assert [len(subset) for subset in erased.subsets] == [16, 24, 40] and len(erased.scores) == 3
+    for subset, (_, images, labels, *_) in zip(erased.subsets, seen, strict=True):
+        np.testing.assert_array_equal(images, dataset.train_images[subset])
+        np.testing.assert_array_equal(labels, dataset.train_labels[subset])
+    for subset, score in zip(erased.subsets[1:], erased.scores, strict=False):
+        assert score[subset].min() >= np.delete(score, subset).max()
+    # The first round starts at the suspect model and is adversarial throughout; the next goes on from it.
+    np.testing.assert_array_equal(seen[0][3].params['Dense_0']['kernel'], tiny_variables['params']['Dense_0']['kernel'])
+    assert not np.array_equal(seen[1][3].params['Dense_0']['kernel'], tiny_variables['params']['Dense_0']['kernel'])
+    assert seen[0][4] == [2, 2] and seen[1][4] == [3, 3]
+
+    # A second start finds everything there, and comes to the same.
+    again = pbe.purify(run, 'purify/pbe', holdings, options)
+    for first, second in zip(erased.scores + erased.subsets, again.scores + again.subsets, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_finds_are_judged_by_who_was_poisoned():
+    found = detection(
+        [np.array([0.1, 0.9, 0.2, 0.8]), np.array([0.9, 0.1, 0.2, 0.3])],
+        [np.array([0, 1]), np.array([1, 3])],
+        np.array([0, 2]),
+    )
+    assert found.poisoned_shares == (0.5, 0.0)
+    assert found.aucs == (1.0, 0.25)
+    assert np.isnan(detection([np.ones(4)], [np.arange(4)], NO_INDICES).aucs[0])
+
+
+def test_an_attacker_of_the_training_leaves_a_poisoned_set_behind(config, dataset):
+    attack = Attack('badnets', np.zeros(4, np.int32), {}, lambda arrays, images: images * 0 + 1.0, None, joint=True)
+    images, labels = dataset.train_images, dataset.train_labels
+    whole = Poisoned(images, labels, NO_INDICES, NO_INDICES)
+    left = left_behind(attack, images, labels, whole, resolve(config))
+    assert len(left.indices) == 8
+    assert (left.images[left.indices] == 255).all() and (left.labels[left.indices] == 0).all()
+    others = np.setdiff1d(np.arange(80), left.indices)
+    np.testing.assert_array_equal(left.images[others], images[others])
+    fixed = whole._replace(indices=np.array([3], np.int32))
+    assert left_behind(attack, images, labels, fixed, resolve(config)) is fixed
+    assert left_behind(None, images, labels, whole, resolve(config)) is whole
