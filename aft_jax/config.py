@@ -134,28 +134,34 @@ def default_config() -> ml_collections.ConfigDict:
             'budget': 0.02,  # of accuracy on them; the strongest candidate within it is taken
         }
     )
-    config.ft = ml_collections.ConfigDict({'epochs': 40, 'learning_rate': 0.01, 'schedule': 'cosine'})
+    # Of these, from the weakest to the strongest, `tuning` takes one; a single one trains on all clean images.
+    rates = (0.01, 0.03, 0.1)
+    config.ft = ml_collections.ConfigDict(
+        {'epochs': 40, 'learning_rates': rates, 'schedule': 'cosine', 'max_grad_norm': 1.0}
+    )
     config.nad = ml_collections.ConfigDict(
         {
             'teacher_epochs': 10,
-            'epochs': 40,  # of each student
-            'learning_rate': 0.01,
+            'epochs': 40,
+            'learning_rates': rates,  # of teacher and student
             'schedule': 'cosine',
-            'max_grad_norm': 1.0,  # the attention's slope is steep where a student goes astray; 0 for no bound
+            'max_grad_norm': 1.0,  # 0 for no bound
             'betas': (500.0, 1000.0, 1000.0),  # of the last stages, the last for the last
-            'factors': (0.1, 1.0, 10.0),  # of the betas, from the weakest; a student each
         }
     )
     config.mcr = ml_collections.ConfigDict(
         {
             'endpoint_epochs': 40,  # of the fine-tuned end of the curve
             'epochs': 40,
-            'learning_rate': 0.01,
+            'learning_rate': 0.1,  # a candidate near 0 leads back to the suspect where that was too much
             'schedule': 'cosine',
+            'max_grad_norm': 1.0,
             'candidates': (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),  # places on the curve
         }
     )
-    config.fp = ml_collections.ConfigDict({'epochs': 40, 'learning_rate': 0.01, 'schedule': 'cosine'})
+    config.fp = ml_collections.ConfigDict(
+        {'epochs': 40, 'learning_rates': rates, 'schedule': 'cosine', 'max_grad_norm': 1.0}
+    )
     config.anp = ml_collections.ConfigDict(
         {
             'iterations': 2000,

@@ -61,7 +61,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _one_of('model.stem', config.model.stem, STEMS)
     _positive(
         config,
-        *('batch_size', 'model.width', 'train.epochs', 'ft.epochs', 'train.learning_rate', 'ft.learning_rate'),
+        *('batch_size', 'model.width', 'train.epochs', 'ft.epochs', 'train.learning_rate'),
         *('model.pool_size', 'model.hidden'),
         *('run.log_every', 'run.checkpoint_every', 'run.keep_checkpoints', 'run.eval_batch_size'),
     )
@@ -86,6 +86,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _validate_nad(config)
     _validate_mcr(config)
     _validate_pruning(config)
+    for name in ('ft', 'fp', 'nad'):
+        rates = config[name].learning_rates
+        if not rates or min(rates) <= 0 or list(rates) != sorted(set(rates)):
+            raise UserError(f'{name}.learning_rates={rates} must be positive numbers that rise, one or more.')
+    _not_negative(config, *(f'{name}.max_grad_norm' for name in ('ft', 'fp', 'nad', 'mcr')))
     _validate_pbe(config)
     for field in ('data.size', 'data.pad'):
         if _value(config, field) > LARGEST_SIDE:
@@ -202,14 +207,11 @@ def _validate_aft(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_nad(config: ml_collections.ConfigDict) -> None:
-    _positive(config, *(f'nad.{field}' for field in ('teacher_epochs', 'epochs', 'learning_rate')))
-    _not_negative(config, 'nad.max_grad_norm')
+    _positive(config, *(f'nad.{field}' for field in ('teacher_epochs', 'epochs')))
     _one_of('nad.schedule', config.nad.schedule, SCHEDULES)
-    betas, factors = config.nad.betas, config.nad.factors
+    betas = config.nad.betas
     if not betas or min(betas) < 0:
         raise UserError(f'nad.betas={betas} must be weights of one stage or more, none of them negative.')
-    if not factors or min(factors) <= 0 or list(factors) != sorted(set(factors)):
-        raise UserError(f'nad.factors={factors} must be positive numbers that rise, one or more.')
 
 
 def _validate_mcr(config: ml_collections.ConfigDict) -> None:
@@ -221,7 +223,7 @@ def _validate_mcr(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_pruning(config: ml_collections.ConfigDict) -> None:
-    _positive(config, 'fp.epochs', 'fp.learning_rate', 'anp.iterations', 'anp.learning_rate', 'anp.eps')
+    _positive(config, 'fp.epochs', 'anp.iterations', 'anp.learning_rate', 'anp.eps')
     _one_of('fp.schedule', config.fp.schedule, SCHEDULES)
     for field in ('anp.eps', 'anp.clean_weight'):
         if not 0 <= _value(config, field) <= 1:

@@ -19,5 +19,6 @@ def get_config(attack='badnets'):
     config.train.epochs = 20
     # 5 % of 4,000 images are 200: an epoch is one or two steps, so a defense takes more of them.
     config.ft.epochs = 200
+    config.ft.learning_rates = (0.01,)
     config.aft.preset = 'small'
     return config

@@ -83,6 +83,7 @@ def config() -> ml_collections.ConfigDict:
     config = default_config()
     config.batch_size = 8
     config.clean_share = 0.25
+    config.ft.learning_rates = (0.01,)
     config.run.log_every = 1
     config.run.checkpoint_every = 1000
     config.run.eval_batch_size = 8

@@ -222,7 +222,7 @@ def test_the_teacher_of_distillation_is_the_suspect_in_every_step(make_run, conf
 
 def test_fine_tuning_lowers_the_loss_and_leaves_the_suspect_alone(purify, holdings, tiny_net):
     given = jax.tree.map(np.array, holdings.variables)
-    after, record = purify('ft', epochs=10, learning_rate=0.05)
+    after, record = purify('ft', epochs=10, learning_rates=(0.05,))
     assert int(after.step) == 30 == len(record)
     images = holdings.images.astype(np.float32) / 255
     before, now = (
@@ -239,7 +239,7 @@ def test_fine_tuning_lowers_the_loss_and_leaves_the_suspect_alone(purify, holdin
     [([0.9, 0.89, 0.885, 0.7], 2), ([0.9, 0.7, 0.89, 0.6], 2), ([0.5, 0.6, 0.6, 0.4], 2), ([0.88], 0)],
 )
 def test_the_strongest_candidate_within_the_budget_is_taken(accuracies, expected):
-    assert defender.strongest(accuracies, before=0.9, budget=0.02) == expected
+    assert defender.strongest(accuracies, budget=0.02) == expected
 
 
 def test_held_out_images_are_of_every_class_and_train_nothing():

@@ -106,6 +106,13 @@ def test_defenses_never_reach_the_judge(graph):
     assert path_between(graph, 'aft_jax.defenses', lambda module: module in judges) is None
 
 
+def test_the_infection_score_has_no_oracle(graph):
+    start = 'aft_jax.analysis.infection_score'
+    assert start in graph
+    above = ('aft_jax.attacks', 'aft_jax.evaluation', 'aft_jax.experiment', 'aft_jax.results')
+    assert path_between(graph, start, lambda module: any(inside(module, part) for part in above)) is None
+
+
 @pytest.mark.parametrize('part', BELOW)
 def test_what_lies_below_knows_nothing_above(graph, part):
     assert any(inside(module, part) for module in graph)

@@ -36,6 +36,7 @@ def get_config():
         config.clean_share = 0.2
         config.train.epochs = 2
         config.ft.epochs = 1
+        config.ft.learning_rates = (0.01,)
         config.run.checkpoint_every = 10
         config.run.log_every = 10
         config.run.compile_cache = '{npz}.cache'

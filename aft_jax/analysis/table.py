@@ -1,10 +1,13 @@
 """The observation and the infection score of many finished runs, as the rows of a table."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
+from jax.sharding import Mesh
 
 from aft_jax.adversarial import Norm
 from aft_jax.analysis import finished
@@ -51,9 +54,7 @@ def measure(
             raise UserError(f'--benign={control.directory} is a run with an attack; name one with attack.name=none.')
     for directory in runs:
         run = finished.load(directory, mesh, datasets)
-        size = run.config.run.eval_batch_size
-        probe = Probe(run.victim.module, mesh, size)
-        scorer = Scorer(probe, run.victim.module, mesh, size)
+        probe, scorer = tools_for(run.victim.module, mesh, min(run.config.run.eval_batch_size, count))
         benign_variables = control_of(run, controls)
         shared = {
             'run': run.directory.name,
@@ -64,11 +65,18 @@ def measure(
             'seed': run.config.seed,
         }
         for defense, variables in {'none': run.infected.variables, **run.purified}.items():
-            yield shared | {'defense': defense} | score_row(run, variables, scorer, count)
+            yield shared | {'defense': defense} | score_row(run, variables, scorer, eps, count)
             for row in observation_rows(run, variables, benign_variables, probe, norms, eps, count):
                 # The control is the same for every model of the run.
                 if defense == 'none' or 'control' not in row:
                     yield shared | {'defense': defense} | row
+
+
+@functools.lru_cache(maxsize=1)
+def tools_for(module: nn.Module, mesh: Mesh, batch_size: int) -> tuple[Probe, Scorer]:
+    """Returns what measures models of one architecture, compiled once for runs that follow each other."""
+    probe = Probe(module, mesh, batch_size)
+    return probe, Scorer(probe, module, mesh, batch_size)
 
 
 def control_of(run: Finished, controls: Sequence[Finished]) -> dict | None:
@@ -134,11 +142,12 @@ def columns(measured: Measured, whose: str = '') -> dict[str, Any]:
     return row
 
 
-def score_row(run: Finished, variables: dict, scorer: Scorer, count: int) -> dict[str, Any]:
+def score_row(run: Finished, variables: dict, scorer: Scorer, eps: Sequence[float], count: int) -> dict[str, Any]:
     """Returns the infection score of one model, from the defender's clean images."""
     dataset, attack = run.victim.dataset, run.infected.attack
     chosen = run.victim.clean[evenly(len(run.victim.clean), count)]
-    found = scorer(variables, dataset.train_images[chosen], dataset.train_labels[chosen], dataset.num_classes)
+    images, labels = dataset.train_images[chosen], dataset.train_labels[chosen]
+    found = scorer(variables, images, labels, dataset.num_classes, tuple(size / 255 for size in eps))
     row = {
         'measured': 'score',
         'images': len(chosen),

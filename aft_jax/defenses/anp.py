@@ -111,7 +111,7 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
     candidates = [prune(holdings.variables, masks, threshold) for threshold in THRESHOLDS]
     accuracies = [accuracy(run, held, candidate) for candidate in candidates]
     # Nothing lies below the first threshold, so the first candidate is the suspect.
-    chosen = strongest(accuracies, accuracies[0], config.tuning.budget)
+    chosen = strongest(accuracies, config.tuning.budget)
     below = np.concatenate([mask < THRESHOLDS[chosen] for mask in masks.values()])
     run.writer.rewind(f'{stage}/pruned', -1)
     record = {'threshold': THRESHOLDS[chosen], 'pruned_share': float(below.mean())}

@@ -1,7 +1,8 @@
 """What every defender holds, how it begins, and how it tunes itself on nothing but its clean images."""
 
 import functools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -10,10 +11,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from aft_jax.errors import UserError
 from aft_jax.prediction import Predictor
 from aft_jax.randomness import generator_for
 from aft_jax.training import optimiser, state
-from aft_jax.training.loop import Run
+from aft_jax.training.loop import Fitted, Run
 
 
 class Holdings(NamedTuple):
@@ -38,18 +40,23 @@ class Holdings(NamedTuple):
 
 
 def begin(
-    holdings: Holdings, options: ml_collections.ConfigDict, train: ml_collections.ConfigDict, steps: int
+    holdings: Holdings,
+    options: ml_collections.ConfigDict,
+    train: ml_collections.ConfigDict,
+    steps: int,
+    learning_rate: float | None = None,
 ) -> tuple[state.TrainState, optax.GradientTransformation]:
     """Returns the suspect model as a state before its first step, and the optimiser.
 
     Args:
         holdings: The defender's.
-        options: The defense's own config: learning_rate, schedule and perhaps max_grad_norm.
+        options: The defense's own config: schedule, and perhaps learning_rate and max_grad_norm.
         train: `config.train`, for momentum and weight_decay.
         steps: Length of the defense.
+        learning_rate: In place of that of the options.
     """
     sgd = optimiser.sgd(
-        options.learning_rate,
+        options.learning_rate if learning_rate is None else learning_rate,
         options.schedule,
         steps,
         train.momentum,
@@ -66,6 +73,9 @@ def hold_out(holdings: Holdings, share: float, seed: int) -> tuple[Holdings, Hol
         holdings: All of the defender's.
         share: Of each class, rounded, that is held out; every class of two images or more gives and keeps one.
         seed: The experiment's.
+
+    Raises:
+        UserError: No class has two images.
     """
     generator = generator_for(seed, 'purify/held_out')
     held = []
@@ -73,6 +83,8 @@ def hold_out(holdings: Holdings, share: float, seed: int) -> tuple[Holdings, Hol
         members = np.flatnonzero(holdings.labels == label)
         count = min(max(1, round(share * len(members))), len(members) - 1)
         held.append(generator.permutation(members)[:count])
+    if not sum(map(len, held)):
+        raise UserError('no class has two clean images, of which one could be held out; raise clean_share.')
     out = np.zeros(len(holdings.labels), bool)
     out[np.concatenate(held)] = True
     return (
@@ -93,20 +105,53 @@ def _predictor(module: nn.Module, mesh: Mesh, batch_size: int) -> Predictor:
     return Predictor(module, mesh, batch_size)
 
 
-def strongest(accuracies: Sequence[float], before: float, budget: float) -> int:
+def strongest(accuracies: Sequence[float], budget: float) -> int:
     """Returns which candidate a defender takes: the strongest that its own clean images do not speak against.
 
     A defender cannot see how much of a backdoor is left, but every defense has a dial that trades it against clean
-    accuracy: a threshold, a learning rate, a weight. All of them are turned by this one rule.
+    accuracy: a threshold, a learning rate, a place on a curve. All of them are turned by this one rule. Candidates are
+    compared with the best of them and not with the suspect model, which may know the held-out images by heart.
 
     Args:
         accuracies: Of the candidates on the held-out images, from the weakest to the strongest.
-        before: Of the suspect model.
-        budget: How much may be lost, such as 0.02.
+        budget: How much less than the best of them is allowed, such as 0.02.
 
     Returns:
-        The last one within the budget; the one that lost least (the stronger of equals) where none is.
+        The last one within the budget.
     """
-    within = [i for i, value in enumerate(accuracies) if value >= before - budget]
-    best = [i for i, value in enumerate(accuracies) if value == max(accuracies)]
-    return (within or best)[-1]
+    return max(i for i, value in enumerate(accuracies) if value >= max(accuracies) - budget)
+
+
+def tune(
+    run: Run,
+    stage: str,
+    holdings: Holdings,
+    dial: Sequence[float],
+    train: Callable[[str, Holdings, float], Fitted],
+    tuning: ml_collections.ConfigDict,
+) -> Fitted:
+    """Trains a candidate for every setting of a dial and returns the one that `strongest` takes.
+
+    Args:
+        run: The experiment.
+        stage: The name of the only candidate's stage; of several, each has one of its own below it.
+        holdings: The defender's; a share is held out for the choice, and trains nothing, unless there is no choice.
+        dial: The settings, from the weakest to the strongest.
+        train: (name of the stage, holdings to train on, setting) -> what came out.
+        tuning: `config.tuning`.
+
+    Returns:
+        The chosen one, with the seconds that all of them and the choice took.
+    """
+    if len(dial) == 1:
+        return train(stage, holdings, dial[0])
+    kept, held = hold_out(holdings, tuning.held_out_share, run.seed)
+    return choose(run, held, [train(f'{stage}/{float(setting)}', kept, setting) for setting in dial], tuning)
+
+
+def choose(run: Run, held: Holdings, candidates: Sequence[Fitted], tuning: ml_collections.ConfigDict) -> Fitted:
+    """Returns the candidate that `strongest` takes, with the seconds of all; arguments as for `tune`."""
+    started = time.monotonic()
+    chosen = strongest([accuracy(run, held, one.state.variables) for one in candidates], tuning.budget)
+    seconds = sum(one.seconds for one in candidates) + time.monotonic() - started
+    return candidates[chosen]._replace(seconds=seconds)

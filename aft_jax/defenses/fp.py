@@ -9,7 +9,7 @@ For a map that a ReLU made this is the paper's mean activation; our networks als
 the channel that sleeps is the one near zero, not the one far below it. To prune a channel is to set its rows of the
 layer that reads it to zero, where they stay, so that a BatchNorm in between (`model.final_norm`) cannot wake it again.
 The usual code stops pruning by the accuracy on the test set, which a defender does not have; here the rule is
-`defender.strongest`.
+`defender.strongest`, and the learning rate of the fine-tuning is chosen by it as well.
 
 Needs: the suspect model and clean images. Costs: as FT, after one prediction of the held-out images for each channel
 from the last feature map on.
@@ -30,7 +30,7 @@ from flax import struct
 
 from aft_jax.data.augment import augment
 from aft_jax.data.batches import count_steps
-from aft_jax.defenses.defender import Holdings, begin, hold_out, strongest
+from aft_jax.defenses.defender import Holdings, begin, choose, hold_out, strongest
 from aft_jax.models.reader import blind_logits, reader, readings, without
 from aft_jax.prediction import Batched
 from aft_jax.training.loop import Fitted, Phase, Run, fit
@@ -72,24 +72,28 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
         run: The experiment.
         stage: The name of its checkpoints and metrics.
         holdings: The defender's.
-        config: The resolved config; `config.fp` has epochs, learning_rate and schedule.
+        config: The resolved config; `config.fp` has epochs, learning_rates, max_grad_norm and schedule.
     """
     started = time.monotonic()
     training, held = hold_out(holdings, config.tuning.held_out_share, run.seed)
     name = reader(holdings.module, holdings.variables, holdings.images.shape[1:])
     candidates = least_active_first(activity(run, training, name))
     accuracies = held_out_accuracies(run, held, name, candidates)
-    kept = candidates[strongest(accuracies, accuracies[0], config.tuning.budget)]
+    kept = candidates[strongest(accuracies, config.tuning.budget)]
     pruning_seconds = time.monotonic() - started
 
-    steps = count_steps(len(training.labels), config.fp.epochs, config.batch_size)
-    before, optimiser = begin(training, config.fp, config.train, steps)
-    pruned = replace(before, params=without(before.params, name, jnp.asarray(kept)))
-    step = partial(
-        fine_tuning_step, name=name, module=holdings.module, optimiser=optimiser, augmentation=config.augment
-    )
-    phases = [Phase(step, steps)]
-    fitted = fit(run, stage, PrunedState(pruned, jnp.asarray(kept)), phases, training.arrays, config.batch_size)
+    def fine_tuned(learning_rate: float) -> Fitted:
+        steps = count_steps(len(training.labels), config.fp.epochs, config.batch_size)
+        before, optimiser = begin(training, config.fp, config.train, steps, learning_rate)
+        pruned = replace(before, params=without(before.params, name, jnp.asarray(kept)))
+        step = partial(
+            fine_tuning_step, name=name, module=holdings.module, optimiser=optimiser, augmentation=config.augment
+        )
+        begun = PrunedState(pruned, jnp.asarray(kept))
+        name_of_stage = f'{stage}/{float(learning_rate)}'
+        return fit(run, name_of_stage, begun, [Phase(step, steps)], training.arrays, config.batch_size)
+
+    fitted = choose(run, held, [fine_tuned(rate) for rate in config.fp.learning_rates], config.tuning)
     return fitted._replace(seconds=fitted.seconds + pruning_seconds)
 
 

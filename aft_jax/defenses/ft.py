@@ -1,6 +1,8 @@
 """FT: plain fine-tuning on clean images, the baseline without which no purification means anything.
 
-Needs: the suspect model and clean images. Costs: one training step a batch.
+The learning rate is its dial: a higher one erases more and costs more. `defender.tune` chooses among several.
+
+Needs: the suspect model and clean images. Costs: one training step a batch, for each learning rate.
 """
 
 from functools import partial
@@ -9,7 +11,7 @@ import ml_collections
 
 from aft_jax.data.augment import augment
 from aft_jax.data.batches import count_steps
-from aft_jax.defenses.defender import Holdings, begin
+from aft_jax.defenses.defender import Holdings, begin, tune
 from aft_jax.training.loop import Fitted, Phase, Run, fit
 from aft_jax.training.steps import classification_step
 
@@ -21,9 +23,14 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
         run: The experiment.
         stage: The name of its checkpoints and metrics.
         holdings: The defender's.
-        config: The resolved config; `config.ft` has epochs, learning_rate and schedule.
+        config: The resolved config; `config.ft` has epochs, learning_rates, max_grad_norm and schedule.
     """
-    return fine_tune(run, stage, holdings, config.ft, config.ft.epochs, config)
+    options = config.ft
+
+    def train(name: str, held: Holdings, learning_rate: float) -> Fitted:
+        return fine_tune(run, name, held, options, options.epochs, config, learning_rate)
+
+    return tune(run, stage, holdings, options.learning_rates, train, config.tuning)
 
 
 def fine_tune(
@@ -33,6 +40,7 @@ def fine_tune(
     options: ml_collections.ConfigDict,
     epochs: float,
     config: ml_collections.ConfigDict,
+    learning_rate: float,
 ) -> Fitted:
     """Fine-tunes as a part of another defense: its teacher, or an end of its curve.
 
@@ -40,15 +48,16 @@ def fine_tune(
         run: The experiment.
         stage: The name of this part's checkpoints and metrics.
         holdings: The defender's.
-        options: The defense's own config: learning_rate and schedule.
+        options: The defense's own config: schedule and max_grad_norm.
         epochs: Of the holdings' images.
         config: The resolved config.
+        learning_rate: At the beginning.
 
     Returns:
         The suspect model fine-tuned.
     """
     steps = count_steps(len(holdings.labels), epochs, config.batch_size)
-    before, optimiser = begin(holdings, options, config.train, steps)
+    before, optimiser = begin(holdings, options, config.train, steps, learning_rate)
     step = partial(
         classification_step,
         module=holdings.module,

@@ -50,7 +50,8 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
     """
     options = config.mcr
     kept, held = defender.hold_out(holdings, config.tuning.held_out_share, run.seed)
-    endpoint = fine_tune(run, f'{stage}/endpoint', kept, options, options.endpoint_epochs, config)
+    rate = options.learning_rate
+    endpoint = fine_tune(run, f'{stage}/endpoint', kept, options, options.endpoint_epochs, config, rate)
     ends = place(run.mesh, (holdings.variables['params'], endpoint.state.params))
     midpoint = jax.tree.map(lambda start, end: (start + end) / 2, *ends)
     steps = count_steps(len(kept.labels), options.epochs, config.batch_size)
@@ -69,8 +70,7 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
 
     candidates = sorted(options.candidates)
     accuracies = [defender.accuracy(run, held, at(t)) for t in candidates]
-    suspect = defender.accuracy(run, held, holdings.variables)
-    chosen = at(candidates[defender.strongest(accuracies, suspect, config.tuning.budget)])
+    chosen = at(candidates[defender.strongest(accuracies, config.tuning.budget)])
     tuning = time.monotonic() - started
     return Fitted(curve.state.replace(**chosen), endpoint.seconds + curve.seconds + tuning)
 

@@ -2,19 +2,19 @@
 
 A teacher, the suspect fine-tuned for a few epochs on clean images, shows a student, the suspect again, where to look:
 
-    loss = CE(student, true labels) + factor * sum over stages of beta_l D(A_l(student), A_l(teacher))
+    loss = CE(student, true labels) + sum over stages of beta_l D(A_l(student), A_l(teacher))
 
     A(F) = sum over channels of F^2, divided by its L2 norm over the H x W places of an image
     D    = mean over images and places of the squared difference, for which the published betas are meant
 
 The stages are the last ones of the network, one a beta, or all where it has fewer. The teacher is in evaluation mode.
-The factor is the dial by which NAD tunes itself: a student for each, and `defender.strongest` chooses.
+The learning rate of both is the dial by which NAD tunes itself (`defender.tune`). The betas are not: without a bound on
+the gradient large ones make a student go astray, and with one they only tie it more closely to its teacher.
 
-Needs: the suspect model and clean images. Costs: a fine-tuning, and for each factor a training with one further
-forward pass a step.
+Needs: the suspect model and clean images. Costs: for each learning rate a short fine-tuning, and a training with one
+further forward pass a step.
 """
 
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -27,8 +27,7 @@ import optax
 
 from aft_jax.data.augment import augment
 from aft_jax.data.batches import count_steps
-from aft_jax.defenses import defender
-from aft_jax.defenses.defender import Holdings
+from aft_jax.defenses.defender import Holdings, begin, tune
 from aft_jax.defenses.ft import fine_tune
 from aft_jax.training.loop import Fitted, Phase, Run, fit
 from aft_jax.training.state import Batch, Metrics, TrainState
@@ -39,33 +38,34 @@ TINY = 1e-12
 
 
 def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.ConfigDict) -> Fitted:
-    """Returns the strongest student that the held-out images do not speak against.
+    """Returns the student.
 
     Args:
         run: The experiment.
         stage: The name of the defense; the teacher and each student have stages of their own below it.
         holdings: The defender's.
-        config: The resolved config; `config.nad` has teacher_epochs, epochs, learning_rate, schedule,
-            max_grad_norm, betas and factors, from the weakest to the strongest.
+        config: The resolved config; `config.nad` has teacher_epochs, epochs, learning_rates, schedule, max_grad_norm
+            and betas.
     """
     options = config.nad
-    kept, held = defender.hold_out(holdings, config.tuning.held_out_share, run.seed)
-    teacher = fine_tune(run, f'{stage}/teacher', kept, options, options.teacher_epochs, config)
-    steps = count_steps(len(kept.labels), options.epochs, config.batch_size)
-    before, optimiser = defender.begin(kept, options, config.train, steps)
-    bound = partial(nad_step, module=kept.module, optimiser=optimiser, augmentation=config.augment)
-    students = []
-    for factor in options.factors:
-        step = partial(bound, betas=tuple(factor * beta for beta in options.betas))
-        name = f'{stage}/student_{float(factor)}'
+
+    def train(name: str, held: Holdings, learning_rate: float) -> Fitted:
+        teacher = fine_tune(run, f'{name}/teacher', held, options, options.teacher_epochs, config, learning_rate)
+        steps = count_steps(len(held.labels), options.epochs, config.batch_size)
+        before, optimiser = begin(held, options, config.train, steps, learning_rate)
+        step = partial(
+            nad_step,
+            module=held.module,
+            optimiser=optimiser,
+            betas=tuple(options.betas),
+            augmentation=config.augment,
+        )
         phases = [Phase(step, steps)]
-        students.append(fit(run, name, before, phases, kept.arrays, config.batch_size, fixed=teacher.state.variables))
-    started = time.monotonic()
-    accuracies = [defender.accuracy(run, held, student.state.variables) for student in students]
-    suspect = defender.accuracy(run, held, holdings.variables)
-    chosen = students[defender.strongest(accuracies, suspect, config.tuning.budget)]
-    tuning = time.monotonic() - started
-    return Fitted(chosen.state, teacher.seconds + sum(student.seconds for student in students) + tuning)
+        fixed = teacher.state.variables
+        student = fit(run, f'{name}/student', before, phases, held.arrays, config.batch_size, fixed=fixed)
+        return student._replace(seconds=teacher.seconds + student.seconds)
+
+    return tune(run, stage, holdings, options.learning_rates, train, config.tuning)
 
 
 def nad_step(
