@@ -3,63 +3,31 @@
 import contextlib
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
 import ml_collections
-import numpy as np
 from jax.sharding import Mesh
 
 from aft_jax import attacks, data, distributed, models, results, validation, workdir
-from aft_jax.attacks.attack import Attack, crossed, triggered
+from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import Poisoned, clean_indices, left_behind, poison, write_manifest
 from aft_jax.config import resolve
 from aft_jax.data.batches import count_steps
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET, Holdings
-from aft_jax.evaluation import Scores, detection, score
-from aft_jax.prediction import Predictor
+from aft_jax.evaluation import detection
+from aft_jax.exhibition import draw
+from aft_jax.judge import Judge
 from aft_jax.randomness import key_for
-from aft_jax.report import gallery, pictures
+from aft_jax.report import pictures
 from aft_jax.training import compile_cache, optimiser, state
 from aft_jax.training.checkpoint import checksum
 from aft_jax.training.loop import Phase, Run, fit
 from aft_jax.training.mesh import check_batch_size, make_mesh
 from aft_jax.training.metrics import MetricWriter
 from aft_jax.training.preemption import Watch
-
-
-class Victim(NamedTuple):
-    """Everything that the two sides of an experiment are about.
-
-    Attributes:
-        dataset: The data, clean.
-        attack: The attack before the infection, or None.
-        poisoned: The training set as the attacker left it.
-        clean: int32, the training images that the defender is given.
-        module: The classifier.
-    """
-
-    dataset: Dataset
-    attack: Attack | None
-    poisoned: Poisoned
-    clean: np.ndarray
-    module: nn.Module
-
-
-class Infected(NamedTuple):
-    """What the infection leaves.
-
-    Attributes:
-        variables: The classifier's.
-        attack: The attack as it is carried out from now on, or None.
-        seconds: What the training took.
-    """
-
-    variables: dict
-    attack: Attack | None
-    seconds: float
+from aft_jax.victim import Infected, Victim
 
 
 def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[str, Any]:
@@ -148,95 +116,6 @@ def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh) -> 
     attack = attacks.build(config, dataset.image_shape, dataset.num_classes)
     poisoned = poison(attack, dataset.train_images, dataset.train_labels, config)
     return Victim(dataset, attack, poisoned, clean_indices(poisoned, config), models.build(config, dataset.num_classes))
-
-
-def draw(
-    directory: Path, victim: Victim, infected: Infected, purified: dict[str, dict], judge: 'Judge', outcome: dict
-) -> None:
-    """Writes the pictures of an experiment; every process takes part in the predictions, and process 0 writes.
-
-    Args:
-        directory: Where they go.
-        victim: What the experiment is about.
-        infected: The infected model, or the benign one.
-        purified: Variables by defense.
-        judge: Of the test set.
-        outcome: What results.json holds.
-    """
-    attack, dataset = infected.attack, victim.dataset
-    exhibits = judge.show(attack)
-    target_map = attack.target_map if attack else None
-    chosen = pictures.choose(dataset.test_labels, target_map, pictures.COLUMNS)
-    rows = {'clean': dataset.test_images[chosen]}
-    if exhibits.triggered is not None:
-        rows['triggered'] = exhibits.triggered[chosen]
-    models_shown = {'infected' if attack else 'benign': infected.variables} | purified
-    said = {
-        name: {kind: judge.predict(variables, images) for kind, images in rows.items()}
-        for name, variables in models_shown.items()
-    }
-    if jax.process_index() != 0:
-        return
-    pictures.write_before_after(
-        directory / 'before_after.png',
-        rows,
-        dataset.test_labels[chosen],
-        target_map,
-        dataset.class_names,
-        said,
-        outcome,
-    )
-    if attack is not None and exhibits.triggered is not None:
-        chosen = pictures.choose(dataset.test_labels, target_map, 3)
-        shown = {attack.name: (dataset.test_images[chosen], exhibits.triggered[chosen])}
-        gallery.write_gallery(directory / 'triggers.png', shown)
-
-
-class Exhibits(NamedTuple):
-    """The test images as an attack shows them, uint8 [N, H, W, C]; None where it does not.
-
-    Attributes:
-        triggered: With the trigger.
-        crossed: In the attack's cross mode, which asks for the true label.
-    """
-
-    triggered: np.ndarray | None = None
-    crossed: np.ndarray | None = None
-
-
-class Judge:
-    """Scores a model on the test set, clean and under an attack; no defense ever holds one."""
-
-    def __init__(self, victim: Victim, run: Run):
-        """Judges classifiers like the victim's on its test set."""
-        self.dataset = victim.dataset
-        self.predict = Predictor(victim.module, run.mesh, run.options.eval_batch_size)
-        self._key = key_for(run.seed, 'test/cross')
-        self._shown: tuple[Attack | None, Exhibits] = (None, Exhibits())
-
-    def show(self, attack: Attack | None) -> Exhibits:
-        """Returns the test images as the attack shows them; those of the last attack are kept."""
-        if attack is not self._shown[0]:
-            images = self.dataset.test_images
-            exhibits = Exhibits()
-            if attack is not None:
-                exhibits = Exhibits(
-                    triggered(attack, images), crossed(attack, images, self._key) if attack.cross else None
-                )
-            self._shown = (attack, exhibits)
-        return self._shown[1]
-
-    def __call__(self, variables: dict, attack: Attack | None) -> Scores:
-        """Returns the scores, under the attack, of the model with these variables."""
-        exhibits = self.show(attack)
-        return score(
-            self.predict(variables, self.dataset.test_images),
-            self.predict(variables, exhibits.triggered) if exhibits.triggered is not None else None,
-            self.dataset.test_labels,
-            attack.target_map if attack else None,
-            self.dataset.num_classes,
-            self.predict(variables, exhibits.crossed) if exhibits.crossed is not None else None,
-        )
 
 
 def infect(run: Run, victim: Victim, config: ml_collections.ConfigDict, judge: Judge) -> Infected:

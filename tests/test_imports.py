@@ -102,14 +102,14 @@ def test_defenses_never_reach_attacks(graph):
 
 def test_defenses_never_reach_the_judge(graph):
     """The scores know the trigger's success: a defense that saw them would have an oracle."""
-    judges = ('aft_jax.evaluation', 'aft_jax.experiment', 'aft_jax.results')
+    judges = ('aft_jax.evaluation', 'aft_jax.judge', 'aft_jax.experiment', 'aft_jax.results')
     assert path_between(graph, 'aft_jax.defenses', lambda module: module in judges) is None
 
 
 def test_the_infection_score_has_no_oracle(graph):
     start = 'aft_jax.analysis.infection_score'
     assert start in graph
-    above = ('aft_jax.attacks', 'aft_jax.evaluation', 'aft_jax.experiment', 'aft_jax.results')
+    above = ('aft_jax.attacks', 'aft_jax.evaluation', 'aft_jax.judge', 'aft_jax.experiment', 'aft_jax.results')
     assert path_between(graph, start, lambda module: any(inside(module, part) for part in above)) is None
 
 

@@ -12,11 +12,12 @@ from aft_jax.config import default_config, resolve
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
 from aft_jax.errors import UserError
-from aft_jax.experiment import Infected, Judge, Victim
+from aft_jax.judge import Judge
 from aft_jax.training.checkpoint import checksum
 from aft_jax.training.loop import Run
 from aft_jax.training.metrics import MetricWriter
 from aft_jax.training.preemption import Watch
+from aft_jax.victim import Infected, Victim
 
 
 class Finished(NamedTuple):

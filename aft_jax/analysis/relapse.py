@@ -41,7 +41,7 @@ from aft_jax.data.augment import augment
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses.defender import Holdings, begin
 from aft_jax.errors import UserError, user_path
-from aft_jax.experiment import Judge
+from aft_jax.judge import Judge
 from aft_jax.randomness import generator_for
 from aft_jax.report import pictures, relapse_figure
 from aft_jax.training.loop import Phase, Run, fit
