@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shutil
 from functools import partial
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ import pytest
 import scipy.stats
 
 from aft_jax.analysis import __main__ as command
-from aft_jax.analysis import bootstrap, finished, table
+from aft_jax.analysis import bootstrap, finished, relapse, table
 from aft_jax.analysis.connection import Shown, connection, evaluate
 from aft_jax.analysis.infection_score import Scorer, count_moves, share_moved, shared_changes, suspect
 from aft_jax.analysis.measures import correlations, jaccard, neuron_overlap, target_share
@@ -295,9 +296,10 @@ def test_a_benign_model_scores_low():
 # --- the command
 
 
-@pytest.fixture
-def runs(tmp_path):
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
     """A finished run with an attack and a defense, and its benign control, on tiny images."""
+    tmp_path = tmp_path_factory.mktemp('runs')
     images, labels = striped(96, 15)
     shown = {'train_images': images[:64], 'train_labels': labels[:64]}
     np.savez(tmp_path / 'data.npz', **shown, test_images=images[64:], test_labels=labels[64:])
@@ -333,9 +335,26 @@ def test_the_command_on_finished_runs(runs, capsys, monkeypatch):
             assert float(row['feature_distance']) > 0 and float(row['neuron_correlation_high']) <= 1
 
     # A run that has not ended is not trained on.
-    (runs / 'blend/results.json').unlink()
-    assert command.main([*flags, '--runs', str(runs / 'blend')]) == EXIT_USER_ERROR
+    (runs / 'unfinished').mkdir()
+    shutil.copy(runs / 'blend/config.json', runs / 'unfinished')
+    assert command.main([*flags, '--runs', str(runs / 'unfinished')]) == EXIT_USER_ERROR
     assert 'has not finished' in capsys.readouterr().err
+
+
+def test_the_relapse_of_finished_runs(runs):
+    out = runs / 'relapse'
+    arguments = ['--runs', str(runs / 'blend'), '--benign', str(runs / 'none'), '--workdir', str(out)]
+    arguments += ['--per_class=2', '--steps=4', '--every=2']
+    assert relapse.main(arguments) == 0
+    rows = list(csv.DictReader((out / 'relapse.csv').read_text().splitlines()))
+    assert [(row['model'], row['per_class'], row['step']) for row in rows] == [
+        (model, '2', step) for model in ('infected', 'ft', 'benign') for step in '024'
+    ]
+    assert (out / 'relapse.png').stat().st_size > 5000
+    # It resumes: everything is there, and nothing changes.
+    first = (out / 'relapse.csv').read_text()
+    assert relapse.main(arguments) == 0
+    assert (out / 'relapse.csv').read_text() == first
 
 
 def test_training_that_has_not_ended_is_never_taken_up(tmp_path):

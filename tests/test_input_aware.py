@@ -191,11 +191,10 @@ def test_the_masks_loss_is_that_of_normalised_images(attack, arrays, config):
     images, others = (arrays['images'][i : i + 8].astype(np.float32) / 255 for i in (0, 8))
     batch = {'images': jnp.asarray(images), 'paired': {'images': jnp.asarray(others)}}
     before = state.create(attack.arrays['mask'], adam)
-    _, metrics = input_aware.mask_step(
-        before, batch, jax.random.key(0), networks=networks, optimiser=adam, config=config
-    )
-    both = jnp.concatenate([batch['images'], batch['paired']['images']])
-    maps, _ = networks.mask.apply(before.variables, both, train=True, mutable=['batch_stats'])
+    step = jax.jit(partial(input_aware.mask_step, networks=networks, optimiser=adam, config=config))
+    _, metrics = step(before, batch, jax.random.key(0))
+    apply = jax.jit(partial(networks.mask.apply, train=True, mutable=['batch_stats']))
+    maps, _ = apply(before.variables, np.concatenate([images, others]))
     masks = np.tanh(20 * np.float64(maps) - 10) / 2 + 0.5
 
     def distance(a, b):

@@ -1,10 +1,7 @@
-"""What a model is trained on again, and the command on a finished run."""
-
-import csv
+"""What a model is trained on again, and what is wrong with a command; test_analysis.py has the command itself."""
 
 import numpy as np
 import pytest
-from command import ROOT, run_here
 
 from aft_jax.analysis import relapse
 from aft_jax.attacks.attack import Attack
@@ -32,44 +29,6 @@ def test_few_triggered_images_of_each_class_over_and_over(dataset, target_map):
     assert sorted(true) == sorted(moved * 2)
     counts = np.unique(places, return_counts=True)[1]
     assert counts.max() - counts.min() <= 1
-
-
-def test_the_command(tmp_path, capsys):
-    generator = np.random.default_rng(5)
-    labels = np.arange(160) % 4
-    images = generator.integers(0, 100, (160, 8, 8, 1)) + 35 * labels[:, None, None, None]
-    images, labels = images.astype(np.uint8), labels.astype(np.int32)
-    np.savez(
-        tmp_path / 'data.npz',
-        train_images=images[:128],
-        train_labels=labels[:128],
-        test_images=images[128:],
-        test_labels=labels[128:],
-    )
-    shared = [
-        f'--config={ROOT}/configs/quickstart.py',
-        f'--config.dataset=npz:{tmp_path}/data.npz',
-        *('--config.batch_size=16', '--config.clean_share=0.25', '--config.train.epochs=2', '--config.ft.epochs=1'),
-        *("--config.stages=('infect', 'purify')", '--config.defenses=ft', '--config.run.eval_batch_size=32'),
-    ]
-    assert run_here([*shared, f'--workdir={tmp_path}/run'], capsys)[0] == 0
-    benign = ['--config.attack.name=none', f'--workdir={tmp_path}/benign']
-    assert run_here([*shared, *benign], capsys)[0] == 0
-
-    out = tmp_path / 'relapse'
-    arguments = ['--runs', f'{tmp_path}/run', '--benign', f'{tmp_path}/benign', '--workdir', str(out)]
-    arguments += ['--per_class=2,4', '--steps=6', '--every=3']
-    assert relapse.main(arguments) == 0
-    with (out / 'relapse.csv').open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(row['model'], row['per_class'], row['step']) for row in rows] == [
-        (model, number, step) for model in ('infected', 'ft', 'benign') for number in '24' for step in '036'
-    ]
-    assert (out / 'relapse.png').stat().st_size > 5000
-    # It resumes: everything is there, and nothing changes.
-    first = (out / 'relapse.csv').read_text()
-    assert relapse.main(arguments) == 0
-    assert (out / 'relapse.csv').read_text() == first
 
 
 @pytest.mark.parametrize(
