@@ -27,10 +27,12 @@ INFECTED_COLUMNS = (
 
 
 def rows(results: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """Yields the rows of one results.json, the infected model first, with the fields of all tables."""
+    """Yields the rows of one results.json, the infected or suspect model first, with the fields of all tables."""
     fields = (*COLUMNS, *INFECTED_COLUMNS)
     shared = {name: results[name] for name in fields if name in results}
-    for defense, scores in [('none', results['infected']), *results['purified'].items()]:
+    # A model that was there already stands in the place of the infected one, its trigger unknown.
+    first = results.get('suspect', results['infected'])
+    for defense, scores in [('none', first), *results['purified'].items()]:
         yield shared | {'defense': defense} | {name: scores[name] for name in fields if name in scores}
 
 

@@ -5,6 +5,8 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from aft_jax.models import COMBINED
+
 # What an AFT preset stands for; a field that the config leaves empty is taken from here.
 AFT_PRESETS: dict[str, dict[str, Any]] = {
     # The authors' released code: 3 of 20 epochs on adversarial examples, the rest on clean images.
@@ -51,7 +53,12 @@ def default_config() -> ml_collections.ConfigDict:
     """
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.stages = ('infect', 'purify', 'report')
+    config.stages = ('infect', 'purify', 'report')  # with init_from: 'scan', 'purify', 'report'
+
+    # A model that is there already, in place of one that is infected here: a .pt, .pth or .safetensors file, or the
+    # work directory of a finished run. Nothing is known of its trigger, so attack.name must be 'none'.
+    config.init_from = ''
+    config.init_mapping = ''  # JSON file of keys that have unusual names (see aft_jax/interchange)
 
     config.dataset = 'mnist5k'
     config.data = ml_collections.ConfigDict(
@@ -74,7 +81,9 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.model = ml_collections.ConfigDict(
         {
+            # One of models.NAMES; 'preact_resnet34' and the like set the depth too. '' takes what init_from holds.
             'name': 'mnist_cnn',
+            'factory': '',  # 'package.module:function' that makes a Flax module of your own, in place of name
             'depth': 18,  # preact_resnet and resnet: 18, 34 or 50; vgg_bn: 11, 13, 16 or 19
             'width': 64,  # all but mnist_cnn: channels of the first stage
             'final_norm': False,  # preact_resnet: BatchNorm and ReLU before the pooling
@@ -126,7 +135,9 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
     config.defenses = 'ft,aft'
-    config.clean_share = 0.05  # of the training set's size: what the defender holds
+    config.clean_share = (
+        0.05  # of the training set's size: what the defender holds; with init_from up to all of it, 1.0
+    )
     # How a defense that has to choose tells its candidates apart: on a part of its clean images, by one rule for all.
     config.tuning = ml_collections.ConfigDict(
         {
@@ -222,7 +233,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Returns a frozen-in copy of `config` in which every value is set: presets and budgets filled in.
+    """Returns a frozen-in copy of `config` in which every value is set: presets and names with a depth filled in.
 
     `config.aft.preset` must be one of AFT_PRESETS.
     """
@@ -230,4 +241,8 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     for field, value in AFT_PRESETS[resolved.aft.preset].items():
         if resolved.aft[field] is None:
             resolved.aft[field] = value
+    if resolved.model.name in COMBINED:
+        resolved.model.name, resolved.model.depth = COMBINED[resolved.model.name]
+    if resolved.model.factory:
+        resolved.model.name = resolved.model.factory
     return resolved

@@ -1,7 +1,12 @@
-"""One experiment: infect a classifier, purify it, measure both. Here, and in evaluation, attack and defense meet."""
+"""One experiment: infect a classifier, purify it, measure both. Here, and in evaluation, attack and defense meet.
+
+A model that is there already (`config.init_from`) takes the place of the infected one: its trigger is unknown, so that
+it is scanned, and measured on clean images alone.
+"""
 
 import contextlib
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +14,22 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from aft_jax import attacks, data, distributed, models, results, validation, workdir
+from aft_jax import attacks, data, distributed, export, models, results, suspect, validation, workdir
 from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import Poisoned, clean_indices, left_behind, poison, write_manifest
 from aft_jax.config import resolve
 from aft_jax.data.batches import count_steps
 from aft_jax.data.dataset import Dataset
-from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET, Holdings
+from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET, NEED_FEATURES, Holdings
+from aft_jax.errors import UserError
 from aft_jax.evaluation import detection
-from aft_jax.exhibition import draw
+from aft_jax.exhibition import draw, observe
 from aft_jax.judge import Judge
+from aft_jax.models.factory import shows_features
 from aft_jax.randomness import key_for
 from aft_jax.report import pictures
+from aft_jax.scan import Scanner
+from aft_jax.suspect import Suspect
 from aft_jax.training import compile_cache, optimiser, state
 from aft_jax.training.checkpoint import checksum
 from aft_jax.training.loop import Phase, Run, fit
@@ -48,28 +57,54 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
         pictures.check_available()
     config = resolve(config)
     compile_cache.use(config.run.compile_cache)
+    asked = config
+    mesh = make_mesh()
+    given = None
+    if config.init_from:
+        config, given = distributed.together(lambda: suspect.load(asked, mesh))
     # Process 0 prepares what is not there yet.
     dataset = distributed.first_alone(lambda: data.load(config.dataset, config.data))
-    mesh = make_mesh()
     victim = distributed.together(lambda: prepare(config, dataset, mesh))
+    contents: Any = dataset.arrays
+    if given is not None:
+        distributed.together(partial(suspect.check_fits, given, victim.module, config, dataset))
+        given = suspect.look_over(given, victim.module, config, dataset, mesh)
+        contents = dataset.arrays, given.variables
     # Only now: a config that cannot be carried out must not take the directory.
-    arrays_checksum = checksum(dataset.arrays)
-    distributed.first_alone(lambda: workdir.claim(directory, config, arrays_checksum, jax.process_index() == 0))
+    content = checksum(contents)
+    distributed.first_alone(lambda: workdir.claim(directory, asked, content, jax.process_index() == 0))
     with contextlib.closing(MetricWriter(directory)) as writer, Watch() as watch:
-        return carry_out(Run(config.seed, directory, mesh, writer, config.run, watch), victim, config)
+        return carry_out(Run(config.seed, directory, mesh, writer, config.run, watch), victim, config, given)
 
 
-def carry_out(run: Run, victim: Victim, config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Infects, purifies, measures and draws, as the config's stages say; returns what results.json holds."""
+def carry_out(
+    run: Run, victim: Victim, config: ml_collections.ConfigDict, given: Suspect | None = None
+) -> dict[str, Any]:
+    """Infects, scans, purifies, measures and draws, as the config's stages say; returns what results.json holds.
+
+    Args:
+        run: The experiment.
+        victim: What it is about.
+        config: The resolved config.
+        given: The model that is there already, or None.
+    """
     writes = jax.process_index() == 0
     judge = Judge(victim, run)
-    infected = infect(run, victim, config, judge)
-    attack = infected.attack
-    if writes:
-        write_manifest(run.workdir / 'poison.npz', attack, victim.poisoned, victim.clean)
     outcome = results.begin(config, run.mesh, run.workdir / 'results.json')
+    scan = Scanner(victim, run) if 'scan' in config.stages else None
+    if given is None:
+        infected = infect(run, victim, config, judge)
+        if writes:
+            write_manifest(run.workdir / 'poison.npz', infected.attack, victim.poisoned, victim.clean)
+    else:
+        infected = Infected(given.variables, None, 0.0)
+    attack = infected.attack
     before = judge(infected.variables, attack)
-    results.add_infected(outcome, before, infected.seconds)
+    if given is None:
+        results.add_infected(outcome, before, infected.seconds)
+    else:
+        facts = {'init_from': config.init_from, 'class_names': victim.dataset.class_names, 'warning': given.warning}
+        results.add_suspect(outcome, before, facts | ({'scan': scan(infected.variables)} if scan else {}))
     purified = {}
     if 'purify' in config.stages:
         for name in validation.names(config.defenses):
@@ -81,10 +116,19 @@ def carry_out(run: Run, victim: Victim, config: ml_collections.ConfigDict) -> di
             if suspects is not None:
                 poison_found = detection(cleansed.scores, cleansed.subsets, suspects.indices)
                 results.add_detection(outcome, name, poison_found)
+            if scan is not None:
+                outcome['purified'][name]['scan'] = scan(purified[name])
     if writes:
         workdir.write_json(run.workdir / 'results.json', outcome)
+        if given is not None and purified:
+            export.write(run.workdir / 'export', given, purified, config, outcome)
     if 'report' in config.stages:
-        draw(run.workdir / 'report', victim, infected, purified, judge, outcome)
+        observation = observe(run, victim, infected, purified, judge, results.as_shown(outcome))
+        if observation is not None and observation.connection is not None:
+            outcome['connection'] = observation.connection
+            if writes:
+                workdir.write_json(run.workdir / 'results.json', outcome)
+        draw(run.workdir / 'report', victim, infected, purified, judge, results.as_shown(outcome), observation)
     return outcome
 
 
@@ -115,7 +159,15 @@ def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh) -> 
     check_batch_size(mesh, config.batch_size, 'batch_size')
     attack = attacks.build(config, dataset.image_shape, dataset.num_classes)
     poisoned = poison(attack, dataset.train_images, dataset.train_labels, config)
-    return Victim(dataset, attack, poisoned, clean_indices(poisoned, config), models.build(config, dataset.num_classes))
+    module = models.build(config, dataset.num_classes)
+    if 'purify' in config.stages and not shows_features(module):
+        for name in validation.names(config.defenses):
+            if name in NEED_FEATURES:
+                raise UserError(
+                    f'the defense {name!r} looks into feature maps, and the __call__ of model.factory='
+                    f'{config.model.factory} takes no `features`; add it, or leave {name!r} out.'
+                )
+    return Victim(dataset, attack, poisoned, clean_indices(poisoned, config), module)
 
 
 def infect(run: Run, victim: Victim, config: ml_collections.ConfigDict, judge: Judge) -> Infected:

@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 from aft_jax.evaluation import Detection, Scores, defense_effectiveness
 
 SCHEMA = 1
+# Of the adversarial examples of a scan, that which the table shows.
+SHOWN_EPS = 8 / 255
 
 
 def begin(config: ml_collections.ConfigDict, mesh: Mesh, path: Path) -> dict[str, Any]:
@@ -23,12 +25,14 @@ def begin(config: ml_collections.ConfigDict, mesh: Mesh, path: Path) -> dict[str
     Args:
         config: The resolved config.
         mesh: The devices.
-        path: Of results.json, from which defenses that an earlier start of the same config measured are kept.
+        path: Of results.json, from which defenses that an earlier start of the same config measured are kept, and the
+            observation.
     """
     try:
-        earlier = json.loads(path.read_text())['purified']
+        found = json.loads(path.read_text())
+        earlier, connection = found['purified'], found.get('connection')
     except (OSError, ValueError, KeyError):
-        earlier = {}
+        earlier, connection = {}, None
     return {
         'schema': SCHEMA,
         'dataset': config.dataset,
@@ -45,12 +49,30 @@ def begin(config: ml_collections.ConfigDict, mesh: Mesh, path: Path) -> dict[str
             'devices': mesh.size,
             'processes': jax.process_count(),
         },
-    }
+    } | ({'connection': connection} if connection else {})
 
 
 def add_infected(outcome: dict[str, Any], scores: Scores, seconds: float) -> None:
     """Adds the scores of the infected model, and what its training took."""
     outcome['infected'] = _shares(scores) | {'seconds': round(seconds, 3), 'per_class': _per_class(scores)}
+
+
+def add_suspect(outcome: dict[str, Any], scores: Scores, facts: dict[str, Any]) -> None:
+    """Adds what is known of a model that was there already, whose trigger nobody knows; 'infected' stays empty.
+
+    Args:
+        outcome: To be added to.
+        scores: Of the model, without an attack.
+        facts: 'init_from', 'class_names' and 'warning'; 'scan' where it was scanned.
+    """
+    outcome['suspect'] = facts | _shares(scores) | {'per_class': _per_class(scores)}
+
+
+def as_shown(outcome: dict[str, Any]) -> dict[str, Any]:
+    """Returns results as a report shows them: a suspect model in the place of the infected one, its attack unknown."""
+    if 'suspect' not in outcome:
+        return outcome
+    return outcome | {'attack': 'unknown', 'infected': outcome['suspect']}
 
 
 def add_purified(outcome: dict[str, Any], defense: str, before: Scores, after: Scores, seconds: float) -> None:
@@ -74,6 +96,8 @@ def add_detection(outcome: dict[str, Any], defense: str, found: Detection) -> No
 
 def table(outcome: dict[str, Any]) -> str:
     """Returns the table of an experiment for a terminal, shares in percent."""
+    if 'suspect' in outcome:
+        return _suspect_table(outcome)
     attack = f'{outcome["attack"]} ({outcome["label_mode"]})' if outcome['attack'] != 'none' else 'no attack'
     lines = [
         f'{outcome["dataset"]}, {outcome["model"]}, {attack}, seed {outcome["seed"]}, '
@@ -87,6 +111,53 @@ def table(outcome: dict[str, Any]) -> str:
         lines.append(f'{name:<12}{shares}{row["seconds"]:>9.1f}')
     lines += ['', "ACC clean accuracy; ASR triggered images that get the attacker's label; RA those that get their own"]
     return '\n'.join(lines)
+
+
+UNKNOWN = """
+What cannot be known without the trigger: whether this model had a backdoor at all (a high score speaks for one, a low
+score does not rule one out), how often its trigger worked (ASR), and whether it still works after the purification.
+Score: near 0 for most benign models, near the trigger's success where one change of all images commands a label.
+"""
+
+
+def _suspect_table(outcome: dict[str, Any]) -> str:
+    """The table of a model whose trigger nobody knows: no ASR, RA or DER."""
+    suspect = outcome['suspect']
+    rows = {'suspect': suspect} | outcome['purified']
+    scanned = 'scan' in suspect
+    heading = f'{"":<12}{"ACC %":>8}' + (f'{"score":>8}{"fooled %":>10}{"suspected":>16}' if scanned else '')
+    purified = bool(outcome['purified'])
+    lines = [
+        f'{suspect["init_from"]} ({outcome["model"]}), {outcome["dataset"]}, seed {outcome["seed"]}: trigger unknown',
+        '',
+        heading + (f'{"seconds":>9}' if purified else ''),
+    ]
+    for name, row in rows.items():
+        line = f'{name:<12}{_percent(row["acc"]):>8}'
+        if scanned:
+            line += _scan_cells(row.get('scan'), suspect['class_names'])
+        lines.append(line + (f'{row["seconds"]:>9.1f}' if 'seconds' in row else ''))
+    lines += ['', 'ACC clean accuracy on the images held out']
+    if scanned:
+        images = suspect['scan']['images']
+        which = 'held out' if suspect['scan']['held_out'] else 'given, those of the purification among them'
+        lines += [
+            f'score of infection, from {images} images {which}; fooled by changes of {round(255 * SHOWN_EPS)}/255 a '
+            'pixel;',
+            'suspected: the label that a backdoor would command, if there is one (at a score near 0 it says nothing)',
+        ]
+    if suspect['warning']:
+        lines += ['', f'Warning: {suspect["warning"]}']
+    return '\n'.join(lines) + '\n' + UNKNOWN.rstrip()
+
+
+def _scan_cells(scan: dict[str, Any] | None, class_names: list[str]) -> str:
+    if scan is None:
+        return f'{"-":>8}{"-":>10}{"-":>16}'
+    label = scan['suspected_label']
+    suspected = 'one a class' if label is None else class_names[label]
+    fooled = scan['fooled'][scan['landing_eps'].index(SHOWN_EPS)]
+    return f'{scan["score"]:>8.3f}{_percent(fooled):>10}{suspected[:14]:>16}'
 
 
 def _percent(share: float | None) -> str:

@@ -11,7 +11,7 @@ from aft_jax.adversarial import NORMS
 from aft_jax.command_line import suggestion
 from aft_jax.config import AFT_PRESETS, default_config, resolve
 from aft_jax.data.dataset import Dataset
-from aft_jax.defenses import DEFENSES
+from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
 from aft_jax.errors import UserError
 from aft_jax.models.resnet import STEMS
 from aft_jax.models.vgg_bn import SMALLEST_SIDE
@@ -19,7 +19,7 @@ from aft_jax.training.feed import PLACEMENTS
 from aft_jax.training.optimiser import SCHEDULES
 from aft_jax.workdir import flatten
 
-STAGES = ('infect', 'purify', 'report')
+STAGES = ('scan', 'infect', 'purify', 'report')
 DTYPES = ('float32', 'bfloat16')
 # The largest budgets that still make sense for images in [0, 1].
 LARGEST_LINF = 1.0
@@ -42,7 +42,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """
     _validate_structure(config)
     data.check_name(config.dataset)
-    _one_of('model.name', config.model.name, models.NAMES)
     _one_of('attack.name', config.attack.name, attacks.NAMES)
     _one_of('attack.label_mode', config.attack.label_mode, attacks.LABEL_MODES)
     _one_of('attack.poisoning', config.attack.poisoning, attacks.POISONINGS)
@@ -50,15 +49,19 @@ def validate(config: ml_collections.ConfigDict) -> None:
         _one_of('defenses', name, tuple(DEFENSES))
     for stage in config.stages:
         _one_of('stages', stage, STAGES)
-    if 'infect' not in config.stages:
-        raise UserError("stages must contain 'infect': a finished one is loaded, not run again.")
+    if config.init_from:
+        _validate_given(config)
+    elif 'infect' not in config.stages:
+        raise UserError(
+            "stages must contain 'infect': a finished one is loaded, not run again; or name a model in init_from."
+        )
+    elif 'scan' in config.stages:
+        raise UserError("the stage 'scan' is for a model that is there already: name it in init_from.")
+    _validate_model(config)
     if not 0 <= config.seed < 2**32:
         raise UserError(f'seed={config.seed} must lie between 0 and 2**32 - 1.')
     _one_of('dtype', config.dtype, DTYPES)
     _one_of('run.placement', config.run.placement, PLACEMENTS)
-    if config.model.name in models.DEPTHS:
-        _one_of('model.depth', config.model.depth, models.DEPTHS[config.model.name])
-    _one_of('model.stem', config.model.stem, STEMS)
     _positive(
         config,
         *('batch_size', 'model.width', 'train.epochs', 'ft.epochs', 'train.learning_rate'),
@@ -70,10 +73,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
         *('train.momentum', 'train.weight_decay', 'run.evaluate_every', 'run.steps_per_call'),
         *('data.size', 'data.pad', 'augment.crop', 'augment.rotation', 'tuning.budget'),
     )
-    for field in ('clean_share', 'attack.poisoned_share', 'data.test_share', 'tuning.held_out_share'):
-        share = _value(config, field)
-        if not 0 < share < 1:
-            raise UserError(f'{field}={share} must lie strictly between 0 and 1.')
+    if config.clean_share != 1 or not config.init_from:
+        _share(config, 'clean_share')
+    for field in ('attack.poisoned_share', 'data.test_share', 'tuning.held_out_share'):
+        _share(config, field)
     for field in ('model.dropout', 'train.momentum'):
         if not 0 <= _value(config, field) < 1:
             raise UserError(f'{field}={_value(config, field)} must be at least 0 and below 1.')
@@ -95,6 +98,38 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for field in ('data.size', 'data.pad'):
         if _value(config, field) > LARGEST_SIDE:
             raise UserError(f'{field}={_value(config, field)} is more than {LARGEST_SIDE} pixels.')
+
+
+def _validate_model(config: ml_collections.ConfigDict) -> None:
+    options = config.model
+    name, depth = models.COMBINED.get(options.name, (options.name, options.depth))
+    # Whether a factory can be called is seen when it is; a file tells its network by itself.
+    if not (options.factory or (config.init_from and not name)):
+        _one_of('model.name', name, models.NAMES)
+    if name in models.DEPTHS:
+        _one_of('model.depth', depth, models.DEPTHS[name])
+    _one_of('model.stem', options.stem, STEMS)
+
+
+def _validate_given(config: ml_collections.ConfigDict) -> None:
+    """What init_from asks of the other fields."""
+    if config.attack.name != 'none':
+        raise UserError(
+            f'attack.name={config.attack.name!r} infects a model, but init_from={config.init_from} names one that is '
+            "there already; set attack.name='none'."
+        )
+    if 'infect' in config.stages:
+        raise UserError(
+            f"stages holds 'infect', but init_from={config.init_from} names a model that is there already; choose from "
+            "'scan', 'purify' and 'report'."
+        )
+    if not {'scan', 'purify'} & set(config.stages):
+        raise UserError("stages must hold 'scan', 'purify' or both for a model that init_from names.")
+    for name in names(config.defenses):
+        if name in FROM_SUSPECT_SET:
+            raise UserError(f'the defense {name!r} needs the suspect training set, which does not come with init_from.')
+    if 'purify' in config.stages and not names(config.defenses):
+        raise UserError("defenses is empty; name one, such as 'aft', or leave 'purify' out of stages.")
 
 
 def _validate_structure(config: ml_collections.ConfigDict) -> None:
@@ -289,6 +324,12 @@ def _one_of(field: str, value: str | int, allowed: Iterable) -> None:
     raise UserError(
         f'{field}={value!r} does not exist; choose one of {", ".join(known)}.{suggestion(str(value), known)}'
     )
+
+
+def _share(config: ml_collections.ConfigDict, field: str) -> None:
+    share = _value(config, field)
+    if not 0 < share < 1:
+        raise UserError(f'{field}={share} must lie strictly between 0 and 1.')
 
 
 def _value(config: ml_collections.ConfigDict, field: str):

@@ -53,7 +53,8 @@ def claim(workdir: Path, config: ml_collections.ConfigDict, data_checksum: int, 
     Args:
         workdir: The directory; made when it is not there.
         config: The resolved config, kept as config.json.
-        data_checksum: Of the data set's arrays, kept with it, so that other data under the same name are noticed.
+        data_checksum: Of the data set's arrays, and of a model that init_from names, kept with it, so that other
+            contents under the same name are noticed.
         writes: Whether this process writes; the others only check.
 
     Raises:
@@ -83,10 +84,12 @@ def differences(kept: dict, config: ml_collections.ConfigDict) -> list[str]:
 
 
 def _differing(found: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    # A text that is absent is as an empty one: the directory is older than the field.
     return [
         name
         for name in sorted(found.keys() | asked.keys(), key=lambda name: (name not in asked or name not in found, name))
-        if not {name, name.split('.')[0]} & {*FREE_FIELDS, 'data_checksum'} and found.get(name) != asked.get(name)
+        if not {name, name.split('.')[0]} & {*FREE_FIELDS, 'data_checksum'}
+        and found.get(name, '') != asked.get(name, '')
     ]
 
 
@@ -99,9 +102,10 @@ def _check_same(path: Path, wanted: dict) -> None:
         ) from None
     asked = flatten(wanted)
     if found.get('data_checksum') != asked['data_checksum'] and found.get('dataset') == asked['dataset']:
+        model = ', or the model of init_from,' if asked['init_from'] else ''
         raise UserError(
-            f'the data of {asked["dataset"]} are not those that --workdir={path.parent} was made with; name another '
-            'directory, or bring back the old data.'
+            f'the data of {asked["dataset"]}{model} are not those that --workdir={path.parent} was made with; name '
+            'another directory, or bring back the old ones.'
         )
     if differing := _differing(found, asked):
         shown = ', '.join(f'{name} is {found.get(name)!r} there and {asked.get(name)!r} here' for name in differing[:3])

@@ -40,7 +40,7 @@ CONFIG_MISTAKES = {
     '--config.attack.poisoning=once': 'fixed, per_batch',
     '--config.model.stem=imagenette': "imagenet, cifar.*Did you mean 'imagenet'",
     '--config.model.hidden=0': 'model.hidden=0 must be positive',
-    '--config.model.name=preact_resnet18': "mnist_cnn, preact_resnet.*Did you mean 'preact_resnet'",
+    '--config.model.name=preact_resnet20': "mnist_cnn, preact_resnet.*Did you mean 'preact_resnet'",
     '--config.defenses=aft,fft': "defenses='fft' does not exist.*ft, aft",
     '--config.dtype=float16': 'float32, bfloat16',
     '--config.aft.preset=paper': 'released, default',

@@ -6,6 +6,17 @@ import numpy as np
 import pytest
 from command import ROOT, run_here
 
+from aft_jax import exhibition
+
+NO_REPORT = '--config.stages=("infect","purify")'
+
+
+@pytest.fixture(autouse=True)
+def few_exhibits(monkeypatch):
+    """Adversarial examples of 12 images and two sizes are enough to see that they are shown."""
+    monkeypatch.setattr(exhibition, 'IMAGES', 16)
+    monkeypatch.setattr(exhibition, 'SWEPT_EPS', (4 / 255, exhibition.EPS))
+
 
 @pytest.fixture
 def npz(tmp_path):
@@ -68,6 +79,11 @@ def test_results_of_an_all2one_run(npz, tmp_path, capsys):
     assert stages == {'infect', 'purify/ft', 'purify/aft'}
     assert json.loads((workdir / 'config.json').read_text())['aft']['eps'] == pytest.approx(16 / 255)
     assert (workdir / 'report' / 'before_after.png').stat().st_size > 10_000
+    assert 8 < results['connection']['images'] < 16 and results['connection']['purified'].keys() == {'ft', 'aft'}
+    assert 'of triggered images still obey' in (workdir / 'report' / 'index.html').read_text()
+    # A later start that shows nothing keeps what was seen.
+    attack = ('--config.attack.name=badnets', '--config.attack.target=2')
+    assert run(npz, workdir, capsys, *attack, '--config.stages=("infect",)') == results
     assert list((workdir / 'tensorboard').rglob('events*'))
 
 
@@ -85,7 +101,12 @@ def test_the_manifest_tells_who_was_poisoned(npz, tmp_path, capsys):
     'attack',
     [
         ('--config.attack.name=sig', '--config.attack.sig.clean_label', '--config.attack.poisoned_share=0.5'),
-        ('--config.attack.name=sig', '--config.attack.label_mode=all2all', '--config.attack.poisoning=per_batch'),
+        (
+            '--config.attack.name=sig',
+            '--config.attack.label_mode=all2all',
+            '--config.attack.poisoning=per_batch',
+            NO_REPORT,
+        ),
         ('--config.attack.name=none',),
     ],
 )
@@ -101,8 +122,8 @@ def test_other_ways_run_too(attack, npz, tmp_path, capsys):
 
 
 def test_a_defense_can_be_added_later(npz, tmp_path, capsys):
-    first = run(npz, tmp_path / 'run', capsys, '--config.defenses=ft')
-    both = run(npz, tmp_path / 'run', capsys, '--config.defenses=ft,aft')
+    first = run(npz, tmp_path / 'run', capsys, '--config.defenses=ft', NO_REPORT)
+    both = run(npz, tmp_path / 'run', capsys, '--config.defenses=ft,aft', NO_REPORT)
     assert both['purified']['ft'] == first['purified']['ft']
     assert both['infected'] == first['infected']
     assert both['purified'].keys() == {'ft', 'aft'}
@@ -147,5 +168,6 @@ def test_a_preact_resnet_on_colour(tmp_path, capsys):
         '--config.dtype=bfloat16',
         '--config.defenses=ft',
         '--config.attack.label_mode=all2all',
+        NO_REPORT,
     )
     assert results['infected']['acc'] > 0.9

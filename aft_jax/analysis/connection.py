@@ -70,7 +70,13 @@ def evaluate(probe: Probe, variables: dict, adversarial: np.ndarray, images: Sho
 
 
 def connection(
-    probe: Probe, variables: dict, benign: dict | None, images: Shown, norm: Norm, eps: float
+    probe: Probe,
+    variables: dict,
+    benign: dict | None,
+    images: Shown,
+    norm: Norm,
+    eps: float,
+    examples: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Returns the observation for one model as plain values.
 
@@ -81,6 +87,7 @@ def connection(
         images: What is measured on.
         norm: Of the adversarial changes.
         eps: Their size, as `Probe.adversarial` has it.
+        examples: The model's own, of `images.counted`, where they are at hand; else they are made.
 
     Returns:
         'target_share', 'feature_distance' and 'neuron_overlap'. The last two have 'own' (the model's own adversarial
@@ -88,7 +95,9 @@ def connection(
         model's own. 'intervals' has the same names with [low, high]. What does not exist is None.
     """
     counted = images.counted
-    own = evaluate(probe, variables, probe.adversarial(variables, counted.clean, counted.labels, norm, eps), images)
+    if examples is None:
+        examples = probe.adversarial(variables, counted.clean, counted.labels, norm, eps)
+    own = evaluate(probe, variables, examples, images)
     estimates: dict[str, Any] = {
         'target_share': own.target_share,
         'benign_target_share': bootstrap.NOTHING,
@@ -96,9 +105,9 @@ def connection(
         'neuron_overlap': {'own': own.neuron_overlap._asdict()},
     }
     if benign is not None:
-        examples = probe.adversarial(benign, counted.clean, counted.labels, norm, eps)
-        theirs = evaluate(probe, variables, examples, images)
-        said = probe.predict(benign, examples)
+        benign_examples = probe.adversarial(benign, counted.clean, counted.labels, norm, eps)
+        theirs = evaluate(probe, variables, benign_examples, images)
+        said = probe.predict(benign, benign_examples)
         estimates['benign_target_share'] = target_share(said, counted.labels, counted.target_map)
         estimates['feature_distance']['benign'] = theirs.feature_distance
         estimates['neuron_overlap']['benign'] = theirs.neuron_overlap._asdict()

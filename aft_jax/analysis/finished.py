@@ -68,6 +68,11 @@ def load(directory: Path, mesh: Mesh, datasets: Datasets) -> Finished:
         UserError: It has not finished, its files are damaged, or its data are not there any more.
     """
     config, kept = read_config(directory)
+    if config.init_from:
+        raise UserError(
+            f'{directory} has purified a model from elsewhere ({config.init_from}); what it ended with is in '
+            f'{directory / "export"}.'
+        )
     purified = _results(directory)
     dataset, found = datasets.load(config)
     if kept != found:

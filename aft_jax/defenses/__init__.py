@@ -11,7 +11,7 @@ from typing import Any
 from aft_jax.defenses import aft, anp, fp, ft, mcr, nad, pbe
 from aft_jax.defenses.defender import Holdings
 
-__all__ = ['DEFENSES', 'FROM_SUSPECT_SET', 'Holdings']
+__all__ = ['DEFENSES', 'FROM_SUSPECT_SET', 'NEED_FEATURES', 'Holdings']
 
 # (run, stage, holdings, config) -> what holds the purified state, and the seconds
 DEFENSES: dict[str, Callable[..., Any]] = {
@@ -25,3 +25,5 @@ DEFENSES: dict[str, Callable[..., Any]] = {
 }
 # These hold the suspect training set, and no image that is known to be clean.
 FROM_SUSPECT_SET = ('pbe',)
+# These ask the classifier for its feature maps, which a module of the user's own need not give.
+NEED_FEATURES = ('fp', 'nad')

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from aft_jax.models import factory
 from aft_jax.models.mnist_cnn import MnistCNN
 from aft_jax.models.preact_resnet import BLOCKS, PreActResNet
 from aft_jax.models.resnet import ResNet
@@ -20,11 +21,21 @@ from aft_jax.models.vgg_bn import CONVOLUTIONS, VGG
 NAMES = ('mnist_cnn', 'preact_resnet', 'resnet', 'vgg_bn')
 # Of the models that come in several.
 DEPTHS = {'preact_resnet': tuple(BLOCKS), 'resnet': tuple(BLOCKS), 'vgg_bn': tuple(CONVOLUTIONS)}
+# Names with the depth in them, as people write them: 'preact_resnet18', and torchvision's 'vgg11_bn'.
+COMBINED = {f'{name}{depth}': (name, depth) for name, depths in DEPTHS.items() for depth in depths} | {
+    f'vgg{depth}_bn': ('vgg_bn', depth) for depth in CONVOLUTIONS
+}
 
 
 def build(config: ml_collections.ConfigDict, num_classes: int) -> nn.Module:
-    """Returns the classifier that `config.model` and `config.dtype` describe, without parameters."""
+    """Returns the classifier that `config.model` and `config.dtype` describe, without parameters.
+
+    Raises:
+        UserError: `config.model.factory` does not make one.
+    """
     options = config.model
+    if options.factory:
+        return factory.make(options.factory, num_classes, tuple(options.mean), tuple(options.std))
     common = {
         'num_classes': num_classes,
         'mean': tuple(options.mean),

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 
 from aft_jax.errors import UserError
+from aft_jax.report.verdict import first_model
 
 COLUMNS = 8
+# Modules of the extra `report`.
+NEEDED = {'matplotlib': 'Matplotlib', 'jinja2': 'Jinja2', 'sklearn': 'scikit-learn'}
 # Okabe-Ito: told apart by colour-blind readers and in grey print; words say the same.
 TRUE_COLOUR, COMMANDED_COLOUR, OTHER_COLOUR = '#0072B2', '#D55E00', '#595959'
 
@@ -19,11 +22,12 @@ def available() -> bool:
 
 
 def check_available() -> None:
-    """Raises UserError when Matplotlib is not installed."""
-    if not available():
+    """Raises UserError when something that the report needs is not installed."""
+    missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
         raise UserError(
-            "the stage 'report' draws with Matplotlib, which is not installed: pip install 'aft_jax[report]', or leave "
-            "the stage out with --config.stages=\"('infect','purify')\"."
+            f"the stage 'report' needs {' and '.join(missing)}, not installed here: pip install 'aft_jax[report]', or "
+            "leave the stage out with --config.stages=\"('infect','purify')\"."
         )
 
 
@@ -96,7 +100,7 @@ def choose(labels: np.ndarray, target_map: np.ndarray | None, count: int) -> np.
 
 
 def _bars(figure: Any, outcome: dict[str, Any], with_attack: bool) -> None:
-    rows = {('infected' if with_attack else 'benign'): outcome['infected']} | outcome['purified']
+    rows = {first_model(outcome): outcome['infected']} | outcome['purified']
     axis = figure.subplots()
     shares = [('acc', 'ACC', TRUE_COLOUR)] + ([('asr', 'ASR', COMMANDED_COLOUR)] if with_attack else [])
     height = 0.8 / len(shares)
@@ -121,4 +125,5 @@ def _colour(answer: int, label: int, commanded: int) -> str:
 
 
 def _attack(outcome: dict[str, Any]) -> str:
-    return 'no attack' if outcome['attack'] == 'none' else f'{outcome["attack"]} ({outcome["label_mode"]})'
+    known = f'{outcome["attack"]} ({outcome["label_mode"]})'
+    return {'none': 'no attack', 'unknown': 'trigger unknown'}.get(outcome['attack'], known)

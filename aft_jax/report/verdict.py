@@ -1,0 +1,85 @@
+"""The verdict on an experiment in one sentence, from what results.json holds."""
+
+from collections.abc import Iterable
+from typing import Any
+
+# An attack success rate up to this counts as erased; clean accuracy lost beyond the other is called a price.
+ERASED, PRICE = 0.05, 0.02
+# Below this success rate there was hardly a backdoor to erase.
+TOOK = 0.5
+
+
+def first_model(outcome: dict[str, Any]) -> str:
+    """Returns what to call the model that all starts from: infected, benign, or suspect (trigger unknown)."""
+    return {'none': 'benign', 'unknown': 'suspect'}.get(outcome['attack'], 'infected')
+
+
+def featured(defenses: Iterable[str]) -> str:
+    """Returns the defense that the verdict is about, chosen without a look at its scores: AFT, or the last one."""
+    names = list(defenses)
+    return 'aft' if 'aft' in names else names[-1]
+
+
+def sentence(outcome: dict[str, Any]) -> str:
+    """Returns the verdict."""
+    before, first = outcome['infected'], first_model(outcome)
+    if not outcome['purified']:
+        return _alone(before, first)
+    name = featured(outcome['purified'])
+    after, title = outcome['purified'][name], name.upper()
+    accuracy = f'clean accuracy {_change(before["acc"], after["acc"])}'
+    if first == 'benign':
+        return f'There was no backdoor to erase; under {title} {accuracy}.'
+    scans = before.get('scan'), after.get('scan')
+    if first == 'suspect' and all(scans):
+        scores = ' to '.join(f'{scan["score"]:.2f}' for scan in scans)
+        return (
+            f'Whether the backdoor is gone cannot be told without its trigger: under {title} the score of infection '
+            f'goes from {scores}, and {accuracy}.'
+        )
+    if before.get('asr') is None or after.get('asr') is None:
+        return f'Whether the backdoor is gone cannot be told without its trigger: under {title} {accuracy}.'
+    if before['asr'] < TOOK:
+        return (
+            f'The attack hardly took ({percent(before["asr"])} of triggered images obeyed), so {title} had little to '
+            f'erase: now {percent(after["asr"])} obey, and {accuracy}.'
+        )
+    costly = before['acc'] - after['acc'] > PRICE
+    obeying = f'{percent(after["asr"])} of triggered images still obey the attacker ({percent(before["asr"])} before)'
+    if after['asr'] <= ERASED:
+        price = ', but at a price' if costly else ''
+        return f'{title} erased the backdoor{price}: {obeying}, and {accuracy}.'
+    weakened = after['asr'] <= before['asr'] / 2
+    verb = 'weakened the backdoor but did not erase it' if weakened else 'did not erase the backdoor'
+    return f'{title} {verb}: {obeying}, and {accuracy}.'
+
+
+def others(outcome: dict[str, Any]) -> str:
+    """Returns what became of the backdoor under the other defenses, or '' where there is none to tell of."""
+    rates = {name: row.get('asr') for name, row in outcome['purified'].items()}
+    if len(rates) < 2 or first_model(outcome) != 'infected':
+        return ''
+    shown = featured(rates)
+    told = [f'{name.upper()} leaves {percent(rate)}' for name, rate in rates.items() if name != shown]
+    return f'For comparison, {", ".join(told)} of triggered images obeying.'
+
+
+def percent(share: float | None) -> str:
+    """Returns '97.1 %' with a space that does not break, or a dash for what does not exist."""
+    return '–' if share is None else f'{100 * share:.1f}\u00a0%'
+
+
+def _alone(before: dict[str, Any], first: str) -> str:
+    accuracy = f'clean accuracy is {percent(before["acc"])}'
+    if scan := before.get('scan'):
+        return f'Nothing was purified yet: the score of infection is {scan["score"]:.2f}, and {accuracy}.'
+    if before.get('asr') is None:
+        return f'Nothing was purified yet: the {first} model stands as it came, and its {accuracy}.'
+    return f'Nothing was purified yet: {percent(before["asr"])} of triggered images obey the attacker, and {accuracy}.'
+
+
+def _change(before: float, after: float) -> str:
+    lost = round(100 * before, 1) - round(100 * after, 1)
+    if abs(lost) < 0.05:
+        return f'stays at {percent(after)}'
+    return f'{"falls" if lost > 0 else "rises"} from {percent(before)} to {percent(after)}'
