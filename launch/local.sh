@@ -37,8 +37,10 @@ signal_all() {
   # The process of each job, which leads a group of its own: what it has started gets the signal too.
   for pid in ${pids[@]+"${pids[@]}"}; do kill "-$1" -- "-$pid" 2>/dev/null; done
 }
-trap 'signal_all TERM' TERM
-trap 'signal_all INT' INT
+# Until all are there a signal is kept, or it would miss those to come.
+told=
+trap 'told=TERM' TERM
+trap 'told=INT' INT
 
 # Without job control a shell starts its background processes deaf to SIGINT.
 set -m
@@ -53,6 +55,9 @@ for ((i = 0; i < count; i++)); do
   pids[i]=$!
 done
 set +m
+trap 'signal_all TERM' TERM
+trap 'signal_all INT' INT
+if [ -n "$told" ]; then signal_all "$told"; fi
 
 first=0
 kill_at=

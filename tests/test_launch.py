@@ -81,7 +81,12 @@ def cloud(tmp_path):
 
 def end(process: subprocess.Popen) -> tuple[int, str]:
     """Waits for a process; returns its exit status and its output."""
-    output, said = process.communicate(timeout=30)
+    try:
+        output, said = process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
     return process.returncode, output + (said or '')
 
 
