@@ -526,6 +526,8 @@ def local(home: Path, program: str, count: int | str, *arguments: str, **environ
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell cannot trap a signal that was ignored when it started, as SIGINT is in the background of a script.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
