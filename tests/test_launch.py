@@ -520,14 +520,14 @@ def local(home: Path, program: str, count: int | str, *arguments: str, **environ
     """Starts launch/local.sh with a script of ours for an interpreter; `$id` in it is the process's number."""
     given = 'for word in "$@"; do case $word in --process_id=*) id=${word#*=} ;; esac; done'
     python = executable(home / 'python', f'#!/usr/bin/env bash\ncd {home}\n{given}\n{program}\n')
+    # A shell cannot trap a signal that was ignored when it started, as SIGINT is in the background of a script.
+    hears = 'import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp("bash", sys.argv[1:])'
     return subprocess.Popen(
-        ['bash', LAUNCH / 'local.sh', str(count), *arguments],
+        [sys.executable, '-c', hears, 'bash', LAUNCH / 'local.sh', str(count), *arguments],
         env=os.environ | {'PYTHON': str(python), 'LOGS': str(home / 'logs')} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell cannot trap a signal that was ignored when it started, as SIGINT is in the background of a script.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
