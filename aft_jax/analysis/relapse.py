@@ -98,7 +98,7 @@ def retuning_set(
 
 
 def retune(
-    run: Run, name: str, source: Finished, variables: dict, per_class: int, retuning: Retuning
+    run: Run, name: str, source: Finished, judge: Judge, variables: dict, per_class: int, retuning: Retuning
 ) -> Iterator[dict[str, float]]:
     """Trains a model again and yields {'step', 'acc', 'asr'}, from step 0.
 
@@ -106,27 +106,24 @@ def retune(
         run: Where checkpoints and metrics go.
         name: Of the stage.
         source: The run that the model and the attack are of.
+        judge: Of the run's test images.
         variables: The model's.
         per_class: See `retuning_set`.
         retuning: How.
     """
     attack, victim = source.infected.attack, source.victim
     assert attack is not None
-    dataset = victim.dataset
-    shown = replace(
-        dataset, test_images=dataset.test_images[: retuning.images], test_labels=dataset.test_labels[: retuning.images]
-    )
-    judge = Judge(victim._replace(dataset=shown), run)
 
     def measure(state: Any) -> dict[str, float]:
         scores = judge(state.variables, attack)
         return {'test_acc': scores.acc, 'test_asr': scores.asr}
 
-    arrays = retuning_set(attack, dataset, victim.clean, victim.poisoned.indices, per_class, source.config.seed)
+    clean, poisoned = victim.clean, victim.poisoned.indices
+    arrays = retuning_set(attack, victim.dataset, clean, poisoned, per_class, source.config.seed)
     options = source.config.ft.copy_and_resolve_references()
-    options.update({'learning_rate': retuning.learning_rate, 'schedule': 'constant'})
+    options.schedule = 'constant'
     holdings = Holdings(victim.module, variables, arrays['images'], arrays['labels'])
-    before, optimiser = begin(holdings, options, source.config.train, retuning.steps)
+    before, optimiser = begin(holdings, options, source.config.train, retuning.steps, retuning.learning_rate)
     step = partial(
         classification_step,
         module=victim.module,
@@ -196,6 +193,10 @@ def relapse(flags: argparse.Namespace) -> list[dict[str, Any]]:
         directory.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(MetricWriter(directory)) as writer, Watch() as watch:
             run = Run(source.config.seed, directory, mesh, writer, source.config.run, watch)
+            # One for all models: triggers are put on, and predictions compiled, once.
+            dataset, count = source.victim.dataset, retuning.images
+            few = replace(dataset, test_images=dataset.test_images[:count], test_labels=dataset.test_labels[:count])
+            judge = Judge(source.victim._replace(dataset=few), run)
             for model, variables in models.items():
                 for per_class in flags.per_class:
                     shared = {
@@ -207,7 +208,8 @@ def relapse(flags: argparse.Namespace) -> list[dict[str, Any]]:
                         'per_class': per_class,
                     }
                     stage = f'relapse/{model}-{per_class}'
-                    rows += [shared | point for point in retune(run, stage, source, variables, per_class, retuning)]
+                    points = retune(run, stage, source, judge, variables, per_class, retuning)
+                    rows += [shared | point for point in points]
                     workdir.write_text(flags.workdir / 'relapse.csv', collect.to_csv(rows, COLUMNS))
     return rows
 

@@ -3,6 +3,7 @@
 Source: He et al., "Identity Mappings in Deep Residual Networks" (2016).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -50,6 +51,33 @@ class Block(nn.Module):
         return y + shortcut
 
 
+def residual_stages(
+    block: Callable[..., nn.Module], x: jax.Array, depth: int, width: int, dtype: Any, train: bool
+) -> tuple[jax.Array, ...]:
+    """Returns the maps [B, H, W, C] of four stages, strides 1, 2, 2, 2; called within a module's compact method.
+
+    Args:
+        block: A class of blocks, such as `Block`.
+        x: [B, H, W, C], of the stem.
+        depth: Of BLOCKS.
+        width: Channels of the first stage.
+        dtype: Of the computation.
+        train: Whether batch statistics are used.
+    """
+    stages = []
+    for stage, blocks in enumerate(BLOCKS[depth]):
+        for number in range(blocks):
+            x = block(
+                channels=width * 2**stage,
+                stride=2 if stage > 0 and number == 0 else 1,
+                bottleneck=depth in BOTTLENECK_DEPTHS,
+                dtype=dtype,
+                name=f'stage{stage + 1}_block{number + 1}',
+            )(x, train)
+        stages.append(x)
+    return tuple(stages)
+
+
 class PreActResNet(nn.Module):
     """PreActResNet 18, 34 or 50: conv 3x3, four stages (strides 1, 2, 2, 2), global average, linear.
 
@@ -78,19 +106,10 @@ class PreActResNet(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False, features: bool = False):
         x = normalise(images, self.mean, self.std, self.dtype)
         x = conv(self.width, 3, 1, dtype=self.dtype, use_bias=False, name='stem')(x)
-        stages = []
-        for stage, blocks in enumerate(BLOCKS[self.depth]):
-            for block in range(blocks):
-                x = Block(
-                    channels=self.width * 2**stage,
-                    stride=2 if stage > 0 and block == 0 else 1,
-                    bottleneck=self.depth in BOTTLENECK_DEPTHS,
-                    dtype=self.dtype,
-                    name=f'stage{stage + 1}_block{block + 1}',
-                )(x, train)
-            stages.append(x)
+        stages = residual_stages(Block, x, self.depth, self.width, self.dtype, train)
+        x = stages[-1]
         if self.final_norm:
             x = nn.relu(batch_norm(x, train=train, dtype=self.dtype, name='final_norm_layer'))
         x = x.astype(jnp.float32).mean(axis=(1, 2))
         logits = nn.Dense(self.num_classes, dtype=jnp.float32, name='head')(x)
-        return (logits, tuple(stages)) if features else logits
+        return (logits, stages) if features else logits

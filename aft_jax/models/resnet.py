@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from aft_jax.models.layers import batch_norm, conv, max_pool, normalise
-from aft_jax.models.preact_resnet import BLOCKS, BOTTLENECK_DEPTHS, EXPANSION
+from aft_jax.models.preact_resnet import EXPANSION, residual_stages
 
 STEMS = ('imagenet', 'cifar')
 
@@ -75,17 +75,8 @@ class ResNet(nn.Module):
         x = nn.relu(batch_norm(x, train=train, dtype=self.dtype, name='stem_norm'))
         if large:
             x = max_pool(x, 3, 2, 1)
-        stages = []
-        for stage, blocks in enumerate(BLOCKS[self.depth]):
-            for block in range(blocks):
-                x = Block(
-                    channels=self.width * 2**stage,
-                    stride=2 if stage > 0 and block == 0 else 1,
-                    bottleneck=self.depth in BOTTLENECK_DEPTHS,
-                    dtype=self.dtype,
-                    name=f'stage{stage + 1}_block{block + 1}',
-                )(x, train)
-            stages.append(x)
+        stages = residual_stages(Block, x, self.depth, self.width, self.dtype, train)
+        x = stages[-1]
         x = x.astype(jnp.float32).mean(axis=(1, 2))
         logits = nn.Dense(self.num_classes, dtype=jnp.float32, name='head')(x)
-        return (logits, tuple(stages)) if features else logits
+        return (logits, stages) if features else logits
