@@ -225,6 +225,7 @@ def default_config() -> ml_collections.ConfigDict:
             'checkpoint_every': 500,  # steps
             'keep_checkpoints': 2,  # a stage
             'evaluate_every': 0.0,  # epochs, or parts of one, between evaluations while infecting; 0 only at the end
+            'purify_points': 0,  # evaluations on the test set in each stage of a defense, for the report alone; 0 none
             'eval_batch_size': 500,
             'compile_cache': '',  # a directory where compiled programs are kept from one start to the next
         }

@@ -120,6 +120,25 @@ def _kept_together(outcome: dict[str, Any], measured: dict[str, dict]) -> dict[s
     return measured[first] | {'purified': earlier | {name: measured[name] for name in defenses}}
 
 
+def show_in_tensorboard(run: Run, directory: Path, observation: Observation | None) -> None:
+    """Shows the pictures of the report among the metrics: those that were drawn, and examples of each kind of image.
+
+    Args:
+        run: The experiment's run.
+        directory: Where `draw` has written.
+        observation: What `observe` returned.
+    """
+    if jax.process_index() != 0:
+        return
+    drawn = {path.stem: path for path in (directory / 'triggers.png', directory / 'before_after.png') if path.exists()}
+    images = {name: gallery.read(path) for name, path in drawn.items()}
+    if observation is not None:
+        chosen = pictures.choose(observation.labels, observation.target_map, pictures.COLUMNS)
+        rows = [observation.images[kind][chosen] for kind in observation.images]
+        images['_'.join(observation.images)] = gallery.mosaic(rows)
+    run.writer.write_images('report', images)
+
+
 def draw(
     directory: Path,
     victim: Victim,

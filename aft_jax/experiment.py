@@ -22,8 +22,8 @@ from aft_jax.data.batches import count_steps
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET, NEED_FEATURES, Holdings
 from aft_jax.errors import UserError
-from aft_jax.evaluation import detection
-from aft_jax.exhibition import draw, observe
+from aft_jax.evaluation import Scores, detection
+from aft_jax.exhibition import draw, observe, show_in_tensorboard
 from aft_jax.judge import Judge
 from aft_jax.models.factory import shows_features
 from aft_jax.randomness import key_for
@@ -32,7 +32,7 @@ from aft_jax.scan import Scanner
 from aft_jax.suspect import Suspect
 from aft_jax.training import compile_cache, optimiser, state
 from aft_jax.training.checkpoint import checksum
-from aft_jax.training.loop import Phase, Run, fit
+from aft_jax.training.loop import Onlooker, Phase, Run, fit
 from aft_jax.training.mesh import check_batch_size, make_mesh
 from aft_jax.training.metrics import MetricWriter
 from aft_jax.training.preemption import Watch
@@ -110,7 +110,9 @@ def carry_out(
         for name in validation.names(config.defenses):
             suspects = suspect_set(attack, victim, config) if name in FROM_SUSPECT_SET else None
             holdings = holdings_of(victim, infected, suspects)
-            cleansed = DEFENSES[name](run, f'purify/{name}', holdings, defender_config(config, name))
+            cleansed = DEFENSES[name](
+                watched(run, judge, attack), f'purify/{name}', holdings, defender_config(config, name)
+            )
             purified[name] = cleansed.state.variables
             results.add_purified(outcome, name, before, judge(purified[name], attack), cleansed.seconds)
             if suspects is not None:
@@ -129,6 +131,7 @@ def carry_out(
             if writes:
                 workdir.write_json(run.workdir / 'results.json', outcome)
         draw(run.workdir / 'report', victim, infected, purified, judge, results.as_shown(outcome), observation)
+        show_in_tensorboard(run, run.workdir / 'report', observation)
     return outcome
 
 
@@ -144,6 +147,24 @@ def holdings_of(victim: Victim, infected: Infected, suspects: Poisoned | None) -
         return Holdings(victim.module, infected.variables, suspects.images, suspects.labels)
     images, labels = victim.dataset.train_images[victim.clean], victim.dataset.train_labels[victim.clean]
     return Holdings(victim.module, infected.variables, images, labels)
+
+
+def watched(run: Run, judge: Judge, attack: Attack | None) -> Run:
+    """Returns the run with the judge looking on, who writes down how the model in training does on the test set."""
+
+    def look(stage: str, step: int, epochs: float, state: Any) -> None:
+        # Some states, such as masks, are not a model.
+        if hasattr(state, 'variables'):
+            run.writer.write(stage, step, {'epoch': epochs} | on_test_set(judge(state.variables, attack)))
+
+    points = run.options.purify_points
+    return run._replace(onlooker=Onlooker(look, points)) if points else run
+
+
+def on_test_set(scores: Scores) -> dict[str, float]:
+    """Returns the scores that there are, as the record of a training has them."""
+    values = {'test_acc': scores.acc, 'test_asr': scores.asr, 'test_cross_acc': scores.cross_acc}
+    return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def defender_config(config: ml_collections.ConfigDict, defense: str) -> ml_collections.ConfigDict:
@@ -182,9 +203,7 @@ def infect(run: Run, victim: Victim, config: ml_collections.ConfigDict, judge: J
     infection = attacks.begin(run, victim.attack, arrays, learner, config)
 
     def probe(current: Any) -> dict[str, float]:
-        scores = judge(current.variables, infection.attack_of(current))
-        values = {'test_acc': scores.acc, 'test_asr': scores.asr, 'test_cross_acc': scores.cross_acc}
-        return {name: value for name, value in values.items() if not math.isnan(value)}
+        return on_test_set(judge(current.variables, infection.attack_of(current)))
 
     every = config.run.evaluate_every
     fitted = fit(

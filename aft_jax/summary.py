@@ -1,8 +1,14 @@
 """A table of many runs, read by people: mean and standard deviation over seeds."""
 
+import csv
+import math
 import statistics
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from aft_jax.collect import COLUMNS
+from aft_jax.errors import UserError
 
 SCORES = ('acc', 'asr', 'ra', 'cross_acc', 'der', 'seconds')
 HEADINGS = {'acc': 'ACC %', 'asr': 'ASR %', 'ra': 'RA %', 'cross_acc': 'cross ACC %', 'der': 'DER %'}
@@ -41,6 +47,57 @@ def summarise(rows: Iterable[dict[str, Any]]) -> list[Group]:
         seeds = tuple(sorted(row['seed'] for row in members))
         summary.append(Group(dict(zip(CASE, case, strict=True)), seeds, scores))
     return summary
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a table.csv, with numbers where numbers stand; what is empty was not measured, and is None.
+
+    Raises:
+        UserError: It cannot be read, or is not such a table.
+    """
+    try:
+        with path.open(newline='') as file:
+            reader = csv.DictReader(file)
+            lines = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f'{path} cannot be read as a table ({getattr(error, "strerror", None) or error}).') from None
+    if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+        raise UserError(f'{path} lacks the columns {", ".join(missing)}; name a table.csv that aft_jax has written.')
+    if not lines:
+        raise UserError(f'{path} holds no run.')
+    rows, seen = [], set()
+    for number, line in enumerate(lines, 2):
+        try:
+            row = _typed(line)
+        except ValueError as error:
+            raise UserError(f'{path}, row {number}: {error}.') from None
+        which = tuple(row[field] for field in (*CASE, 'seed'))
+        if which in seen:
+            raise UserError(f'{path}, row {number}: the same run and defense stand in a row above.')
+        seen.add(which)
+        rows.append(row)
+    return rows
+
+
+def _typed(line: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for name in COLUMNS:
+        text = line[name]
+        if text is None or None in line:
+            raise ValueError('it has not as many fields as the heading')
+        if name in ('dataset', 'model', 'attack', 'label_mode', 'defense'):
+            row[name] = text
+        elif not text and name not in ('seed', 'clean_share'):
+            row[name] = None
+        else:
+            try:
+                value = int(text) if name == 'seed' else float(text)
+            except ValueError:
+                raise ValueError(f'{name} is {text!r}, not a number') from None
+            if not (0 <= value <= (math.inf if name in ('seed', 'seconds') else 1) and math.isfinite(value)):
+                raise ValueError(f'{name} is {text}, which cannot be')
+            row[name] = value
+    return row
 
 
 def to_markdown(groups: Sequence[Group]) -> str:

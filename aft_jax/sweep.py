@@ -3,7 +3,8 @@
     python -m aft_jax.sweep --config=configs/tables/fashion_mnist.py --workdir=runs/table [--shard=0/2]
 
     --config     a file of configs/tables/, or one of your own like them
-    --workdir    every run gets WORKDIR/runs/NAME; table.csv, table.md, infected.csv and table.png stand in WORKDIR
+    --workdir    every run gets WORKDIR/runs/NAME; table.csv, table.md, infected.csv, table.png and index.html, a page
+                 that shows them, stand in WORKDIR
     --shard      i/n: only every n-th experiment from the i-th, so that n machines that share the folder share the work
     --config.FIELD    such as --config.select=sig,wanet --config.seeds="(0,)" --config.defenses=ft,aft
 
@@ -129,9 +130,9 @@ def is_finished(directory: Path, experiment) -> bool:
 
 
 def gather(root: Path, experiments: list) -> None:
-    """Writes table.csv, table.md, infected.csv and, where Matplotlib is installed, table.png of all finished runs."""
+    """Writes table.csv, table.md and infected.csv of all finished runs; what is drawn too, where that can be done."""
     from aft_jax import collect, grid, summary, workdir
-    from aft_jax.report import bars, pictures
+    from aft_jax.report import bars, pictures, table_page
 
     directories = [(grid.directory_of(root, experiment), experiment) for experiment in experiments]
     finished = [directory for directory, experiment in directories if measured(directory, experiment) is not None]
@@ -145,6 +146,8 @@ def gather(root: Path, experiments: list) -> None:
     workdir.write_text(root / 'table.md', summary.to_markdown(groups))
     if pictures.available():
         bars.write_bars(root / 'table.png', groups)
+    if not pictures.missing('matplotlib', 'jinja2'):
+        table_page.write_table_page(root / 'index.html', groups)
 
 
 if __name__ == '__main__':

@@ -70,7 +70,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     )
     _not_negative(
         config,
-        *('train.momentum', 'train.weight_decay', 'run.evaluate_every', 'run.steps_per_call'),
+        *('train.momentum', 'train.weight_decay', 'run.evaluate_every', 'run.purify_points', 'run.steps_per_call'),
         *('data.size', 'data.pad', 'augment.crop', 'augment.rotation', 'tuning.budget'),
     )
     if config.clean_share != 1 or not config.init_from:

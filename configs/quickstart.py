@@ -12,4 +12,5 @@ def get_config(attack='blend'):
     config = mnist5k.get_config(attack)
     config.attack.label_mode = 'all2one'
     config.defenses = 'ft,aft'
+    config.run.purify_points = 10
     return config

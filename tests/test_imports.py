@@ -23,6 +23,8 @@ ONLY_IMPORTER = {
     'orbax': 'aft_jax.training.checkpoint',
     'tensorflow_datasets': 'aft_jax.data',
     'matplotlib': 'aft_jax.report',
+    'jinja2': 'aft_jax.report',
+    'sklearn': 'aft_jax.report',
     'torch': 'aft_jax.interchange.torch_file',
     'safetensors': 'aft_jax.interchange.safetensors_file',
 }

@@ -1,11 +1,7 @@
 """report/index.html: what it shows of each kind of run, that it needs nothing beside it, and what its figures tell."""
 
-import html
 import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import flax.linen as nn
@@ -13,20 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from page_reader import BROWSER, Reader, look
 
-from aft_jax import attacks, exhibition
+from aft_jax import attacks, exhibition, summary
 from aft_jax.analysis.bootstrap import NOTHING, Estimate
 from aft_jax.attacks.poison import NO_INDICES, Poisoned, write_manifest
 from aft_jax.judge import Judge
-from aft_jax.report import page, panels, verdict
+from aft_jax.report import curves, page, panels, table_page, verdict
 from aft_jax.report.observation import Observation, Seen
 from aft_jax.victim import Infected, Victim
 
 NAMES = ('zero', '<one> & $two$', 'three')
-VOID = {'meta', 'img', 'br', 'link', 'input', 'hr', 'path', 'use', 'rect'}
-BROWSER = next(
-    (path for name in ('chromium', 'chromium-browser', 'google-chrome') if (path := shutil.which(name))), None
-)
 
 
 def scores(acc, asr, **more):
@@ -77,47 +70,24 @@ def observation(triggered=True, features=True):
     )
 
 
-class Reader(HTMLParser):
-    """Keeps every tag with its attributes, and finds tags that are not closed where they should be."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open, self.text = [], [], ''
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not {'style', 'svg'} & set(self.open):
-            self.text += f' {data}'
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    @property
-    def sections(self):
-        return [attributes['id'] for attributes in self.all('section') if 'id' in attributes]
-
-    @property
-    def said(self):
-        return ' '.join(self.text.split())
-
-
 def write(directory, outcome, seen):
     page.write_page(directory / 'report', outcome, seen, NAMES)
     return (directory / 'report' / 'index.html').read_text()
+
+
+def watched():
+    """What a judge writes who looks on: FT tried two learning rates and took the second; AFT dips; ANP is no model."""
+    stages = {
+        'infect': [(0.2, 0.1), (0.95, 0.99)],
+        'purify/ft/0.01': [(0.95, 0.99), (0.96, 0.985)],
+        'purify/ft/0.03': [(0.95, 0.99), (0.945, 0.985), (0.94, 0.98)],
+        'purify/aft': [(0.95, 0.99), (0.9, 0.25), (0.94, 0.01)],
+        'purify/aft2': [(0.94, 0.01)],
+    }
+    for stage, measured in stages.items():
+        yield {'step': 1, 'stage': stage, 'loss': 1.0}
+        for i, (acc, asr) in enumerate(measured):
+            yield {'step': i, 'stage': stage, 'epoch': 2.5 * i, 'test_acc': acc, 'test_asr': asr}
 
 
 @pytest.fixture(scope='module')
@@ -127,6 +97,9 @@ def whole(tmp_path_factory):
     empty = np.zeros((0, 6, 6, 1), np.uint8)
     write_manifest(directory / 'poison.npz', None, Poisoned(empty, NO_INDICES, np.arange(7), NO_INDICES), np.arange(5))
     (directory / 'config.json').write_text(json.dumps({'seed': 3, 'aft': {'eps': 0.125, 'preset': ''}}))
+    (directory / 'metrics.jsonl').write_text(
+        ''.join(json.dumps(line) + '\n' for line in watched()) + '{"step": 9, "sta'
+    )
     outcome = results(scores(0.95, 0.99), ft=scores(0.94, 0.98, der=0.5), aft=scores(0.94, 0.01, der=0.985))
     outcome['connection'] = connected(0.8) | {'purified': {'aft': connected(None)}}
     return directory, write(directory, outcome, observation())
@@ -135,19 +108,10 @@ def whole(tmp_path_factory):
 def test_the_page_stands_by_itself(whole):
     directory, text = whole
     read = Reader(text)
-    assert not read.all('script') and not read.all('link')
-    for _, attributes in read.tags:
-        for name in ('src', 'href', 'xlink:href', 'srcset', 'data'):
-            assert re.match(r'data:image/png;base64,|#|https://arxiv\.org/abs/', attributes.get(name) or '#')
-    assert re.findall(r'url\((?!#)', text) == [] and '@import' not in text
-    identities = [attributes['id'] for _, attributes in read.tags if 'id' in attributes]
-    assert len(identities) == len(set(identities))
-    wanted = {attributes['xlink:href'][1:] for attributes in read.all('use')} | set(re.findall(r'url\(#(.*?)\)', text))
-    assert wanted and wanted <= set(identities)
-    assert read.sections == ['trigger', 'examples', 'landing', 'inside', 'connection', 'made']
+    read.check_stands_by_itself()
+    assert read.sections == ['purification', 'trigger', 'examples', 'landing', 'inside', 'connection', 'made']
     for name in (
-        'landing',
-        'target_share',
+        *('landing', 'target_share', 'purification_acc', 'purification_asr'),
         *(f'{f}_{m}' for f in ('activations', 'features') for m in ('infected', 'aft')),
     ):
         assert (directory / 'report' / f'{name}.png').read_bytes()[:4] == b'\x89PNG'
@@ -156,12 +120,30 @@ def test_the_page_stands_by_itself(whole):
 
 def test_everything_seen_is_told(whole):
     read = Reader(whole[1])
-    assert len(read.all('img')) == 3 * 2 + 3 * 2 and len(read.all('svg')) == 6
-    assert all(len(attributes['alt']) > 20 for attributes in read.all('img'))
+    assert len(read.all('img')) == 3 * 2 + 3 * 2 and len(read.all('svg')) == 8
     for attributes in read.all('svg'):
         assert attributes['role'] == 'img' and re.search(r'\d', attributes['aria-label'])
     alts = ' '.join(attributes['alt'] for attributes in read.all('img'))
     assert 'Adversarial image of class <one> & $two$: infected says <one> & $two$, aft says <one> & $two$.' in alts
+
+
+def test_the_curves_are_those_of_the_models_of_the_table(whole, tmp_path):
+    acc, asr = (
+        next(a['aria-label'] for a in Reader(whole[1]).all('svg') if a['aria-label'].startswith(score)).replace(
+            '\xa0', ' '
+        )
+        for score in ('ACC', 'ASR')
+    )
+    assert acc == (
+        'ACC over epochs, a line a defense. ft: 95.0 % at first, 94.0 % after 5 epochs. '
+        'aft: 95.0 % at first, 94.0 % after 5 epochs, lowest 90.0 % after 2.5.'
+    )
+    assert 'ft: 99.0 % at first, 98.0 % after 5 epochs. aft: 99.0 % at first, 1.0 % after 5 epochs.' in asr
+    lines = whole[0] / 'metrics.jsonl'
+    # What was watched is not the model of the table, or its trigger is not known.
+    assert not curves.read(lines, {'ft': scores(0.9, 0.5), 'mcr': scores(0.94, 0.01)})
+    unknown = curves.read(lines, {'aft': scores(0.94, None)})
+    assert [panel.name for panel in curves.draw(tmp_path, unknown, scores(0.95, None))] == ['purification_acc']
 
 
 def test_the_numbers_are_there(whole):
@@ -331,14 +313,26 @@ def test_what_is_observed_without_a_trigger_or_feature_maps(dataset, config, mak
 
 
 @pytest.mark.skipif(BROWSER is None, reason='no browser to measure the page with')
-def test_nothing_overflows_on_a_phone(whole, tmp_path):
-    measure = (
-        '<script>onload = () => { const d = document.querySelector("iframe").contentDocument.documentElement;'
-        'document.title = d.scrollWidth + " of " + d.clientWidth }</script>'
-    )
-    framed = f'<iframe width="390" height="844" style="border:0" srcdoc="{html.escape(whole[1])}"></iframe>{measure}'
-    (tmp_path / 'frame.html').write_text(framed)
-    flags = ['--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path}/profile', '--dump-dom']
-    address = (tmp_path / 'frame.html').as_uri()
-    seen = subprocess.run([BROWSER, *flags, address], capture_output=True, text=True, timeout=120).stdout
-    assert re.search(r'<title>(\d+) of \1</title>', seen)
+def test_in_a_browser(whole, tmp_path):
+    """Nothing overflows on a phone, no request leaves, and what is not chosen of a table is not shown."""
+    shared = {'dataset': 'd', 'model': 'm', 'clean_share': 0.05, 'acc': 0.9, 'asr': 0.9, 'ra': 0.1, 'der': 0.5}
+    cases = [('none', 'all2one'), ('sig', 'all2one'), ('sig', 'all2all'), ('wanet', 'all2one')]
+    rows = [
+        shared | {'attack': attack, 'label_mode': mode, 'defense': defense, 'seed': seed, 'seconds': 100.0 + seed}
+        for attack, mode in cases
+        for defense in ('none', 'a_defense_with_a_long_name', 'aft')
+        for seed in (0, 1)
+    ]
+    table_page.write_table_page(tmp_path / 'table.html', summary.summarise(rows))
+    question = """Object.entries(pages).map(([name, page]) => {
+        const root = page.document.documentElement, resources = page.performance.getEntriesByType("resource")
+        const shown = () => [...page.document.querySelectorAll(".case h3, .nothing")]
+            .filter(one => one.getClientRects().length).map(one => one.textContent)
+        const choose = (...ids) => ids.map(id => { page.document.getElementById(id)?.click(); return shown() })
+        const sizes = [root.clientWidth > 300, root.scrollWidth - root.clientWidth, resources.length]
+        return [name, ...sizes, shown(), ...choose("attack1", "mode1", "attack2", "attack0")] })"""
+    seen = json.loads(look({'run': whole[1], 'table': (tmp_path / 'table.html').read_text()}, question, tmp_path))
+    assert [row[:4] for row in seen] == [['run', True, 0, 0], ['table', True, 0, 0]]
+    everything = ['benign', 'sig, all2one', 'sig, all2all', 'wanet, all2one']
+    assert seen[1][4:7] == [everything, ['sig, all2one', 'sig, all2all'], ['sig, all2all']]
+    assert re.match('This table has no run', seen[1][7][0]) and seen[1][7:] == [seen[1][7][:1], ['benign']]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from command import ROOT
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from page_reader import Reader
 
 from aft_jax import command_line, grid, summary, sweep
 from aft_jax.config import default_config
@@ -39,6 +40,7 @@ def get_config():
         config.ft.learning_rates = (0.01,)
         config.run.checkpoint_every = 10
         config.run.log_every = 10
+        config.run.purify_points = 2
         config.run.compile_cache = '{npz}.cache'
     return table_config(experiments, label_modes='all2one', seeds=(0, 1), stages=('infect', 'purify'), defenses='ft')
 """
@@ -119,7 +121,18 @@ def test_a_grid_is_interrupted_and_resumed(table, tmp_path):
         (attack, seed, defense) for seed in '01' for attack in ('badnets', 'blend') for defense in ('none', 'ft')
     ]
     assert [row['attack'] for row in read(root / 'infected.csv')] == ['badnets', 'blend'] * 2
-    assert (root / 'table.png').stat().st_size > 5000
+    assert (root / 'table.png').stat().st_size > 5000 and (root / 'table.svg').exists()
+    page = Reader((root / 'index.html').read_text())
+    page.check_stands_by_itself()
+    assert 'FT leaves' in page.said and 'badnets, all2one' in page.said and 'blend, all2one' in page.said
+    # The judge looked on at the beginning, in the middle and at the end, where it saw what stands in the results.
+    for path in sorted((root / 'runs').iterdir()):
+        written = [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
+        looked = [line for line in written if line['stage'] == 'purify/ft' and 'test_acc' in line]
+        found = json.loads((path / 'results.json').read_text())
+        assert [line['step'] for line in looked] == [0, 2, 3]
+        for line, scores in ((looked[0], found['infected']), (looked[-1], found['purified']['ft'])):
+            assert (line['test_acc'], line['test_asr']) == (scores['acc'], scores['asr'])
 
     accuracies = [float(row['acc']) for row in rows if row['attack'] == 'blend' and row['defense'] == 'ft']
     mean, deviation = statistics.fmean(accuracies), statistics.stdev(accuracies)

@@ -1,23 +1,25 @@
-"""table.png: clean accuracy and attack success rate of every case and defense, with their spread over seeds."""
+"""Clean accuracy and attack success rate with their spread over seeds: table.png of all cases, and a figure of one."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from aft_jax.summary import Group
+from aft_jax.report.figure import BLUE, COLOURS, FAINT, INK, Panel, panel
+from aft_jax.report.verdict import percent
+from aft_jax.summary import Group, Spread
 
-# Okabe-Ito, told apart by colour-blind readers; the hatches say the same in grey print.
-COLOURS = ('#595959', '#56B4E9', '#D55E00', '#009E73', '#E69F00', '#0072B2', '#CC79A7', '#F0E442')
 HATCHES = ('', '//', '..', 'xx', '\\\\', '--', '++', 'oo')
 PANELS = {'acc': 'ACC %', 'asr': 'ASR %'}
+SCORE_COLOURS = {'acc': BLUE, 'asr': COLOURS[2]}
 
 
 def write_bars(path: Path, groups: Sequence[Group]) -> None:
     """Draws a group of bars for each case, one a defense (`none` is the infected model itself).
 
     Args:
-        path: Of the PNG.
+        path: Of the PNG; the same is written as SVG beside it.
         groups: As `summary.summarise` returns them.
     """
     import matplotlib
@@ -57,9 +59,51 @@ def write_bars(path: Path, groups: Sequence[Group]) -> None:
     figure.legend(handles.values(), handles.keys(), loc='outside upper center', ncols=len(defenses), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+    figure.savefig(path.with_suffix('.svg'))
     plt.close(figure)
 
 
 def _case(group: Group) -> tuple[str, str]:
     attack = group.case['attack']
     return (attack, group.case['label_mode']) if attack != 'none' else ('benign', '')
+
+
+def case(name: str, rows: dict[str, dict[str, Spread]], first: Container[str]) -> Panel:
+    """Draws the bars of one case, a row a defense.
+
+    Args:
+        name: Unique in the page.
+        rows: Scores by defense, in their order.
+        first: The rows of models that were not purified, which are drawn in grey.
+    """
+    shown = [score for score in PANELS if any(score in scores for scores in rows.values())]
+
+    def draw(axes: Any) -> None:
+        for axis, score in zip(np.ravel(axes), shown, strict=True):
+            for place, (defense, scores) in enumerate(rows.items()):
+                if score not in scores:
+                    continue
+                mean, deviation = scores[score]
+                wide = None if deviation is None else 100 * deviation
+                colour = FAINT if defense in first else SCORE_COLOURS[score]
+                axis.barh(place, 100 * mean, 0.72, color=colour, xerr=wide, ecolor=INK, capsize=2.5)
+                axis.text(100 * mean + (wide or 0) + 2.5, place, f'{100 * mean:.1f}', va='center')
+            axis.set_xlim(0, 138)
+            axis.set_xticks([0, 50, 100])
+            axis.tick_params(axis='y', length=0)
+            axis.set_xlabel(PANELS[score])
+        np.ravel(axes)[0].set_yticks(range(len(rows)), list(rows))
+        np.ravel(axes)[0].invert_yaxis()
+
+    told = [f'{PANELS[score].removesuffix(" %")}: {", ".join(_told(rows, score))}' for score in shown]
+    alt = f'Bars, a row a defense. {". ".join(told)}.'
+    return panel(None, name, '', alt, draw, 0.75 + 0.27 * max(len(rows), 3), columns=len(shown), width=4.4)
+
+
+def _told(rows: dict[str, dict[str, Spread]], score: str) -> list[str]:
+    told = []
+    for name, scores in rows.items():
+        if score in scores:
+            mean, deviation = scores[score]
+            told.append(f'{name} {percent(mean)}' + ('' if deviation is None else f' ± {100 * deviation:.1f}'))
+    return told

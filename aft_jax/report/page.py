@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from aft_jax.report import facts, panels, verdict
+from aft_jax.report import curves, facts, panels, template, verdict
 from aft_jax.report.gallery import MAGNIFICATION, magnified_difference
 from aft_jax.report.observation import ADVERSARIAL, CLEAN, TRIGGERED, Observation
-from aft_jax.report.panels import Panel
 from aft_jax.report.pictures import choose
 from aft_jax.report.verdict import featured, first_model, percent
 from aft_jax.workdir import write_text
@@ -29,22 +28,12 @@ def write_page(
     """Writes index.html, and its figures as PNG and SVG files beside it.
 
     Args:
-        directory: Where they go; config.json and poison.npz are looked for in the one above.
+        directory: Where they go; config.json, poison.npz and metrics.jsonl are looked for in the one above.
         outcome: What results.json holds.
         observation: What the models make of test images; without one the page has its numbers alone.
         class_names: K names.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters['percent'] = percent
-    environment.filters['vector'] = lambda panel: _inline(panel)
+    watched = curves.read(directory.parent / 'metrics.jsonl', outcome['purified'])
     content = {
         'outcome': outcome,
         'first': first_model(outcome),
@@ -54,6 +43,7 @@ def write_page(
         'columns': columns(outcome),
         'rows': {first_model(outcome): outcome['infected']} | outcome['purified'],
         'scanned': bool(outcome['infected'].get('scan')),
+        'purification': curves.draw(directory, watched, outcome['infected']),
         'connection': connection_rows(outcome),
         'marks': MARKS,
         'magnification': MAGNIFICATION,
@@ -62,7 +52,7 @@ def write_page(
     }
     content |= _seen(directory, observation, class_names)
     directory.mkdir(parents=True, exist_ok=True)
-    write_text(directory / 'index.html', environment.get_template('page.html').render(content))
+    write_text(directory / 'index.html', template.render('page.html', content))
 
 
 def key_figures(outcome: dict[str, Any]) -> list[dict[str, str]]:
@@ -159,12 +149,10 @@ def _triggers(observation: Observation, chosen: np.ndarray, class_names: tuple[s
                 f'The difference, magnified {MAGNIFICATION} times about grey: the trigger {told}.',
             ),
         }
-        cards.append(
-            {
-                'name': name,
-                'pictures': [{'kind': k, 'source': _png(image), 'alt': alt} for k, (image, alt) in pictures.items()],
-            }
-        )
+        shown = [
+            {'kind': kind, 'source': _png(image), 'alt': alt, 'answers': []} for kind, (image, alt) in pictures.items()
+        ]
+        cards.append({'name': name, 'pictures': shown})
     return cards
 
 
@@ -195,13 +183,6 @@ def _png(image: np.ndarray) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, 'PNG', optimize=True)
     return f'data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'
-
-
-def _inline(panel: Panel) -> Any:
-    """The panel's <svg> with its alternative text, as markup."""
-    from markupsafe import Markup, escape
-
-    return Markup(panel.svg.replace('<svg', f'<svg role="img" aria-label="{escape(panel.alt)}"', 1))
 
 
 def _number(value: float | None) -> str:

@@ -1,25 +1,19 @@
-"""The page's figures: each a Matplotlib figure with an alternative text that says what is seen, with its numbers.
+"""What adversarial examples are like: the page's figures of the observation.
 
-Ink is one colour and paper another, which `vector` turns into the page's own, so that a figure is readable in light and
-in dark. Kinds of images differ in colour and marker or line, models in colour and hatch.
+Kinds of images differ in colour and marker or line, models in colour and hatch.
 """
 
-import contextlib
-import io
-import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from aft_jax.analysis.bootstrap import Estimate
 from aft_jax.analysis.measures import correlations
-from aft_jax.report.bars import COLOURS
+from aft_jax.report.figure import COLOURS, FAINT, PAPER, Panel, panel
 from aft_jax.report.observation import ADVERSARIAL, CLEAN, TRIGGERED, Seen
 from aft_jax.report.verdict import percent
 
-INK, PAPER, FAINT = '#1b1f24', '#fdfefe', '#8a9099'
 KINDS = {
     CLEAN: (FAINT, 'o', ':'),
     TRIGGERED: (COLOURS[2], '^', '-'),
@@ -27,27 +21,10 @@ KINDS = {
 }
 # The first model and the purified one.
 MODELS = ((COLOURS[6], '', 'o', '-'), (COLOURS[3], '////', 's', '--'))
-WIDTH, HEIGHT = 5.0, 3.3  # inches; 360 points, about the width of a phone
 # More classes than this do not fit below each other.
 MOST_CLASSES = 14
 # Of each kind; more hide each other.
 MOST_POINTS = 150
-
-
-class Panel(NamedTuple):
-    """A figure as the page holds it.
-
-    Attributes:
-        name: Of its files, without the ending.
-        title: Shown above it.
-        alt: What is seen, for those who do not see it.
-        svg: An <svg> element in the page's colours.
-    """
-
-    name: str
-    title: str
-    alt: str
-    svg: str
 
 
 def landing(
@@ -104,7 +81,7 @@ def landing(
 
     alt = f'Bars, a row a class. {" ".join(told)}'
     tall = 0.9 + 0.15 * (len(left) + 0.4) * max(len(names), 4)
-    return _panel(directory, 'landing', 'Classes that adversarial examples land in', alt, draw, tall)
+    return panel(directory, 'landing', 'Classes that adversarial examples land in', alt, draw, tall)
 
 
 def activations(directory: Path, model: str, seen: Seen) -> Panel:
@@ -129,7 +106,7 @@ def activations(directory: Path, model: str, seen: Seen) -> Panel:
         correlation = correlations(*rises)[0]
         if np.isfinite(correlation):
             alt += f' What the trigger raises and what adversarial changes raise correlate by {correlation:.2f}.'
-    return _panel(directory, f'activations_{model}', model, alt, draw)
+    return panel(directory, f'activations_{model}', model, alt, draw)
 
 
 def features(directory: Path, model: str, seen: Seen) -> Panel | None:
@@ -162,7 +139,7 @@ def features(directory: Path, model: str, seen: Seen) -> Panel | None:
         for kind, centre in centres.items()
         if kind != ADVERSARIAL
     )
-    return _panel(directory, f'features_{model}', model, f'{alt}.', draw)
+    return panel(directory, f'features_{model}', model, f'{alt}.', draw)
 
 
 def target_share(directory: Path, eps: tuple[float, ...], swept: dict[str, list[Estimate]]) -> Panel:
@@ -191,7 +168,7 @@ def target_share(directory: Path, eps: tuple[float, ...], swept: dict[str, list[
         )
         for name, estimates in swept.items()
     ]
-    return _panel(directory, 'target_share', 'Target share over eps', f'Lines over eps. {". ".join(told)}.', draw)
+    return panel(directory, 'target_share', 'Target share over eps', f'Lines over eps. {". ".join(told)}.', draw)
 
 
 def _most_visited(shares: np.ndarray) -> np.ndarray:
@@ -215,65 +192,3 @@ def _told_landing(
         obeying = float(np.mean(left == target_map[labels][said != labels]))
         text += f'; {percent(obeying)} of these go where the trigger commands'
     return f'{text}.'
-
-
-def _panel(
-    directory: Path, name: str, title: str, alt: str, draw: Callable[[Any], None], height: float = HEIGHT
-) -> Panel:
-    """Draws into a figure, writes it as PNG and SVG, and returns it for the page."""
-    with _style(name):
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(WIDTH, height), layout='tight', facecolor=PAPER)
-        axes = figure.subplots()
-        axes.spines[['top', 'right']].set_visible(False)
-        draw(axes)
-        directory.mkdir(parents=True, exist_ok=True)
-        figure.savefig(directory / f'{name}.png', dpi=150)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None})
-    text = buffer.getvalue()
-    (directory / f'{name}.svg').write_text(text)
-    return Panel(name, title, alt, vector(text, name))
-
-
-@contextlib.contextmanager
-def _style(salt: str) -> Iterator[None]:
-    import matplotlib
-
-    wanted: dict[Any, Any] = {
-        'text.parse_math': False,  # class names may hold any sign
-        'font.size': 10,
-        'font.family': 'sans-serif',
-        'svg.fonttype': 'none',
-        'svg.hashsalt': salt,
-        'axes.facecolor': 'none',
-        'axes.edgecolor': FAINT,
-        'axes.labelcolor': INK,
-        'text.color': INK,
-        'xtick.color': FAINT,
-        'ytick.color': FAINT,
-        'xtick.labelcolor': INK,
-        'ytick.labelcolor': INK,
-        'hatch.linewidth': 0.6,
-        'lines.linewidth': 1.8,
-    }
-    with matplotlib.rc_context(wanted):
-        yield
-
-
-def vector(text: str, name: str) -> str:
-    """Returns Matplotlib's SVG document as an element of a page: its ink is the page's, and its names are its own.
-
-    Args:
-        text: The document.
-        name: Unique in the page; put before every id.
-    """
-    element = text[text.index('<svg') :]
-    element = re.sub(r'<metadata>.*?</metadata>', '', element, flags=re.DOTALL)
-    element = re.sub(r'\s(width|height)="[\d.]+pt"', '', element, count=2)
-    element = re.sub(r'(\sid="|href="#|url\(#)', rf'\g<1>{name}-', element)
-    # In the dark the page has another blue.
-    for colour, theirs in ((INK, 'currentColor'), (KINDS[ADVERSARIAL][0].lower(), 'var(--adversarial)')):
-        element = element.replace(colour, theirs)
-    return element.replace(f'fill: {PAPER}', 'fill: none').strip()

@@ -18,16 +18,20 @@ TRUE_COLOUR, COMMANDED_COLOUR, OTHER_COLOUR = '#0072B2', '#D55E00', '#595959'
 
 def available() -> bool:
     """Whether Matplotlib is installed."""
-    return importlib.util.find_spec('matplotlib') is not None
+    return not missing('matplotlib')
+
+
+def missing(*modules: str) -> str:
+    """Returns the names of those that are not installed, as 'Jinja2 and Matplotlib', or ''."""
+    return ' and '.join(NEEDED[module] for module in modules if importlib.util.find_spec(module) is None)
 
 
 def check_available() -> None:
     """Raises UserError when something that the report needs is not installed."""
-    missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
-    if missing:
+    if lacking := missing(*NEEDED):
         raise UserError(
-            f"the stage 'report' needs {' and '.join(missing)}, not installed here: pip install 'aft_jax[report]', or "
-            "leave the stage out with --config.stages=\"('infect','purify')\"."
+            f"the stage 'report' needs {lacking}, not installed here: pip install 'aft_jax[report]', or leave the "
+            "stage out with --config.stages=\"('infect','purify')\"."
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from aft_jax.report.bars import COLOURS
+from aft_jax.report.figure import COLOURS
 
 MARKERS = 'osD^v*XP'
 

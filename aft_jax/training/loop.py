@@ -34,6 +34,18 @@ class Phase(NamedTuple):
     until: int
 
 
+class Onlooker(NamedTuple):
+    """Watches stages for the record alone: it writes what it sees, and nothing comes back to those who train.
+
+    Attributes:
+        look: Called with (stage, step, epochs so far, state).
+        points: How often in a stage, evenly over its steps, beside its beginning.
+    """
+
+    look: Callable[[str, int, float, Any], None]
+    points: int
+
+
 class Run(NamedTuple):
     """What every stage of one experiment shares.
 
@@ -44,6 +56,7 @@ class Run(NamedTuple):
         writer: Of metrics.
         options: `config.run`: how the work is carried out.
         watch: For the sign to save and stop.
+        onlooker: Of all stages, or None.
     """
 
     seed: int
@@ -52,10 +65,11 @@ class Run(NamedTuple):
     writer: MetricWriter
     options: ml_collections.ConfigDict
     watch: Watch
+    onlooker: Onlooker | None = None
 
 
 class Fitted(NamedTuple):
-    """The state after a stage, and the wall-clock seconds that all its starts took together."""
+    """The state after a stage, and the wall-clock seconds that all its starts took together, but for measuring it."""
 
     state: Any
     seconds: float
@@ -125,7 +139,15 @@ def fit(
         feed = Feed(run.mesh, arrays, orders, options.placement)
         fixed, key = placement.place(run.mesh, (fixed, key_for(run.seed, stage)))
         calls = [_compile(run.mesh, phase.step) for phase in phases]
-        intervals = [options.log_every, options.checkpoint_every] + ([probe_every] if probe_every else [])
+        measures: list[tuple[int, Callable[[int, Any], None]]] = []
+        if probe is not None and probe_every:
+            measures.append((probe_every, lambda step, state: run.writer.write(stage, step, probe(state))))
+        if (onlooker := run.onlooker) is not None:
+            every = math.ceil(total / onlooker.points)
+            measures.append((every, lambda step, state: onlooker.look(stage, step, step * batch_size / sizes, state)))
+            if step == 0:
+                started += _measure(state, 0, [measures[-1][1]])
+        intervals = [options.log_every, options.checkpoint_every, *(every for every, _ in measures)]
         spans = list(_spans(step, [phase.until for phase in phases], intervals, steps_per_call(options)))
         progress = stack.enter_context(Progress(stage, step, total, batch_size))
         fed = stack.enter_context(feed.calls(spans))
@@ -142,8 +164,7 @@ def fit(
                 _check_finite(stage, step, values)
                 run.writer.write(stage, step, values)
                 progress.show(step, values)
-            if probe is not None and probe_every and (last or step % probe_every == 0):
-                run.writer.write(stage, step, probe(state))
+            started += _measure(state, step, [measure for every, measure in measures if last or step % every == 0])
             stops = run.watch.must_stop() and not last
             if stops:
                 _check_finite(stage, step, _average(pending))
@@ -155,6 +176,17 @@ def fit(
             if stops:
                 raise Preempted
     return Fitted(state, seconds)
+
+
+def _measure(state: Any, step: int, measures: Sequence[Callable[[int, Any], None]]) -> float:
+    """Measures a state, and returns the seconds that it took: they are no part of the training's."""
+    if not measures:
+        return 0.0
+    jax.block_until_ready(state)
+    started = time.monotonic()
+    for measure in measures:
+        measure(step, state)
+    return time.monotonic() - started
 
 
 def steps_per_call(options: ml_collections.ConfigDict) -> int:

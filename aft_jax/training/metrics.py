@@ -6,14 +6,17 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from aft_jax.workdir import write_text
 
 log = logging.getLogger(__name__)
 PLAIN_LINE_SECONDS = 10.0
+BAR = '{desc} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}'
 
 
 class MetricWriter:
@@ -29,7 +32,8 @@ class MetricWriter:
     def rewind(self, stage: str, step: int) -> None:
         """Forgets what was written for `stage` after `step`: those steps are about to be taken again.
 
-        A last line that was cut short when the process died goes too.
+        At step 0 that is the whole stage, what was measured before its first step too. A last line that was cut short
+        when the process died goes as well.
         """
         if not self._writes or not self._path.exists():
             return
@@ -39,7 +43,7 @@ class MetricWriter:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if entry['stage'] != stage or entry['step'] <= step:
+            if entry['stage'] != stage or (step > 0 and entry['step'] <= step):
                 kept.append(line + '\n')
         write_text(self._path, ''.join(kept))
 
@@ -49,12 +53,22 @@ class MetricWriter:
             return
         with self._path.open('a') as file:
             file.write(json.dumps({'step': step, 'stage': stage} | values) + '\n')
+        for name, value in values.items():
+            self._events_of(stage, step).add_scalar(name, value, step)
+
+    def write_images(self, stage: str, images: dict[str, np.ndarray]) -> None:
+        """Shows pictures in TensorBoard, uint8 [H, W, C] by name, in the place of those of an earlier start."""
+        if not self._writes:
+            return
+        for name, image in images.items():
+            self._events_of(stage, 0).add_image(name, image, 0, dataformats='HWC')
+
+    def _events_of(self, stage: str, step: int) -> Any:
         if stage not in self._events:
             from tensorboardX import SummaryWriter
 
             self._events[stage] = SummaryWriter(str(self._events_dir / stage), purge_step=step)
-        for name, value in values.items():
-            self._events[stage].add_scalar(name, value, step)
+        return self._events[stage]
 
     def close(self) -> None:
         """Flushes what is not yet on disk."""
@@ -73,7 +87,7 @@ class Progress:
         self._first = self._step = first
         self._started = self._spoke = time.monotonic()
         if self._shows and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=first, desc=stage, unit='step', dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=first, desc=stage, dynamic_ncols=True, bar_format=BAR)
 
     def __enter__(self) -> 'Progress':
         return self
@@ -89,12 +103,15 @@ class Progress:
         if not self._shows:
             return
         now = time.monotonic()
-        rate = (step - self._first) * self._batch_size / max(now - self._started, 1e-9)
+        steps_per_second = (step - self._first) / max(now - self._started, 1e-9)
+        rate = steps_per_second * self._batch_size
         if self._bar is not None:
             self._bar.set_postfix_str(f'loss {values["loss"]:.4f}, {rate:,.0f} images/s')
             self._bar.update(step - self._step)
         elif now - self._spoke >= PLAIN_LINE_SECONDS or step == self._total:
             line = f'{self._stage}: step {step} of {self._total}, loss {values["loss"]:.4f}, {rate:,.0f} images/s'
+            if step < self._total:
+                line += f', {tqdm.format_interval((self._total - step) / steps_per_second)} left'
             print(line, file=sys.stderr, flush=True)
             self._spoke = now
         self._step = step
