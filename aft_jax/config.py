@@ -14,36 +14,63 @@ AFT_PRESETS: dict[str, dict[str, Any]] = {
         'norm': 'linf',
         'eps': 6 / 255,
         'step_size': 6 / 255 / 5,
+        'rms_eps': 0.0,
+        'rms_step_size': 0.0,
         'pgd_steps': 7,
         'random_start': False,
         'clip': False,
         'epochs': 20,
         'adversarial_epochs': 3.0,
         'adversarial_share': 1.0,
+        'adversarial_weight': 1.0,
         'distillation': 0.0,
+        'mixup': 0.0,
         'learning_rate': 1e-3,
         'schedule': 'constant',
         'max_grad_norm': 0.0,
     },
-    # Ours: half of each batch adversarial, clean predictions held by distillation, a decaying learning rate.
+    # Ours: a few adversarial examples in every batch, of an Linf and an L2 ball, and clean predictions held by
+    # distillation on mixtures of clean images.
     'default': {
-        'norm': 'linf',
-        'eps': 16 / 255,
-        'step_size': 4 / 255,
+        'norm': 'both',
+        'eps': 20 / 255,
+        'step_size': 5 / 255,
+        'rms_eps': 0.11,
+        'rms_step_size': 0.0275,
         'pgd_steps': 7,
         'random_start': True,
         'clip': True,
         'epochs': 40,
-        'adversarial_epochs': 20.0,
-        'adversarial_share': 0.5,
-        'distillation': 1.0,
+        'adversarial_epochs': 38.0,
+        'adversarial_share': 0.125,
+        'adversarial_weight': 1.5,
+        'distillation': 5.0,
+        'mixup': 1.0,
         'learning_rate': 0.03,
         'schedule': 'cosine',
         'max_grad_norm': 1.0,
     },
+    # For a clean set of a few hundred images, where an epoch is a step or two: half of each batch adversarial.
+    'small': {
+        'norm': 'linf',
+        'eps': 16 / 255,
+        'step_size': 4 / 255,
+        'rms_eps': 0.0,
+        'rms_step_size': 0.0,
+        'pgd_steps': 7,
+        'random_start': True,
+        'clip': True,
+        'epochs': 200,
+        'adversarial_epochs': 100.0,
+        'adversarial_share': 0.5,
+        'adversarial_weight': 1.0,
+        'distillation': 1.0,
+        'mixup': 0.0,
+        'learning_rate': 0.01,
+        'schedule': 'cosine',
+        'max_grad_norm': 1.0,
+    },
 }
-# The same for a clean set of a few hundred images, where an epoch is a step or two.
-AFT_PRESETS['small'] = AFT_PRESETS['default'] | {'epochs': 200, 'adversarial_epochs': 100.0, 'learning_rate': 0.01}
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -200,16 +227,21 @@ def default_config() -> ml_collections.ConfigDict:
     config.aft = ml_collections.ConfigDict(
         {
             'preset': 'default',
-            'norm': config_dict.placeholder(str),
+            'norm': config_dict.placeholder(str),  # 'linf', 'l2', or 'both': a half each
             'eps': config_dict.placeholder(float),
             'step_size': config_dict.placeholder(float),
+            # Of the L2 half of 'both', as a root mean square over pixels, so that images of any size have the same
+            'rms_eps': config_dict.placeholder(float),
+            'rms_step_size': config_dict.placeholder(float),
             'pgd_steps': config_dict.placeholder(int),
             'random_start': config_dict.placeholder(bool),
             'clip': config_dict.placeholder(bool),
             'epochs': config_dict.placeholder(int),
             'adversarial_epochs': config_dict.placeholder(float),
-            'adversarial_share': config_dict.placeholder(float),
+            'adversarial_share': config_dict.placeholder(float),  # of a batch
+            'adversarial_weight': config_dict.placeholder(float),  # of their loss
             'distillation': config_dict.placeholder(float),
+            'mixup': config_dict.placeholder(float),  # largest share of another image in a clean one; 0 for none
             'learning_rate': config_dict.placeholder(float),
             'schedule': config_dict.placeholder(str),
             'max_grad_norm': config_dict.placeholder(float),

@@ -221,12 +221,12 @@ def _validate_aft(config: ml_collections.ConfigDict) -> None:
     _one_of('aft.preset', config.aft.preset, tuple(AFT_PRESETS))
     # The preset fills what the config leaves open, so that checks see what will be used.
     aft = resolve(config).aft
-    _one_of('aft.norm', aft['norm'], NORMS)
+    _one_of('aft.norm', aft['norm'], (*NORMS, 'both'))
     _one_of('aft.schedule', aft['schedule'], SCHEDULES)
-    if aft['norm'] == 'linf':
-        _in_pixels('aft.eps', aft['eps'])
-        _in_pixels('aft.step_size', aft['step_size'])
-    for field in ('eps', 'step_size', 'pgd_steps', 'epochs', 'learning_rate', 'adversarial_epochs'):
+    both = ('rms_eps', 'rms_step_size') if aft['norm'] == 'both' else ()
+    for field in (('eps', 'step_size') if aft['norm'] != 'l2' else ()) + both:
+        _in_pixels(f'aft.{field}', aft[field])
+    for field in (*both, 'eps', 'step_size', 'pgd_steps', 'epochs', 'learning_rate', 'adversarial_epochs'):
         if aft[field] <= 0:
             raise UserError(f'aft.{field}={aft[field]} must be positive.')
     if aft['adversarial_epochs'] > aft['epochs']:
@@ -236,9 +236,15 @@ def _validate_aft(config: ml_collections.ConfigDict) -> None:
             f'aft.adversarial_share={aft["adversarial_share"]} must lie above 0 and at most at 1, and be '
             'at least one image of a batch.'
         )
-    for field in ('distillation', 'max_grad_norm'):
+    for field in ('adversarial_weight', 'distillation', 'mixup', 'max_grad_norm'):
         if aft[field] < 0:
             raise UserError(f'aft.{field}={aft[field]} must not be negative.')
+    if aft['mixup'] > 1:
+        raise UserError(f'aft.mixup={aft["mixup"]} is a share of an image, at most 1.')
+    if aft['mixup'] > 0 and aft['distillation'] == 0:
+        raise UserError(
+            f'aft.mixup={aft["mixup"]} leaves clean images without labels, so that it takes aft.distillation above 0.'
+        )
 
 
 def _validate_nad(config: ml_collections.ConfigDict) -> None:

@@ -12,14 +12,16 @@ import pytest
 import scipy.special
 
 from aft_jax.adversarial import PGD
-from aft_jax.config import resolve
+from aft_jax.config import default_config, resolve
 from aft_jax.defenses import DEFENSES, Holdings, aft, defender
+from aft_jax.errors import UserError
 from aft_jax.training import state
 from aft_jax.training.optimiser import sgd
+from aft_jax.validation import validate
 
 RATE, EPS, TRAVELLED = 0.5, 0.1, 0.06
 NOTHING = ml_collections.ConfigDict({'crop': 0, 'flip': False, 'rotation': 0.0})
-RECIPE = aft.Recipe(PGD(EPS, step_size=0.02, steps=3), adversarial_share=1.0, distillation=0.0, augment=NOTHING)
+RECIPE = aft.Recipe((PGD(EPS, step_size=0.02, steps=3),), adversarial_share=1.0, distillation=0.0, augment=NOTHING)
 
 
 class Linear(nn.Module):
@@ -111,6 +113,49 @@ def test_mixed_batches_and_distillation_equal_numpy(share, count, distillation):
     assert ('fooled' in metrics) == (count > 0)
 
 
+def test_weights_mixtures_and_two_balls_equal_numpy():
+    """Two adversarial images in an Linf ball, two in an L2 ball; clean ones with a neighbour in them, without label."""
+    l2 = PGD(0.3, step_size=0.05, steps=3, norm='l2')
+    kernel = MODEL['params']['Dense_0']['kernel']
+    uphill = (kernel[:, 1 - LABELS[2:4]] - kernel[:, LABELS[2:4]]).T.reshape(2, 4, 4, 1)
+    examples = np.concatenate(
+        [
+            adversarial(MODEL, IMAGES[:2], LABELS[:2]),
+            IMAGES[2:4] + 0.15 * uphill / np.sqrt((uphill**2).sum(axis=(1, 2, 3), keepdims=True)),
+        ]
+    )
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    share = np.asarray(jax.random.uniform(key, (4, 1, 1, 1), np.float32, 0.0, 0.8))
+    assert share.min() < 0.4 < share.max() < 0.8
+    mixtures = (1 - share) * IMAGES[4:] + share * IMAGES[[7, 4, 5, 6]]
+    of_examples = 1.5 * cross_entropy(logits(MODEL, examples), LABELS[:4]) / 2
+    p = scipy.special.softmax(logits(SUSPECT, mixtures), axis=1)
+    q = scipy.special.softmax(logits(MODEL, mixtures), axis=1)
+    divergence = scipy.special.rel_entr(p, q).sum(axis=1).mean()
+
+    recipe = RECIPE._replace(adversarial_share=0.5, distillation=2.0, adversarial_weight=1.5, mixup=0.8)
+    _, metrics = step(recipe._replace(attacks=(*RECIPE.attacks, l2)))
+    np.testing.assert_allclose(metrics['loss'], of_examples + 2.0 * divergence, atol=1e-5)
+    hits = logits(MODEL, examples).argmax(axis=1) == LABELS[:4]
+    assert metrics['accuracy'] == hits.mean() == 1 - metrics['fooled']
+
+
+def test_both_balls_of_a_config_have_the_radii_that_it_says():
+    config = resolve(default_config())
+    config.aft.update({'norm': 'both', 'eps': 0.1, 'step_size': 0.02, 'rms_eps': 0.2, 'rms_step_size': 0.05})
+    linf, l2 = aft.attacks_of(config.aft, (6, 6, 1))
+    assert (linf.norm, linf.eps, linf.step_size) == ('linf', 0.1, 0.02)
+    assert (l2.norm, l2.eps, l2.step_size) == ('l2', pytest.approx(1.2), pytest.approx(0.3))
+    config.aft.rms_eps = 2.0
+    with pytest.raises(UserError, match=r'aft.rms_eps=2 is in units of \[0, 1\] pixels'):
+        validate(config)
+    config.aft.update({'norm': 'l2', 'mixup': 0.5, 'distillation': 0.0})
+    with pytest.raises(UserError, match='aft.mixup=0.5 leaves clean images without labels'):
+        validate(config)
+    (only,) = aft.attacks_of(config.aft, (6, 6, 1))
+    assert (only.norm, only.eps) == ('l2', 0.1)
+
+
 def test_distillation_teaches_the_model_and_not_the_suspect():
     """Its gradient is weight * (softmax(model) - softmax(suspect)), beside that of cross-entropy."""
     z = logits(MODEL, IMAGES)
@@ -136,7 +181,8 @@ def test_only_the_adversarial_stretch_calls_pgd(monkeypatch):
 def test_the_key_decides_augmentation_and_start():
     for recipe in (
         RECIPE._replace(adversarial_share=0.0, augment=ml_collections.ConfigDict(dict(NOTHING, crop=1))),
-        RECIPE._replace(pgd=RECIPE.pgd._replace(random_start=True)),
+        RECIPE._replace(attacks=(RECIPE.attacks[0]._replace(random_start=True),)),
+        RECIPE._replace(adversarial_share=0.0, distillation=1.0, mixup=0.5),
     ):
         first, again, other = (metrics['loss'] for _, metrics in steps(recipe, [0, 0, 1]))
         assert first == again != other
@@ -195,7 +241,7 @@ def test_the_teacher_of_distillation_is_the_suspect_in_every_step(make_run, conf
     suspect = jax.tree.map(lambda array: np.repeat(array, 4, axis=0) / 2 if array.ndim == 2 else array, SUSPECT)
     config.batch_size = 24  # all images in each step, so that their order is of no consequence
     config.train.weight_decay = 0.0
-    nearly_none = {'adversarial_share': 0.01, 'adversarial_epochs': 1.0, 'max_grad_norm': 0.0}
+    nearly_none = {'adversarial_share': 0.01, 'adversarial_epochs': 1.0, 'max_grad_norm': 0.0, 'mixup': 0.0}
     config.aft.update(
         nearly_none | {'epochs': 2, 'learning_rate': RATE, 'schedule': 'constant', 'distillation': weight}
     )

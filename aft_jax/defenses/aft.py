@@ -6,13 +6,19 @@ with their true labels breaks the backdoor. Two stretches:
     adversarial   a share of each batch is replaced by PGD examples of the model as it is at that step
     clean         clean images alone
 
-On clean images the loss may hold the model to what the suspect model predicted for them:
+On clean images the loss may hold the model to what the suspect model predicts for them:
 
-    loss = CE(all images, true labels) + distillation * mean over clean images of KL(suspect || model)
+    loss = adversarial_weight * sum over adversarial images of CE / B + sum over clean images of CE / B
+         + distillation * mean over clean images of KL(suspect || model)
 
-Needs: the suspect model and clean images. Costs: `pgd_steps` further input gradients in each adversarial step.
+With mixup the clean images are mixtures of two, which have no label and so no CE: the suspect's predictions on them
+tell far more of what it knows than those on a few thousand images. Published recipes attack within an Linf ball; norm
+'both' takes half of the adversarial examples from an L2 ball, which holds small triggers of strong contrast as well.
+
+Needs: the suspect model and clean images. Costs: `pgd_steps` further input gradients for each adversarial image.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -20,32 +26,37 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
-from aft_jax.adversarial import PGD, perturb
+from aft_jax.adversarial import PGD, Logits, perturb
 from aft_jax.data.augment import augment
 from aft_jax.data.batches import count_steps
 from aft_jax.defenses.defender import Holdings, begin
 from aft_jax.models import logits_function
 from aft_jax.training.loop import Fitted, Phase, Run, fit
 from aft_jax.training.state import Batch, Metrics, TrainState
-from aft_jax.training.steps import accuracy, cross_entropy, update
+from aft_jax.training.steps import accuracy, update
 
 
 class Recipe(NamedTuple):
     """What a step of AFT is to do.
 
     Attributes:
-        pgd: How adversarial examples are made.
+        attacks: How adversarial examples are made; each makes an equal part of them.
         adversarial_share: Of a batch, replaced by adversarial examples; 0 in the clean stretch.
         distillation: Weight of the suspect model's predictions on clean images.
         augment: `config.augment`.
+        adversarial_weight: Of the cross-entropy of adversarial examples.
+        mixup: Largest share of another image in a clean one; 0 leaves them alone.
     """
 
-    pgd: PGD
+    attacks: tuple[PGD, ...]
     adversarial_share: float
     distillation: float
     augment: ml_collections.ConfigDict
+    adversarial_weight: float = 1.0
+    mixup: float = 0.0
 
 
 def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.ConfigDict) -> Fitted:
@@ -63,17 +74,12 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
     adversarial_steps = min(steps, count_steps(size, options.adversarial_epochs, config.batch_size))
     before, optimiser = begin(holdings, options, config.train, steps)
     recipe = Recipe(
-        pgd=PGD(
-            eps=options.eps,
-            step_size=options.step_size,
-            steps=options.pgd_steps,
-            norm=options.norm,
-            random_start=options.random_start,
-            clip=options.clip,
-        ),
+        attacks=attacks_of(options, holdings.images.shape[1:]),
         adversarial_share=options.adversarial_share,
         distillation=options.distillation,
         augment=config.augment,
+        adversarial_weight=options.adversarial_weight,
+        mixup=options.mixup,
     )
     bound = partial(aft_step, module=holdings.module, optimiser=optimiser)
     phases = [
@@ -81,6 +87,27 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
         Phase(partial(bound, recipe=recipe._replace(adversarial_share=0.0)), steps),
     ]
     return fit(run, stage, before, phases, holdings.arrays, config.batch_size, fixed=holdings.variables)
+
+
+def attacks_of(options: ml_collections.ConfigDict, image_shape: tuple[int, ...]) -> tuple[PGD, ...]:
+    """Returns the PGDs that `config.aft` asks for: one, or two for the norm 'both'.
+
+    Args:
+        options: `config.aft`.
+        image_shape: (H, W, C), by which a root mean square becomes an L2 radius.
+    """
+    pgd = PGD(
+        eps=options.eps,
+        step_size=options.step_size,
+        steps=options.pgd_steps,
+        norm='linf' if options.norm == 'both' else options.norm,
+        random_start=options.random_start,
+        clip=options.clip,
+    )
+    if options.norm != 'both':
+        return (pgd,)
+    length = math.sqrt(math.prod(image_shape))
+    return pgd, pgd._replace(norm='l2', eps=options.rms_eps * length, step_size=options.rms_step_size * length)
 
 
 def aft_step(
@@ -104,28 +131,69 @@ def aft_step(
 
     Returns:
         The state after the step; metrics with 'fooled', the share of adversarial examples that left their label
-        (in an adversarial step).
+        (in an adversarial step), and 'accuracy' on the images that have labels.
     """
     augment_key, start_key, dropout_key = jax.random.split(key, 3)
     labels = batch['labels']
     images = augment(augment_key, batch['images'], recipe.augment)
     count = round(recipe.adversarial_share * len(labels))
     clean = images[count:]
+    if recipe.mixup:
+        clean = mixed(jax.random.fold_in(key, 0), clean, recipe.mixup)
     metrics: Metrics = {}
+    examples = images[:count]
     if count:
         model = logits_function(module, state.variables)
-        examples = jax.lax.stop_gradient(perturb(model, images[:count], labels[:count], start_key, recipe.pgd))
+        examples = jax.lax.stop_gradient(adversarial(model, examples, labels[:count], start_key, recipe.attacks))
         metrics['fooled'] = 1 - accuracy(model(examples), labels[:count])
-        images = jnp.concatenate([examples, clean])
     distils = recipe.distillation > 0 and len(clean) > 0
     wanted = jax.nn.softmax(logits_function(module, batch['fixed'])(clean)) if distils else None
+    # What each image's cross-entropy counts; mixed ones have no label.
+    weights = np.full(len(labels), 0.0 if recipe.mixup else 1.0, np.float32)
+    weights[:count] = recipe.adversarial_weight
 
     def loss(logits: jax.Array) -> jax.Array:
-        value = cross_entropy(logits, labels)
+        value = jnp.mean(weights * optax.softmax_cross_entropy_with_integer_labels(logits, labels))
         if wanted is not None:
             divergence = optax.kl_divergence(jax.nn.log_softmax(logits[count:]), wanted)
             value = value + recipe.distillation * divergence.mean()
         return value
 
-    state, logits, step_metrics = update(state, images, loss, dropout_key, module=module, optimiser=optimiser)
-    return state, metrics | step_metrics | {'accuracy': accuracy(logits, labels)}
+    shown = jnp.concatenate([examples, clean])
+    state, logits, step_metrics = update(state, shown, loss, dropout_key, module=module, optimiser=optimiser)
+    labelled = count if recipe.mixup else len(labels)
+    if labelled:
+        metrics['accuracy'] = accuracy(logits[:labelled], labels[:labelled])
+    return state, metrics | step_metrics
+
+
+def adversarial(
+    model: Logits, images: jax.Array, labels: jax.Array, key: jax.Array, attacks: tuple[PGD, ...]
+) -> jax.Array:
+    """Returns untargeted adversarial examples, an equal part of the images by each attack, in their order.
+
+    Args:
+        model: Classifier in evaluation mode, [B, H, W, C] -> [B, K].
+        images: float32 [B, H, W, C] in [0, 1].
+        labels: int32 [B], true.
+        key: PRNG key of the random starts.
+        attacks: What is to be done.
+
+    Returns:
+        float32 [B, H, W, C].
+    """
+    keys = [key] if len(attacks) == 1 else list(jax.random.split(key, len(attacks)))
+    ends = [len(labels) * i // len(attacks) for i in range(len(attacks) + 1)]
+    parts = zip(attacks, keys, ends[:-1], ends[1:], strict=True)
+    return jnp.concatenate([perturb(model, images[a:b], labels[a:b], k, pgd) for pgd, k, a, b in parts if a < b])
+
+
+def mixed(key: jax.Array, images: jax.Array, largest: float) -> jax.Array:
+    """Returns each of the images [B, H, W, C] mixed with its neighbour in the (shuffled) batch.
+
+    The neighbour's share is uniform between 0 and `largest`.
+
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018), with another distribution of shares.
+    """
+    share = jax.random.uniform(key, (images.shape[0], 1, 1, 1), jnp.float32, 0.0, largest)
+    return (1 - share) * images + share * jnp.roll(images, 1, axis=0)
