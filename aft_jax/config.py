@@ -24,13 +24,13 @@ AFT_PRESETS: dict[str, dict[str, Any]] = {
         'adversarial_share': 1.0,
         'adversarial_weight': 1.0,
         'distillation': 0.0,
-        'mixup': 0.0,
+        'cutmix': 0.0,
         'learning_rate': 1e-3,
         'schedule': 'constant',
         'max_grad_norm': 0.0,
     },
     # Ours: a few adversarial examples in every batch, of an Linf and an L2 ball, and clean predictions held by
-    # distillation on mixtures of clean images.
+    # distillation on clean images with parts of others.
     'default': {
         'norm': 'both',
         'eps': 20 / 255,
@@ -45,7 +45,7 @@ AFT_PRESETS: dict[str, dict[str, Any]] = {
         'adversarial_share': 0.125,
         'adversarial_weight': 1.5,
         'distillation': 5.0,
-        'mixup': 1.0,
+        'cutmix': 1.0,
         'learning_rate': 0.03,
         'schedule': 'cosine',
         'max_grad_norm': 1.0,
@@ -65,7 +65,7 @@ AFT_PRESETS: dict[str, dict[str, Any]] = {
         'adversarial_share': 0.5,
         'adversarial_weight': 1.0,
         'distillation': 1.0,
-        'mixup': 0.0,
+        'cutmix': 0.0,
         'learning_rate': 0.01,
         'schedule': 'cosine',
         'max_grad_norm': 1.0,
@@ -241,7 +241,9 @@ def default_config() -> ml_collections.ConfigDict:
             'adversarial_share': config_dict.placeholder(float),  # of a batch
             'adversarial_weight': config_dict.placeholder(float),  # of their loss
             'distillation': config_dict.placeholder(float),
-            'mixup': config_dict.placeholder(float),  # largest share of another image in a clean one; 0 for none
+            'cutmix': config_dict.placeholder(
+                float
+            ),  # largest share of a clean image that another one takes; 0 for none
             'learning_rate': config_dict.placeholder(float),
             'schedule': config_dict.placeholder(str),
             'max_grad_norm': config_dict.placeholder(float),

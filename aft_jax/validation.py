@@ -236,14 +236,14 @@ def _validate_aft(config: ml_collections.ConfigDict) -> None:
             f'aft.adversarial_share={aft["adversarial_share"]} must lie above 0 and at most at 1, and be '
             'at least one image of a batch.'
         )
-    for field in ('adversarial_weight', 'distillation', 'mixup', 'max_grad_norm'):
+    for field in ('adversarial_weight', 'distillation', 'cutmix', 'max_grad_norm'):
         if aft[field] < 0:
             raise UserError(f'aft.{field}={aft[field]} must not be negative.')
-    if aft['mixup'] > 1:
-        raise UserError(f'aft.mixup={aft["mixup"]} is a share of an image, at most 1.')
-    if aft['mixup'] > 0 and aft['distillation'] == 0:
+    if aft['cutmix'] > 1:
+        raise UserError(f'aft.cutmix={aft["cutmix"]} is a share of an image, at most 1.')
+    if aft['cutmix'] > 0 and aft['distillation'] == 0:
         raise UserError(
-            f'aft.mixup={aft["mixup"]} leaves clean images without labels, so that it takes aft.distillation above 0.'
+            f'aft.cutmix={aft["cutmix"]} leaves clean images without labels, so that it takes aft.distillation above 0.'
         )
 
 

@@ -7,11 +7,12 @@ classes, `configs/cifar10.py`. docs/scaling.md explains the model and shows the 
 """
 
 import argparse
+import contextlib
 import csv
 import math
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +24,10 @@ import ml_collections
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from aft_jax.adversarial import PGD, perturb
+from aft_jax.adversarial import perturb
 from aft_jax.attacks.infection import Learner, plain
 from aft_jax.config import default_config, resolve
-from aft_jax.defenses.aft import Recipe, aft_step
+from aft_jax.defenses.aft import Recipe, aft_step, attacks_of
 from aft_jax.models import build, logits_function
 from aft_jax.training import loop, state
 from aft_jax.training.mesh import along, make_mesh, replicated
@@ -95,10 +96,22 @@ class Programs(NamedTuple):
     compiled: Any
 
 
+@contextlib.contextmanager
+def never_kept() -> Iterator[None]:
+    """Keeps programs out of the persistent cache, because one that comes from there leaves no dump."""
+    name = 'jax_persistent_cache_min_compile_time_secs'
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
 def compiled(function: Any, *arguments: Any) -> Programs:
     """Compiles a jitted function for abstract arguments."""
     lowered = function.lower(*arguments)
-    with tempfile.TemporaryDirectory() as name:
+    with never_kept(), tempfile.TemporaryDirectory() as name:
         options = {'xla_dump_to': name, 'xla_dump_hlo_pass_re': 'spmd-partitioning'}
         program = lowered.compile(compiler_options=options)
         (partitioned,) = Path(name).glob('*after_spmd-partitioning*')
@@ -158,18 +171,18 @@ def training(mesh: Mesh, on: Subject, batch: int) -> Programs:
     return compile_step(mesh, on, infection.step, before, batch)
 
 
-def recipe(config: ml_collections.ConfigDict, **changes: Any) -> Recipe:
-    """Returns what an adversarial step of the config's AFT is to do, perhaps with another PGD."""
+def recipe(config: ml_collections.ConfigDict, shape: tuple[int, ...], **changes: Any) -> Recipe:
+    """Returns what an adversarial step of the config's AFT is to do, perhaps with other PGDs."""
     o = config.aft
-    pgd = PGD(o.eps, o.step_size, o.pgd_steps, o.norm, o.random_start, clip=o.clip)._replace(**changes)
-    return Recipe(pgd, o.adversarial_share, o.distillation, config.augment)
+    attacks = tuple(pgd._replace(**changes) for pgd in attacks_of(o, shape))
+    return Recipe(attacks, o.adversarial_share, o.distillation, config.augment, o.adversarial_weight, o.cutmix)
 
 
 def adversarial_tuning(mesh: Mesh, on: Subject, batch: int, **changes: Any) -> Programs:
     """Compiles an adversarial step of AFT, perhaps with another PGD."""
     optimiser = sgd(0.03, 'cosine', 1000, max_grad_norm=on.config.aft.max_grad_norm)
     before = jax.eval_shape(lambda v: state.create(v, optimiser), on.variables)
-    step = partial(aft_step, module=on.module, optimiser=optimiser, recipe=recipe(on.config, **changes))
+    step = partial(aft_step, module=on.module, optimiser=optimiser, recipe=recipe(on.config, on.shape, **changes))
     return compile_step(mesh, on, step, before, batch, fixed=on.variables)
 
 
@@ -177,7 +190,9 @@ def attack(mesh: Mesh, on: Subject, batch: int) -> Programs:
     """Compiles PGD alone, on a batch that is cut among the devices."""
 
     def run(variables, images, labels, key):
-        return perturb(logits_function(on.module, variables), images, labels, key, recipe(on.config).pgd)
+        return perturb(
+            logits_function(on.module, variables), images, labels, key, recipe(on.config, on.shape).attacks[0]
+        )
 
     whole, cut = replicated(mesh), along(mesh, 0)
     images = jax.ShapeDtypeStruct((batch, *on.shape), jnp.float32)
@@ -243,7 +258,8 @@ def work(network: Network, config: ml_collections.ConfigDict) -> dict[str, Work]
     share = o.adversarial_share
     # PGD; a look at its examples; the suspect model's predictions on the rest.
     further = share * (2 * o.pgd_steps + 1) + (1 - share) * (o.distillation > 0)
-    passes = 2 * o.pgd_steps + 1 + (share < 1 and o.distillation > 0)
+    attacks = 2 if o.norm == 'both' else 1  # each reads the weights for its own images
+    passes = 2 * o.pgd_steps * attacks + 1 + (share < 1 and o.distillation > 0)
     return {'training': step, 'AFT': Work(step.flops + further * network.forward, step.passes + passes)}
 
 

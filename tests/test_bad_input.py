@@ -45,7 +45,7 @@ CONFIG_MISTAKES = {
     '--config.dtype=float16': 'float32, bfloat16',
     '--config.aft.preset=paper': 'released, default',
     '--config.aft.norm=l1': 'linf, l2, both',
-    '--config.aft.mixup=1.5': 'aft.mixup=1.5 is a share',
+    '--config.aft.cutmix=1.5': 'aft.cutmix=1.5 is a share',
     '--config.train.schedule=step': 'constant, cosine',
     '--config.stages=("infekt",)': 'infect, purify, report',
     '--config.stages=("purify",)': "must contain 'infect'",

@@ -113,8 +113,8 @@ def test_mixed_batches_and_distillation_equal_numpy(share, count, distillation):
     assert ('fooled' in metrics) == (count > 0)
 
 
-def test_weights_mixtures_and_two_balls_equal_numpy():
-    """Two adversarial images in an Linf ball, two in an L2 ball; clean ones with a neighbour in them, without label."""
+def test_weights_rectangles_and_two_balls_equal_numpy():
+    """Two adversarial images in an Linf ball, two in an L2 ball; clean ones with a part of another, without label."""
     l2 = PGD(0.3, step_size=0.05, steps=3, norm='l2')
     kernel = MODEL['params']['Dense_0']['kernel']
     uphill = (kernel[:, 1 - LABELS[2:4]] - kernel[:, LABELS[2:4]]).T.reshape(2, 4, 4, 1)
@@ -125,19 +125,37 @@ def test_weights_mixtures_and_two_balls_equal_numpy():
         ]
     )
     key = jax.random.fold_in(jax.random.key(0), 0)
-    share = np.asarray(jax.random.uniform(key, (4, 1, 1, 1), np.float32, 0.0, 0.8))
-    assert share.min() < 0.4 < share.max() < 0.8
-    mixtures = (1 - share) * IMAGES[4:] + share * IMAGES[[7, 4, 5, 6]]
+    mixtures = np.asarray(aft.cut_mix(key, IMAGES[4:], 0.8))
+    assert not np.array_equal(mixtures, IMAGES[4:])
     of_examples = 1.5 * cross_entropy(logits(MODEL, examples), LABELS[:4]) / 2
     p = scipy.special.softmax(logits(SUSPECT, mixtures), axis=1)
     q = scipy.special.softmax(logits(MODEL, mixtures), axis=1)
     divergence = scipy.special.rel_entr(p, q).sum(axis=1).mean()
 
-    recipe = RECIPE._replace(adversarial_share=0.5, distillation=2.0, adversarial_weight=1.5, mixup=0.8)
+    recipe = RECIPE._replace(adversarial_share=0.5, distillation=2.0, adversarial_weight=1.5, cutmix=0.8)
     _, metrics = step(recipe._replace(attacks=(*RECIPE.attacks, l2)))
     np.testing.assert_allclose(metrics['loss'], of_examples + 2.0 * divergence, atol=1e-5)
     hits = logits(MODEL, examples).argmax(axis=1) == LABELS[:4]
     assert metrics['accuracy'] == hits.mean() == 1 - metrics['fooled']
+
+
+def test_cut_mix_puts_a_rectangle_of_the_neighbour_into_each_image():
+    """Pixel by pixel one image or the other, the rectangle's sides alike, all of its places and sizes in turn."""
+    count, side, largest = 2000, 8, 0.5
+    images = np.broadcast_to(np.arange(count, dtype=np.float32)[:, None, None, None], (count, side, side, 1))
+    mixed = np.asarray(aft.cut_mix(jax.random.key(1), images, largest))[..., 0]
+    neighbour = np.roll(np.arange(count), 1)[:, None, None]
+    inside = mixed == neighbour
+    assert np.all(inside | (mixed == np.arange(count)[:, None, None]))
+    rows, columns = inside.any(axis=2), inside.any(axis=1)
+    np.testing.assert_array_equal(inside, rows[:, :, None] & columns[:, None, :])
+    for line in (rows, columns):  # one stretch, without a gap
+        assert np.all(np.abs(np.diff(np.pad(line, ((0, 0), (1, 1))).astype(int), axis=1)).sum(axis=1) <= 2)
+    assert np.all(np.abs(rows.sum(axis=1) - columns.sum(axis=1)) <= 1)
+    shares = inside.mean(axis=(1, 2))
+    assert abs(shares.mean() - largest / 2) < 0.02 and shares.max() < 0.75
+    # Places are as often near one end as near the other.
+    assert np.abs(rows.mean(axis=0) - rows.mean(axis=0)[::-1]).max() < 0.05
 
 
 def test_both_balls_of_a_config_have_the_radii_that_it_says():
@@ -149,8 +167,8 @@ def test_both_balls_of_a_config_have_the_radii_that_it_says():
     config.aft.rms_eps = 2.0
     with pytest.raises(UserError, match=r'aft.rms_eps=2 is in units of \[0, 1\] pixels'):
         validate(config)
-    config.aft.update({'norm': 'l2', 'mixup': 0.5, 'distillation': 0.0})
-    with pytest.raises(UserError, match='aft.mixup=0.5 leaves clean images without labels'):
+    config.aft.update({'norm': 'l2', 'cutmix': 0.5, 'distillation': 0.0})
+    with pytest.raises(UserError, match='aft.cutmix=0.5 leaves clean images without labels'):
         validate(config)
     (only,) = aft.attacks_of(config.aft, (6, 6, 1))
     assert (only.norm, only.eps) == ('l2', 0.1)
@@ -182,7 +200,7 @@ def test_the_key_decides_augmentation_and_start():
     for recipe in (
         RECIPE._replace(adversarial_share=0.0, augment=ml_collections.ConfigDict(dict(NOTHING, crop=1))),
         RECIPE._replace(attacks=(RECIPE.attacks[0]._replace(random_start=True),)),
-        RECIPE._replace(adversarial_share=0.0, distillation=1.0, mixup=0.5),
+        RECIPE._replace(adversarial_share=0.0, distillation=1.0, cutmix=0.5),
     ):
         first, again, other = (metrics['loss'] for _, metrics in steps(recipe, [0, 0, 1]))
         assert first == again != other
@@ -241,7 +259,7 @@ def test_the_teacher_of_distillation_is_the_suspect_in_every_step(make_run, conf
     suspect = jax.tree.map(lambda array: np.repeat(array, 4, axis=0) / 2 if array.ndim == 2 else array, SUSPECT)
     config.batch_size = 24  # all images in each step, so that their order is of no consequence
     config.train.weight_decay = 0.0
-    nearly_none = {'adversarial_share': 0.01, 'adversarial_epochs': 1.0, 'max_grad_norm': 0.0, 'mixup': 0.0}
+    nearly_none = {'adversarial_share': 0.01, 'adversarial_epochs': 1.0, 'max_grad_norm': 0.0, 'cutmix': 0.0}
     config.aft.update(
         nearly_none | {'epochs': 2, 'learning_rate': RATE, 'schedule': 'constant', 'distillation': weight}
     )

@@ -1,58 +1,25 @@
 """The classifiers in torch, under the names of torchvision and of the releases; imported only where torch is.
 
-Written from the definitions, independently of the package: what the names mean is defined here a second time.
+Written from the definitions, independently of the package: what the names mean is defined here a second time. Two of
+the networks are those that the benchmarks race.
 """
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.torch_networks import MnistCNN, PreActResNet, conv, nchw, stages
+
+__all__ = ['CLASSES', 'MnistCNN', 'PreActResNet', 'ResNet', 'VGG', 'nchw', 'randomised']
+
 torch.set_num_threads(1)  # the suite runs one process a core
 
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 VGG_PLANS = {
     11: '1 M 2 M 4 4 M 8 8 M 8 8 M',
     13: '1 1 M 2 2 M 4 4 M 8 8 M 8 8 M',
     16: '1 1 M 2 2 M 4 4 4 M 8 8 8 M 8 8 8 M',
     19: '1 1 M 2 2 M 4 4 4 4 M 8 8 8 8 M 8 8 8 8 M',
 }
-
-
-def nchw(array: np.ndarray) -> torch.Tensor:
-    """Returns the tensor [B, C, H, W] of an array [B, H, W, C]."""
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(array), -1, 1)))
-
-
-def conv(inner: int, outer: int, kernel: int = 3, stride: int = 1, bias: bool = False) -> nn.Conv2d:
-    return nn.Conv2d(inner, outer, kernel, stride, kernel // 2, bias=bias)
-
-
-class PreActBlock(nn.Module):
-    """BatchNorm, ReLU, conv, two or three times; the projection is of the first activation."""
-
-    def __init__(self, inner: int, planes: int, stride: int, bottleneck: bool):
-        super().__init__()
-        outer = 4 * planes if bottleneck else planes
-        self.bn1, self.bn2 = nn.BatchNorm2d(inner), nn.BatchNorm2d(planes)
-        if bottleneck:
-            self.bn3 = nn.BatchNorm2d(planes)
-            self.conv1, self.conv2, self.conv3 = (
-                conv(inner, planes, 1),
-                conv(planes, planes, 3, stride),
-                conv(planes, outer, 1),
-            )
-        else:
-            self.conv1, self.conv2 = conv(inner, planes, 3, stride), conv(planes, planes)
-        self.shortcut = nn.Sequential(conv(inner, outer, 1, stride)) if stride > 1 or inner != outer else None
-
-    def forward(self, x):
-        y = F.relu(self.bn1(x))
-        shortcut = self.shortcut(y) if self.shortcut else x
-        y = self.conv2(F.relu(self.bn2(self.conv1(y))))
-        if hasattr(self, 'conv3'):
-            y = self.conv3(F.relu(self.bn3(y)))
-        return y + shortcut
 
 
 class PostActBlock(nn.Module):
@@ -77,36 +44,6 @@ class PostActBlock(nn.Module):
         if hasattr(self, 'conv3'):
             y = self.bn3(self.conv3(F.relu(y)))
         return F.relu(y + (getattr(self, self.shortcut_name)(x) if self.shortcut_name else x))
-
-
-def stages(module: nn.Module, block, depth: int, width: int, *names: str) -> int:
-    """Gives the module layer1 to layer4, and returns the channels of the last."""
-    inner = width
-    for stage, count in enumerate(BLOCKS[depth]):
-        blocks = []
-        for i in range(count):
-            planes = width * 2**stage
-            blocks.append(block(inner, planes, 2 if stage and i == 0 else 1, depth == 50, *names))
-            inner = planes * (4 if depth == 50 else 1)
-        setattr(module, f'layer{stage + 1}', nn.Sequential(*blocks))
-    return inner
-
-
-class PreActResNet(nn.Module):
-    """The AFT authors' and BackdoorBench's, with a last BatchNorm and ReLU if `final_norm`."""
-
-    def __init__(self, depth=18, width=64, final_norm=False, num_classes=10, channels=3):
-        super().__init__()
-        self.conv1 = conv(channels, width)
-        last = stages(self, PreActBlock, depth, width)
-        self.bn = nn.BatchNorm2d(last) if final_norm else None
-        self.linear = nn.Linear(last, num_classes)
-
-    def forward(self, x):
-        x = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
-        if self.bn is not None:
-            x = F.relu(self.bn(x))
-        return self.linear(x.mean((2, 3)))
 
 
 class ResNet(nn.Module):
@@ -150,31 +87,6 @@ class VGG(nn.Module):
 
     def forward(self, x):
         return self.classifier(self.avgpool(self.features(x)).flatten(1))
-
-
-class MnistBlock(nn.Module):
-    """BatchNorm, ReLU, conv of stride 2."""
-
-    def __init__(self, inner: int, outer: int, bias: bool):
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(inner), conv(inner, outer, 3, 2, bias)
-
-    def forward(self, x):
-        return self.conv1(F.relu(self.bn1(x)))
-
-
-class MnistCNN(nn.Module):
-    """The WaNet release's for MNIST, whose inner convolutions have no bias, or our own, where they have one."""
-
-    def __init__(self, conv_bias=False, num_classes=10, channels=1):
-        super().__init__()
-        self.conv1 = conv(channels, 32, 3, 2, bias=True)
-        self.layer2, self.layer3 = MnistBlock(32, 64, conv_bias), MnistBlock(64, 64, conv_bias)
-        self.linear6, self.linear9 = nn.Linear(64 * 4 * 4, 512), nn.Linear(512, num_classes)
-
-    def forward(self, x):
-        x = self.layer3(self.layer2(F.relu(self.conv1(x))))
-        return self.linear9(F.dropout(F.relu(self.linear6(x.flatten(1))), 0.3, self.training))
 
 
 CLASSES = {'preact_resnet': PreActResNet, 'resnet': ResNet, 'vgg_bn': VGG, 'mnist_cnn': MnistCNN}

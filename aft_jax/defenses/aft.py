@@ -11,9 +11,11 @@ On clean images the loss may hold the model to what the suspect model predicts f
     loss = adversarial_weight * sum over adversarial images of CE / B + sum over clean images of CE / B
          + distillation * mean over clean images of KL(suspect || model)
 
-With mixup the clean images are mixtures of two, which have no label and so no CE: the suspect's predictions on them
-tell far more of what it knows than those on a few thousand images. Published recipes attack within an Linf ball; norm
-'both' takes half of the adversarial examples from an L2 ball, which holds small triggers of strong contrast as well.
+With cutmix the clean images have a rectangle of another one, and so neither label nor CE: the suspect's predictions
+on them tell far more of what it knows than those on a few thousand images. (Mixtures that add two images up, as mixup
+does, do not serve: they are blurred, and the suspect's predictions on them carry WaNet's backdoor over.) Norm 'both'
+takes half of the adversarial examples from an Linf ball and half from an L2 ball, which holds small triggers of strong
+contrast as well.
 
 Needs: the suspect model and clean images. Costs: `pgd_steps` further input gradients for each adversarial image.
 """
@@ -48,7 +50,7 @@ class Recipe(NamedTuple):
         distillation: Weight of the suspect model's predictions on clean images.
         augment: `config.augment`.
         adversarial_weight: Of the cross-entropy of adversarial examples.
-        mixup: Largest share of another image in a clean one; 0 leaves them alone.
+        cutmix: Largest share of a clean image's area that another one takes; 0 leaves them alone.
     """
 
     attacks: tuple[PGD, ...]
@@ -56,7 +58,7 @@ class Recipe(NamedTuple):
     distillation: float
     augment: ml_collections.ConfigDict
     adversarial_weight: float = 1.0
-    mixup: float = 0.0
+    cutmix: float = 0.0
 
 
 def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.ConfigDict) -> Fitted:
@@ -79,7 +81,7 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
         distillation=options.distillation,
         augment=config.augment,
         adversarial_weight=options.adversarial_weight,
-        mixup=options.mixup,
+        cutmix=options.cutmix,
     )
     bound = partial(aft_step, module=holdings.module, optimiser=optimiser)
     phases = [
@@ -138,8 +140,8 @@ def aft_step(
     images = augment(augment_key, batch['images'], recipe.augment)
     count = round(recipe.adversarial_share * len(labels))
     clean = images[count:]
-    if recipe.mixup:
-        clean = mixed(jax.random.fold_in(key, 0), clean, recipe.mixup)
+    if recipe.cutmix:
+        clean = cut_mix(jax.random.fold_in(key, 0), clean, recipe.cutmix)
     metrics: Metrics = {}
     examples = images[:count]
     if count:
@@ -148,8 +150,8 @@ def aft_step(
         metrics['fooled'] = 1 - accuracy(model(examples), labels[:count])
     distils = recipe.distillation > 0 and len(clean) > 0
     wanted = jax.nn.softmax(logits_function(module, batch['fixed'])(clean)) if distils else None
-    # What each image's cross-entropy counts; mixed ones have no label.
-    weights = np.full(len(labels), 0.0 if recipe.mixup else 1.0, np.float32)
+    # What each image's cross-entropy counts; with a part of another one it has no label.
+    weights = np.full(len(labels), 0.0 if recipe.cutmix else 1.0, np.float32)
     weights[:count] = recipe.adversarial_weight
 
     def loss(logits: jax.Array) -> jax.Array:
@@ -161,7 +163,7 @@ def aft_step(
 
     shown = jnp.concatenate([examples, clean])
     state, logits, step_metrics = update(state, shown, loss, dropout_key, module=module, optimiser=optimiser)
-    labelled = count if recipe.mixup else len(labels)
+    labelled = count if recipe.cutmix else len(labels)
     if labelled:
         metrics['accuracy'] = accuracy(logits[:labelled], labels[:labelled])
     return state, metrics | step_metrics
@@ -188,12 +190,23 @@ def adversarial(
     return jnp.concatenate([perturb(model, images[a:b], labels[a:b], k, pgd) for pgd, k, a, b in parts if a < b])
 
 
-def mixed(key: jax.Array, images: jax.Array, largest: float) -> jax.Array:
-    """Returns each of the images [B, H, W, C] mixed with its neighbour in the (shuffled) batch.
+def cut_mix(key: jax.Array, images: jax.Array, largest: float) -> jax.Array:
+    """Returns each of the images [B, H, W, C] with a rectangle of its neighbour in the (shuffled) batch.
 
-    The neighbour's share is uniform between 0 and `largest`.
+    The rectangle has the shape of the image, a share of its area that is uniform between 0 and `largest`, and lies
+    anywhere.
 
-    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (2018), with another distribution of shares.
+    Source: Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features" (2019),
+    whose rectangles may reach over the border.
     """
-    share = jax.random.uniform(key, (images.shape[0], 1, 1, 1), jnp.float32, 0.0, largest)
-    return (1 - share) * images + share * jnp.roll(images, 1, axis=0)
+    area_key, rows_key, columns_key = jax.random.split(key, 3)
+    count, height, width, _ = images.shape
+    side = jnp.sqrt(jax.random.uniform(area_key, (count, 1), jnp.float32, 0.0, largest))
+
+    def inside(key: jax.Array, length: int) -> jax.Array:
+        first = jax.random.uniform(key, (count, 1)) * (1 - side)
+        centres = (jnp.arange(length, dtype=jnp.float32)[None] + 0.5) / length
+        return (centres >= first) & (centres < first + side)
+
+    rectangle = inside(rows_key, height)[:, :, None] & inside(columns_key, width)[:, None, :]
+    return jnp.where(rectangle[..., None], jnp.roll(images, 1, axis=0), images)

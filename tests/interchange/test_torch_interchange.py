@@ -212,7 +212,7 @@ def test_an_environment_variable_does_not_open_the_loader(tmp_path, monkeypatch)
 def test_a_whole_module_is_refused(tmp_path):
     torch.save(CLASSES['mnist_cnn'](), tmp_path / 'module.pt')
     with pytest.raises(
-        UserError, match=r'holds more than tensors \(torch_models.MnistCNN\).*save model.state_dict\(\)'
+        UserError, match=r'holds more than tensors \(benchmarks.torch_networks.MnistCNN\).*save model.state_dict\(\)'
     ):
         interchange.load(tmp_path / 'module.pt')
 

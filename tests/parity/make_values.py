@@ -1,6 +1,6 @@
 """Writes values.npz, what torch makes of the small cases, for machines without torch.
 
-PYTHONPATH=tests python tests/parity/make_values.py
+PYTHONPATH=.:tests python tests/parity/make_values.py
 """
 
 from pathlib import Path

@@ -1,0 +1,162 @@
+"""Our side: the steps of the package, compiled and fed as its training loop does, on one device.
+
+Data live on the device and a call takes indices; on an accelerator one call takes many steps (`steps_per_call`). An
+epoch fetches its metrics as often as the loop writes them.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from aft_jax.adversarial import perturb
+from aft_jax.attacks.infection import Learner, plain
+from aft_jax.defenses.aft import Recipe, aft_step
+from aft_jax.models import logits_function
+from aft_jax.randomness import key_for
+from aft_jax.training import loop, state
+from aft_jax.training import mesh as placement
+from aft_jax.training.feed import Feed
+from aft_jax.training.optimiser import sgd
+from benchmarks.task import TRAININGS, Task, first_batch
+from benchmarks.timing import Work
+
+
+class Ours:
+    """What is timed of the package."""
+
+    def __init__(self, task: Task):
+        """Puts the task's data and weights on the first device."""
+        self.task = task
+        self._mesh = placement.make_mesh(jax.devices()[:1])
+        images = task.images
+        self._feed = Feed(self._mesh, {'images': images.pixels, 'labels': images.labels}, [task.order], 'device')
+        self._variables = placement.place(self._mesh, task.variables)
+        self.trainings = {'infect': self._infecting(), 'aft': self._fine_tuning()}
+
+        def examples(variables: dict, pixels: jax.Array, labels: jax.Array) -> jax.Array:
+            model = logits_function(task.module, variables)
+            return perturb(model, pixels, labels, jax.random.key(0), task.pgd)
+
+        self._logits = Program(jax.jit(lambda variables, pixels: logits_function(task.module, variables)(pixels)))
+        self._examples = Program(jax.jit(examples))
+
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        """Returns the logits [B, K] of float32 images [B, H, W, C] in [0, 1], in evaluation mode."""
+        return np.asarray(self._logits(self._variables, *self._placed(pixels)))
+
+    def examples(self, pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Returns adversarial examples, float32 [B, H, W, C]."""
+        return np.asarray(self._examples(self._variables, *self._placed(pixels, labels)))
+
+    def work(self, benchmark: str) -> Work:
+        """Returns one of `task.BENCHMARKS`."""
+        match benchmark:
+            case 'pgd7':
+                return self._repeated(self._examples, True)
+            case 'evaluation':
+                return self._repeated(self._logits, False)
+        training, epoch = TRAININGS[benchmark]
+        return self.trainings[training].work(epoch)
+
+    def _placed(self, *arrays: np.ndarray) -> Any:
+        return placement.place(self._mesh, arrays)
+
+    def _repeated(self, program: 'Program', labelled: bool) -> Work:
+        """Returns work on one batch that is on the device already."""
+        pixels, labels = first_batch(self.task)
+        arguments = self._placed(pixels, labels) if labelled else self._placed(pixels)
+
+        def run(times: int) -> None:
+            for _ in range(times):
+                result = program(self._variables, *arguments)
+            jax.block_until_ready(result)
+
+        return Work(run, program.bytes)
+
+    def _infecting(self) -> 'Training':
+        task, options = self.task, self.task.config.train
+        optimiser = sgd(options.learning_rate, 'constant', task.steps, options.momentum, options.weight_decay)
+        before = state.create(task.variables, optimiser)
+        infection = plain(None, Learner(task.module, optimiser, before), task.config)
+        return Training(task, self._mesh, self._feed, infection.step, before)
+
+    def _fine_tuning(self) -> 'Training':
+        task, options, train = self.task, self.task.config.aft, self.task.config.train
+        optimiser = sgd(options.learning_rate, options.schedule, task.steps, train.momentum, train.weight_decay)
+        recipe = Recipe(
+            attacks=(task.pgd,),
+            adversarial_share=options.adversarial_share,
+            distillation=options.distillation,
+            augment=task.config.augment,
+            adversarial_weight=options.adversarial_weight,
+            cutmix=options.cutmix,
+        )
+        step = partial(aft_step, module=task.module, optimiser=optimiser, recipe=recipe)
+        return Training(task, self._mesh, self._feed, step, state.create(task.variables, optimiser), self._variables)
+
+
+class Training:
+    """A state, and the compiled step that takes it on."""
+
+    def __init__(self, task: Task, mesh: Any, feed: Feed, step: Any, before: Any, fixed: Any = None):
+        """Begins at a state; `fixed` is what every step finds unchanged."""
+        options = task.config.run
+        self._feed, self._fixed, self._log_every = feed, fixed, options.log_every
+        self._program = Program(loop._compile(mesh, step))
+        self._key = placement.place(mesh, key_for(task.config.seed, 'benchmarks'))
+        self.state = placement.copy(mesh, before)
+        longest = loop.steps_per_call(options)
+        # The first epoch, over and over: calls that end where the loop writes metrics.
+        self._epoch = list(loop._spans(0, [task.steps], [self._log_every], longest))
+        length = self._epoch[0][1]
+        self._calls = [(i, i + length) for i in range(0, task.steps - length + 1, length)]
+
+    def take(self, spans: Sequence[tuple[int, int]], logs: bool) -> dict[str, jax.Array]:
+        """Takes the steps of the spans, and returns the last metrics; `logs` as the loop does, or does not wait."""
+        pending = []
+        with self._feed.calls(spans) as fed:
+            for (first, last), batches in zip(spans, fed, strict=True):
+                arguments = self.state, self._feed.data, self._fixed, batches, self._key
+                self.state, metrics = self._program(*arguments, steps=last - first)
+                pending.append(metrics)
+                if logs and (last % self._log_every == 0 or last == spans[-1][1]):
+                    jax.device_get(pending)
+                    pending = []
+        return metrics
+
+    def work(self, epoch: bool) -> Work:
+        """Returns whole epochs, or one call after another."""
+
+        def run(times: int) -> None:
+            if epoch:
+                for _ in range(times):
+                    self.take(self._epoch, logs=True)
+            else:
+                self.take([self._calls[i % len(self._calls)] for i in range(times)], logs=False)
+            jax.block_until_ready(self.state)
+
+        units = 1 if epoch else self._calls[0][1] - self._calls[0][0]
+        return Work(run, self._program.bytes, units)
+
+
+class Program:
+    """A jitted function, compiled ahead for each number of steps that a call takes."""
+
+    def __init__(self, function: Any):
+        """Compiles `function` when it is first called."""
+        self._function = function
+        self._compiled: dict[int, Any] = {}
+
+    def __call__(self, *arguments: Any, steps: int = 1) -> Any:
+        """Calls the function; arguments with the same `steps` have the same shapes."""
+        if steps not in self._compiled:
+            self._compiled[steps] = self._function.lower(*arguments).compile()
+        return self._compiled[steps](*arguments)
+
+    def bytes(self) -> float:
+        """Returns what the largest of the programs needs beside its arguments, by XLA's own account."""
+        sizes = [program.memory_analysis() for program in self._compiled.values()]
+        return max(s.temp_size_in_bytes + s.output_size_in_bytes - s.alias_size_in_bytes for s in sizes)
