@@ -29,7 +29,7 @@ AFT_PRESETS: dict[str, dict[str, Any]] = {
         'schedule': 'constant',
         'max_grad_norm': 0.0,
     },
-    # Ours: a few adversarial examples in every batch, of an Linf and an L2 ball, and clean predictions held by
+    # Ours: a quarter of each batch adversarial, of an Linf and an L2 ball, and clean predictions held by
     # distillation on clean images with parts of others.
     'default': {
         'norm': 'both',
@@ -42,8 +42,8 @@ AFT_PRESETS: dict[str, dict[str, Any]] = {
         'clip': True,
         'epochs': 40,
         'adversarial_epochs': 38.0,
-        'adversarial_share': 0.125,
-        'adversarial_weight': 1.5,
+        'adversarial_share': 0.25,
+        'adversarial_weight': 1.0,
         'distillation': 5.0,
         'cutmix': 1.0,
         'learning_rate': 0.03,

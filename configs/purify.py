@@ -30,4 +30,5 @@ def get_config():
     config.aft.preset = 'small'
     config.ft.epochs = 200
     config.batch_size = 64
+    config.run.purify_points = 10
     return config
