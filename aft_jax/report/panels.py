@@ -96,7 +96,7 @@ def activations(directory: Path, model: str, seen: Seen) -> Panel:
             axes.plot(np.arange(1, len(order) + 1), values[order], color=colour, linestyle=line, label=kind)
         axes.set_xlabel(f'channels, sorted by {sorted_by}')
         axes.set_ylabel('mean activation')
-        axes.legend(frameon=False, loc='upper right')
+        axes.legend(frameon=False, loc='lower left', bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
 
     alt = f'{model}: lines over {len(order)} channels, sorted by {sorted_by} images. Strongest tenth of the channels: '
     tenth = order[: max(1, round(len(order) / 10))]
