@@ -23,6 +23,7 @@ import traceback
 from absl import flags
 from ml_collections import config_flags
 
+from aft_jax.allocator import keep_freed_memory
 from aft_jax.command_line import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, complain, parse
 from aft_jax.config import default_config
 from aft_jax.errors import UserError, user_path
@@ -46,6 +47,7 @@ def main(arguments: list[str]) -> int:
         parse(arguments, flags.FLAGS, default_config())
     except UserError as error:
         return complain(error)
+    keep_freed_memory()
     # After the flags, so that a wrong one is told at once.
     from aft_jax import distributed
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from aft_jax.allocator import keep_freed_memory
 from aft_jax.command_line import EXIT_FAILURES, EXIT_INTERRUPTED, EXIT_PREEMPTED, complain, parse
 from aft_jax.errors import UserError, user_path
 
@@ -42,6 +43,7 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         parse(arguments, FLAGS)
+        keep_freed_memory()
         from aft_jax import grid
         from aft_jax.training.preemption import Preempted
     except UserError as error:

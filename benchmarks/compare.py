@@ -32,6 +32,7 @@ from typing import Any
 
 import jax
 
+from aft_jax.allocator import keep_freed_memory
 from aft_jax.command_line import Parser, complain
 from aft_jax.errors import UserError, user_path
 from benchmarks import agreement, flops, task
@@ -275,7 +276,9 @@ def main(arguments: list[str]) -> int:
     # Of a GPU's memory: the rest is for torch. Read when the first array is made.
     os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.45')
     try:
-        run(parse(arguments))
+        flags = parse(arguments)
+        keep_freed_memory()  # for both sides
+        run(flags)
     except UserError as error:
         return complain(error)
     return 0

@@ -3,7 +3,8 @@
     python -m aft_jax.main --config=configs/fashion_mnist.py:sig --workdir=runs/fashion-sig
 
 The name after the colon is the attack: badnets, blend, sig, wanet, input_aware or none. WaNet and input-aware take more
-training than the others, and control it, as their authors have it; none_long is the benign model trained as long as WaNet's.
+training than the others, and control it, as their authors have it; none_long is the benign model trained as long as
+WaNet's.
 
 The images come from TFDS, or from the four IDX files where a system has them: Debian's package
 dataset-fashion-mnist, or a folder named by --config.data.idx_dir.

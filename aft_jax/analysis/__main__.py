@@ -20,6 +20,7 @@ Exit status: 0 done, 2 something that you can put right.
 import argparse
 import sys
 
+from aft_jax.allocator import keep_freed_memory
 from aft_jax.command_line import Parser, complain
 from aft_jax.errors import UserError, user_path
 
@@ -70,6 +71,7 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     try:
         flags = parse(arguments)
+        keep_freed_memory()
         from aft_jax import collect, workdir
         from aft_jax.analysis import table
 

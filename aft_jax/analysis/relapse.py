@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aft_jax import collect, workdir
+from aft_jax.allocator import keep_freed_memory
 from aft_jax.analysis import finished
 from aft_jax.analysis.finished import Finished
 from aft_jax.analysis.table import control_of
@@ -221,6 +222,7 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     try:
         flags = parse(arguments)
+        keep_freed_memory()
         rows = relapse(flags)
     except UserError as error:
         return complain(error)
