@@ -13,7 +13,7 @@ import numpy as np
 
 from aft_jax.adversarial import perturb
 from aft_jax.attacks.infection import Learner, plain
-from aft_jax.defenses.aft import Recipe, aft_step
+from aft_jax.defenses.aft import aft_step, recipe_of
 from aft_jax.models import logits_function
 from aft_jax.randomness import key_for
 from aft_jax.training import loop, state
@@ -86,14 +86,7 @@ class Ours:
     def _fine_tuning(self) -> 'Training':
         task, options, train = self.task, self.task.config.aft, self.task.config.train
         optimiser = sgd(options.learning_rate, options.schedule, task.steps, train.momentum, train.weight_decay)
-        recipe = Recipe(
-            attacks=(task.pgd,),
-            adversarial_share=options.adversarial_share,
-            distillation=options.distillation,
-            augment=task.config.augment,
-            adversarial_weight=options.adversarial_weight,
-            cutmix=options.cutmix,
-        )
+        recipe = recipe_of(task.config, task.shape)
         step = partial(aft_step, module=task.module, optimiser=optimiser, recipe=recipe)
         return Training(task, self._mesh, self._feed, step, state.create(task.variables, optimiser), self._variables)
 

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from aft_jax.adversarial import perturb
 from aft_jax.attacks.infection import Learner, plain
 from aft_jax.config import default_config, resolve
-from aft_jax.defenses.aft import Recipe, aft_step, attacks_of
+from aft_jax.defenses.aft import Recipe, aft_step, recipe_of
 from aft_jax.models import build, logits_function
 from aft_jax.training import loop, state
 from aft_jax.training.mesh import along, make_mesh, replicated
@@ -173,9 +173,8 @@ def training(mesh: Mesh, on: Subject, batch: int) -> Programs:
 
 def recipe(config: ml_collections.ConfigDict, shape: tuple[int, ...], **changes: Any) -> Recipe:
     """Returns what an adversarial step of the config's AFT is to do, perhaps with other PGDs."""
-    o = config.aft
-    attacks = tuple(pgd._replace(**changes) for pgd in attacks_of(o, shape))
-    return Recipe(attacks, o.adversarial_share, o.distillation, config.augment, o.adversarial_weight, o.cutmix)
+    found = recipe_of(config, shape)
+    return found._replace(attacks=tuple(pgd._replace(**changes) for pgd in found.attacks))
 
 
 def adversarial_tuning(mesh: Mesh, on: Subject, batch: int, **changes: Any) -> Programs:

@@ -75,20 +75,31 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
     steps = count_steps(size, options.epochs, config.batch_size)
     adversarial_steps = min(steps, count_steps(size, options.adversarial_epochs, config.batch_size))
     before, optimiser = begin(holdings, options, config.train, steps)
-    recipe = Recipe(
-        attacks=attacks_of(options, holdings.images.shape[1:]),
-        adversarial_share=options.adversarial_share,
-        distillation=options.distillation,
-        augment=config.augment,
-        adversarial_weight=options.adversarial_weight,
-        cutmix=options.cutmix,
-    )
+    recipe = recipe_of(config, holdings.images.shape[1:])
     bound = partial(aft_step, module=holdings.module, optimiser=optimiser)
     phases = [
         Phase(partial(bound, recipe=recipe), adversarial_steps),
         Phase(partial(bound, recipe=recipe._replace(adversarial_share=0.0)), steps),
     ]
     return fit(run, stage, before, phases, holdings.arrays, config.batch_size, fixed=holdings.variables)
+
+
+def recipe_of(config: ml_collections.ConfigDict, image_shape: tuple[int, ...]) -> Recipe:
+    """Returns what an adversarial step is to do.
+
+    Args:
+        config: The resolved config; `config.aft` and `config.augment` are read.
+        image_shape: (H, W, C).
+    """
+    options = config.aft
+    return Recipe(
+        attacks=attacks_of(options, image_shape),
+        adversarial_share=options.adversarial_share,
+        distillation=options.distillation,
+        augment=config.augment,
+        adversarial_weight=options.adversarial_weight,
+        cutmix=options.cutmix,
+    )
 
 
 def attacks_of(options: ml_collections.ConfigDict, image_shape: tuple[int, ...]) -> tuple[PGD, ...]:
