@@ -124,24 +124,36 @@ def make(name: str, images: Images, batch: int, dtype: str, **options: float) ->
     config.batch_size, config.dtype = batch, dtype
     config = resolve(config)
     module = models.build(config, images.num_classes)
-    return Task(name, config, module, weights(module, images.pixels.shape[1:], config.seed), images)
+    return Task(
+        name,
+        config,
+        module,
+        weights(module, images.pixels.shape[1:], np.random.default_rng(config.seed), gain=1.0),
+        images,
+    )
 
 
-def weights(module: nn.Module, shape: tuple[int, ...], seed: int) -> dict:
-    """Returns variables in which nothing is fresh: norms that do something, and kernels that leave logits of order 1.
+def weights(
+    module: nn.Module, shape: tuple[int, ...], stream: np.random.Generator | np.random.RandomState, gain: float
+) -> dict:
+    """Returns variables in which nothing is fresh: norms that do something, and random kernels.
 
-    Larger ones make a classifier so sure of itself that its gradients are rounding errors.
+    Args:
+        module: The network.
+        shape: Of one image.
+        stream: Of random numbers.
+        gain: Of the kernels; 2 is He's. With 1 logits are of order 1: larger ones make a classifier so sure of itself
+            that its gradients are rounding errors.
     """
-    generator = np.random.default_rng(seed)
 
     def draw(path, leaf) -> np.ndarray:
         match path[-1].key:
             case 'kernel':
-                value = generator.standard_normal(leaf.shape) * np.sqrt(1 / np.prod(leaf.shape[:-1]))
+                value = stream.standard_normal(leaf.shape) * np.sqrt(gain / np.prod(leaf.shape[:-1]))
             case 'scale' | 'var':
-                value = generator.uniform(0.5, 1.5, leaf.shape)
+                value = stream.uniform(0.5, 1.5, leaf.shape)
             case _:
-                value = 0.1 * generator.standard_normal(leaf.shape)
+                value = 0.1 * stream.standard_normal(leaf.shape)
         return value.astype(np.float32)
 
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape), jnp.float32))

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from aft_jax.attacks.input_aware import Networks
 from aft_jax.attacks.input_aware_networks import networks_for
 from aft_jax.models.preact_resnet import PreActResNet
+from benchmarks.task import weights
 
 # (height, width) of a grid, and of the image that it becomes.
 BICUBIC_SIZES = {'28': (4, 4, 28, 28), '32': (4, 4, 32, 32), '64': (5, 3, 64, 64), 'oblong': (4, 4, 20, 36)}
@@ -41,20 +41,7 @@ def uniform(seed: int, shape: tuple[int, ...], low: float = 0.0, high: float = 1
 
 def variables_of(module: nn.Module, image_shape: tuple[int, int, int], seed: int) -> dict:
     """Returns variables of the module: He weights, and norms that are neither fresh nor all alike."""
-    stream = np.random.RandomState(seed)
-
-    def draw(path, leaf) -> np.ndarray:
-        match path[-1].key:
-            case 'kernel':
-                value = stream.standard_normal(leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1]))
-            case 'scale' | 'var':
-                value = stream.uniform(0.5, 1.5, leaf.shape)
-            case _:
-                value = 0.1 * stream.standard_normal(leaf.shape)
-        return value.astype(np.float32)
-
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *image_shape), jnp.float32))
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return weights(module, image_shape, np.random.RandomState(seed), gain=2.0)
 
 
 def classifier(width: int, final_norm: bool = False) -> Classifier:
