@@ -7,6 +7,8 @@ from ml_collections import config_dict
 
 from aft_jax.models import COMBINED
 
+# The defenses that are AFT: the configured one, and the authors' own beside it.
+AFT_SECTIONS = ('aft', 'aft_released')
 # What an AFT preset stands for; a field that the config leaves empty is taken from here.
 AFT_PRESETS: dict[str, dict[str, Any]] = {
     # The authors' released code: 3 of 20 epochs on adversarial examples, the rest on clean images.
@@ -224,9 +226,32 @@ def default_config() -> ml_collections.ConfigDict:
             'max_grad_norm': 1.0,
         }
     )
-    config.aft = ml_collections.ConfigDict(
+    config.aft = aft_options('default')
+    # Beside it in a table, on the same infected model.
+    config.aft_released = aft_options('released')
+
+    # How a run is carried out; none of it changes a result, and it may differ when a run is resumed.
+    config.run = ml_collections.ConfigDict(
         {
-            'preset': 'default',
+            'placement': 'auto',  # of the training data: 'device', 'host', or 'auto': on the devices where they fit
+            'steps_per_call': 0,  # training steps in one compiled call; 0 chooses by backend
+            'log_every': 50,  # steps
+            'checkpoint_every': 500,  # steps
+            'keep_checkpoints': 2,  # a stage
+            'evaluate_every': 0.0,  # epochs, or parts of one, between evaluations while infecting; 0 only at the end
+            'purify_points': 0,  # evaluations on the test set in each stage of a defense, for the report alone; 0 none
+            'eval_batch_size': 500,
+            'compile_cache': '',  # a directory where compiled programs are kept from one start to the next
+        }
+    )
+    return config
+
+
+def aft_options(preset: str) -> ml_collections.ConfigDict:
+    """Returns the fields of AFT, each empty until `resolve` takes it from the preset."""
+    return ml_collections.ConfigDict(
+        {
+            'preset': preset,
             'norm': config_dict.placeholder(str),  # 'linf', 'l2', or 'both': a half each
             'eps': config_dict.placeholder(float),
             'step_size': config_dict.placeholder(float),
@@ -250,32 +275,18 @@ def default_config() -> ml_collections.ConfigDict:
         }
     )
 
-    # How a run is carried out; none of it changes a result, and it may differ when a run is resumed.
-    config.run = ml_collections.ConfigDict(
-        {
-            'placement': 'auto',  # of the training data: 'device', 'host', or 'auto': on the devices where they fit
-            'steps_per_call': 0,  # training steps in one compiled call; 0 chooses by backend
-            'log_every': 50,  # steps
-            'checkpoint_every': 500,  # steps
-            'keep_checkpoints': 2,  # a stage
-            'evaluate_every': 0.0,  # epochs, or parts of one, between evaluations while infecting; 0 only at the end
-            'purify_points': 0,  # evaluations on the test set in each stage of a defense, for the report alone; 0 none
-            'eval_batch_size': 500,
-            'compile_cache': '',  # a directory where compiled programs are kept from one start to the next
-        }
-    )
-    return config
-
 
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Returns a frozen-in copy of `config` in which every value is set: presets and names with a depth filled in.
 
-    `config.aft.preset` must be one of AFT_PRESETS.
+    The presets of `config.aft` and `config.aft_released` must be among AFT_PRESETS.
     """
     resolved = ml_collections.ConfigDict(config.to_dict())
-    for field, value in AFT_PRESETS[resolved.aft.preset].items():
-        if resolved.aft[field] is None:
-            resolved.aft[field] = value
+    for name in AFT_SECTIONS:
+        options = resolved[name]
+        for field, value in AFT_PRESETS[options.preset].items():
+            if options[field] is None:
+                options[field] = value
     if resolved.model.name in COMBINED:
         resolved.model.name, resolved.model.depth = COMBINED[resolved.model.name]
     if resolved.model.factory:

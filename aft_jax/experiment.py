@@ -72,7 +72,8 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
         contents = dataset.arrays, given.variables
     # Only now: a config that cannot be carried out must not take the directory.
     content = checksum(contents)
-    distributed.first_alone(lambda: workdir.claim(directory, asked, content, jax.process_index() == 0))
+    writes = jax.process_index() == 0
+    distributed.first_alone(lambda: workdir.claim(directory, asked, content, writes, DEFENSES))
     with contextlib.closing(MetricWriter(directory)) as writer, Watch() as watch:
         return carry_out(Run(config.seed, directory, mesh, writer, config.run, watch), victim, config, given)
 

@@ -112,13 +112,14 @@ def measured(directory: Path, experiment) -> set[str] | None:
     """Returns the defenses that a run of this very experiment has measured, or None where there is no such run."""
     from aft_jax import workdir
     from aft_jax.config import resolve
+    from aft_jax.defenses import DEFENSES
 
     try:
-        kept = json.loads((directory / 'config.json').read_text())
         found = json.loads((directory / 'results.json').read_text())['purified']
+        differs = workdir.differences(directory, resolve(experiment.config), DEFENSES)
     except (OSError, ValueError, KeyError):
         return None
-    return None if workdir.differences(kept, resolve(experiment.config)) else set(found)
+    return None if differs else set(found)
 
 
 def is_finished(directory: Path, experiment) -> bool:

@@ -9,7 +9,7 @@ import ml_collections
 from aft_jax import attacks, data, models
 from aft_jax.adversarial import NORMS
 from aft_jax.command_line import suggestion
-from aft_jax.config import AFT_PRESETS, default_config, resolve
+from aft_jax.config import AFT_PRESETS, AFT_SECTIONS, default_config, resolve
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
 from aft_jax.errors import UserError
@@ -85,7 +85,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if any(value <= 0 for value in config.model.std):
         raise UserError(f'model.std={config.model.std} must be positive.')
     _validate_attack(config)
-    _validate_aft(config)
+    for name in AFT_SECTIONS:
+        _one_of(f'{name}.preset', config[name].preset, tuple(AFT_PRESETS))
+    for name in AFT_SECTIONS:
+        _validate_aft(config, name)
     _validate_nad(config)
     _validate_mcr(config)
     _validate_pruning(config)
@@ -217,33 +220,35 @@ def _validate_cross(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def _validate_aft(config: ml_collections.ConfigDict) -> None:
-    _one_of('aft.preset', config.aft.preset, tuple(AFT_PRESETS))
+def _validate_aft(config: ml_collections.ConfigDict, name: str) -> None:
     # The preset fills what the config leaves open, so that checks see what will be used.
-    aft = resolve(config).aft
-    _one_of('aft.norm', aft['norm'], (*NORMS, 'both'))
-    _one_of('aft.schedule', aft['schedule'], SCHEDULES)
+    aft = resolve(config)[name]
+    _one_of(f'{name}.norm', aft['norm'], (*NORMS, 'both'))
+    _one_of(f'{name}.schedule', aft['schedule'], SCHEDULES)
     both = ('rms_eps', 'rms_step_size') if aft['norm'] == 'both' else ()
     for field in (('eps', 'step_size') if aft['norm'] != 'l2' else ()) + both:
-        _in_pixels(f'aft.{field}', aft[field])
+        _in_pixels(f'{name}.{field}', aft[field])
     for field in (*both, 'eps', 'step_size', 'pgd_steps', 'epochs', 'learning_rate', 'adversarial_epochs'):
         if aft[field] <= 0:
-            raise UserError(f'aft.{field}={aft[field]} must be positive.')
+            raise UserError(f'{name}.{field}={aft[field]} must be positive.')
     if aft['adversarial_epochs'] > aft['epochs']:
-        raise UserError(f'aft.adversarial_epochs={aft["adversarial_epochs"]} is more than aft.epochs={aft["epochs"]}.')
+        raise UserError(
+            f'{name}.adversarial_epochs={aft["adversarial_epochs"]} is more than {name}.epochs={aft["epochs"]}.'
+        )
     if not 0 < aft['adversarial_share'] <= 1 or round(aft['adversarial_share'] * config.batch_size) == 0:
         raise UserError(
-            f'aft.adversarial_share={aft["adversarial_share"]} must lie above 0 and at most at 1, and be '
+            f'{name}.adversarial_share={aft["adversarial_share"]} must lie above 0 and at most at 1, and be '
             'at least one image of a batch.'
         )
     for field in ('adversarial_weight', 'distillation', 'cutmix', 'max_grad_norm'):
         if aft[field] < 0:
-            raise UserError(f'aft.{field}={aft[field]} must not be negative.')
+            raise UserError(f'{name}.{field}={aft[field]} must not be negative.')
     if aft['cutmix'] > 1:
-        raise UserError(f'aft.cutmix={aft["cutmix"]} is a share of an image, at most 1.')
+        raise UserError(f'{name}.cutmix={aft["cutmix"]} is a share of an image, at most 1.')
     if aft['cutmix'] > 0 and aft['distillation'] == 0:
         raise UserError(
-            f'aft.cutmix={aft["cutmix"]} leaves clean images without labels, so that it takes aft.distillation above 0.'
+            f'{name}.cutmix={aft["cutmix"]} leaves clean images without labels, so that it takes {name}.distillation '
+            'above 0.'
         )
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,13 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def claim(workdir: Path, config: ml_collections.ConfigDict, data_checksum: int, writes: bool = True) -> None:
+def claim(
+    workdir: Path,
+    config: ml_collections.ConfigDict,
+    data_checksum: int,
+    writes: bool = True,
+    defenses: Iterable[str] = (),
+) -> None:
     """Makes the work directory this experiment's, or finds that it is already.
 
     Args:
@@ -56,6 +63,7 @@ def claim(workdir: Path, config: ml_collections.ConfigDict, data_checksum: int, 
         data_checksum: Of the data set's arrays, and of a model that init_from names, kept with it, so that other
             contents under the same name are noticed.
         writes: Whether this process writes; the others only check.
+        defenses: Names of sections of the config that may still change while that defense has not begun here.
 
     Raises:
         UserError: The directory cannot be written, holds another experiment, or holds files that are not ours.
@@ -66,7 +74,7 @@ def claim(workdir: Path, config: ml_collections.ConfigDict, data_checksum: int, 
         if writes:
             workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _check_same(path, wanted)
+            _check_same(path, wanted, _not_begun(workdir, defenses))
         # A process that died while it first wrote config.json leaves a temporary file.
         elif writes and any(not file.name.startswith(f'.{path.name}.') for file in workdir.iterdir()):
             raise UserError(
@@ -78,22 +86,36 @@ def claim(workdir: Path, config: ml_collections.ConfigDict, data_checksum: int, 
         raise UserError(f'--workdir={workdir} cannot be written ({error.strerror}); name another directory.') from error
 
 
-def differences(kept: dict, config: ml_collections.ConfigDict) -> list[str]:
-    """Returns the fields, as 'a.b', in which the content of a config.json is of another experiment than `config`."""
-    return _differing(flatten(kept), flatten(json.loads(json.dumps(config.to_dict()))))
+def differences(workdir: Path, config: ml_collections.ConfigDict, defenses: Iterable[str] = ()) -> list[str]:
+    """Returns the fields, as 'a.b', in which a directory's config.json is of another experiment than `config`.
+
+    Args:
+        workdir: The directory.
+        config: The resolved config.
+        defenses: As for `claim`.
+
+    Raises:
+        OSError, ValueError: There is no config.json, or a damaged one.
+    """
+    kept = flatten(json.loads((workdir / 'config.json').read_text()))
+    return _differing(kept, flatten(json.loads(json.dumps(config.to_dict()))), _not_begun(workdir, defenses))
 
 
-def _differing(found: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+def _not_begun(workdir: Path, defenses: Iterable[str]) -> set[str]:
+    return {name for name in defenses if not (workdir / 'checkpoints' / 'purify' / name).exists()}
+
+
+def _differing(found: dict[str, Any], asked: dict[str, Any], open_sections: Iterable[str]) -> list[str]:
+    free = {*FREE_FIELDS, 'data_checksum', *open_sections}
     # A text that is absent is as an empty one: the directory is older than the field.
     return [
         name
         for name in sorted(found.keys() | asked.keys(), key=lambda name: (name not in asked or name not in found, name))
-        if not {name, name.split('.')[0]} & {*FREE_FIELDS, 'data_checksum'}
-        and found.get(name, '') != asked.get(name, '')
+        if not {name, name.split('.')[0]} & free and found.get(name, '') != asked.get(name, '')
     ]
 
 
-def _check_same(path: Path, wanted: dict) -> None:
+def _check_same(path: Path, wanted: dict, open_sections: Iterable[str]) -> None:
     try:
         found = flatten(json.loads(path.read_text()))
     except (json.JSONDecodeError, AttributeError, UnicodeDecodeError):
@@ -107,7 +129,7 @@ def _check_same(path: Path, wanted: dict) -> None:
             f'the data of {asked["dataset"]}{model} are not those that --workdir={path.parent} was made with; name '
             'another directory, or bring back the old ones.'
         )
-    if differing := _differing(found, asked):
+    if differing := _differing(found, asked, open_sections):
         shown = ', '.join(f'{name} is {found.get(name)!r} there and {asked.get(name)!r} here' for name in differing[:3])
         more = f' and {len(differing) - 3} more fields differ' if len(differing) > 3 else ''
         raise UserError(

@@ -86,7 +86,7 @@ class Ours:
     def _fine_tuning(self) -> 'Training':
         task, options, train = self.task, self.task.config.aft, self.task.config.train
         optimiser = sgd(options.learning_rate, options.schedule, task.steps, train.momentum, train.weight_decay)
-        recipe = recipe_of(task.config, task.shape)
+        recipe = recipe_of(options, task.config.augment, task.shape)
         step = partial(aft_step, module=task.module, optimiser=optimiser, recipe=recipe)
         return Training(task, self._mesh, self._feed, step, state.create(task.variables, optimiser), self._variables)
 

@@ -173,7 +173,7 @@ def training(mesh: Mesh, on: Subject, batch: int) -> Programs:
 
 def recipe(config: ml_collections.ConfigDict, shape: tuple[int, ...], **changes: Any) -> Recipe:
     """Returns what an adversarial step of the config's AFT is to do, perhaps with other PGDs."""
-    found = recipe_of(config, shape)
+    found = recipe_of(config.aft, config.augment, shape)
     return found._replace(attacks=tuple(pgd._replace(**changes) for pgd in found.attacks))
 
 

@@ -36,3 +36,4 @@ def test_a_preset_fills_what_the_config_leaves_open():
     assert all(value is not None for value in resolved.aft.to_dict().values())
     assert all(preset.keys() == AFT_PRESETS['default'].keys() for preset in AFT_PRESETS.values())
     assert set(default_config().aft.keys()) == {'preset', *AFT_PRESETS['default']}
+    assert resolve(default_config()).aft_released.to_dict() == {'preset': 'released'} | AFT_PRESETS['released']

@@ -38,8 +38,8 @@ def npz(tmp_path):
     return path
 
 
-def run(npz, workdir, capsys, *more):
-    arguments = [
+def arguments_of(npz, workdir):
+    return [
         f'--config={ROOT}/configs/mnist5k.py',
         f'--workdir={workdir}',
         f'--config.dataset=npz:{npz}',
@@ -52,7 +52,10 @@ def run(npz, workdir, capsys, *more):
         '--config.aft.adversarial_epochs=1',
         '--config.aft.pgd_steps=2',
     ]
-    status, text = run_here([*arguments, *more], capsys)
+
+
+def run(npz, workdir, capsys, *more):
+    status, text = run_here([*arguments_of(npz, workdir), *more], capsys)
     assert status == 0, text
     return json.loads((workdir / 'results.json').read_text())
 
@@ -121,14 +124,20 @@ def test_other_ways_run_too(attack, npz, tmp_path, capsys):
     assert all(('test_asr' in p) != benign for p in probes if 'test_acc' in p)
 
 
-def test_a_defense_can_be_added_later(npz, tmp_path, capsys):
-    first = run(npz, tmp_path / 'run', capsys, '--config.defenses=ft', NO_REPORT)
-    both = run(npz, tmp_path / 'run', capsys, '--config.defenses=ft,aft', NO_REPORT)
-    assert both['purified']['ft'] == first['purified']['ft']
+def test_a_defense_can_be_added_later_with_its_own_recipe(npz, tmp_path, capsys):
+    released = ('--config.aft_released.epochs=1', '--config.aft_released.adversarial_epochs=1')
+    first = run(npz, tmp_path / 'run', capsys, *released, '--config.defenses=aft_released', NO_REPORT)
+    other = (*released, '--config.aft.eps=0.02')
+    both = run(npz, tmp_path / 'run', capsys, *other, '--config.defenses=aft_released,aft', NO_REPORT)
+    assert both['purified'].keys() == {'aft_released', 'aft'}
+    assert both['purified']['aft_released'] == first['purified']['aft_released']
     assert both['infected'] == first['infected']
-    assert both['purified'].keys() == {'ft', 'aft'}
-    # What was measured stays, whatever a later start asks for.
-    assert run(npz, tmp_path / 'run', capsys, '--config.stages=("infect",)') == both
+    kept = json.loads((tmp_path / 'run' / 'config.json').read_text())
+    assert kept['aft']['eps'] == 0.02 and kept['aft_released']['eps'] == 6 / 255
+    # What was measured stays, whatever a later start asks for, and its recipe is settled.
+    assert run(npz, tmp_path / 'run', capsys, *other, '--config.stages=("infect",)') == both
+    status, text = run_here([*arguments_of(npz, tmp_path / 'run'), *released, '--config.aft.eps=0.03'], capsys)
+    assert status == 2 and 'aft.eps is 0.02 there and 0.03 here' in text and len(text.splitlines()) == 1
 
 
 def test_other_data_under_the_same_name_are_noticed(npz, tmp_path, capsys):

@@ -6,6 +6,7 @@ folder imports aft_jax.attacks.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from aft_jax.defenses import aft, anp, fp, ft, mcr, nad, pbe
@@ -17,6 +18,7 @@ __all__ = ['DEFENSES', 'FROM_SUSPECT_SET', 'NEED_FEATURES', 'Holdings']
 DEFENSES: dict[str, Callable[..., Any]] = {
     'ft': ft.purify,
     'aft': aft.purify,
+    'aft_released': partial(aft.purify, section='aft_released'),
     'nad': nad.purify,
     'mcr': mcr.purify,
     'fp': fp.purify,

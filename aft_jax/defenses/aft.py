@@ -61,21 +61,22 @@ class Recipe(NamedTuple):
     cutmix: float = 0.0
 
 
-def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.ConfigDict) -> Fitted:
+def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.ConfigDict, section: str = 'aft') -> Fitted:
     """Returns the suspect model after adversarial fine-tuning on the clean images.
 
     Args:
         run: The experiment.
         stage: The name of its checkpoints and metrics.
         holdings: The defender's.
-        config: The resolved config; `config.aft` has the recipe.
+        config: The resolved config.
+        section: Of the config, where the recipe is.
     """
-    options = config.aft
+    options = config[section]
     size = len(holdings.labels)
     steps = count_steps(size, options.epochs, config.batch_size)
     adversarial_steps = min(steps, count_steps(size, options.adversarial_epochs, config.batch_size))
     before, optimiser = begin(holdings, options, config.train, steps)
-    recipe = recipe_of(config, holdings.images.shape[1:])
+    recipe = recipe_of(options, config.augment, holdings.images.shape[1:])
     bound = partial(aft_step, module=holdings.module, optimiser=optimiser)
     phases = [
         Phase(partial(bound, recipe=recipe), adversarial_steps),
@@ -84,19 +85,21 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
     return fit(run, stage, before, phases, holdings.arrays, config.batch_size, fixed=holdings.variables)
 
 
-def recipe_of(config: ml_collections.ConfigDict, image_shape: tuple[int, ...]) -> Recipe:
+def recipe_of(
+    options: ml_collections.ConfigDict, augmentation: ml_collections.ConfigDict, image_shape: tuple[int, ...]
+) -> Recipe:
     """Returns what an adversarial step is to do.
 
     Args:
-        config: The resolved config; `config.aft` and `config.augment` are read.
+        options: `config.aft`, resolved.
+        augmentation: `config.augment`.
         image_shape: (H, W, C).
     """
-    options = config.aft
     return Recipe(
         attacks=attacks_of(options, image_shape),
         adversarial_share=options.adversarial_share,
         distillation=options.distillation,
-        augment=config.augment,
+        augment=augmentation,
         adversarial_weight=options.adversarial_weight,
         cutmix=options.cutmix,
     )
