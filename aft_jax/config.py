@@ -16,8 +16,11 @@ AFT_PRESETS: dict[str, dict[str, Any]] = {
         'norm': 'linf',
         'eps': 6 / 255,
         'step_size': 6 / 255 / 5,
+        'universal': '',
         'rms_eps': 0.0,
-        'rms_step_size': 0.0,
+        'sparse_share': 0.0,
+        'warp_share': 0.0,
+        'renew_every': 1,
         'pgd_steps': 7,
         'random_start': False,
         'clip': False,
@@ -27,27 +30,32 @@ AFT_PRESETS: dict[str, dict[str, Any]] = {
         'adversarial_weight': 1.0,
         'distillation': 0.0,
         'cutmix': 0.0,
+        'recalibrate': False,
         'learning_rate': 1e-3,
         'schedule': 'constant',
         'max_grad_norm': 0.0,
     },
-    # Ours: a quarter of each batch adversarial, of an Linf and an L2 ball, and clean predictions held by
-    # distillation on clean images with parts of others.
+    # Ours: half of each batch with changes that its images share, and clean predictions held by distillation on clean
+    # images with parts of others.
     'default': {
-        'norm': 'both',
+        'norm': 'linf',
         'eps': 20 / 255,
         'step_size': 5 / 255,
+        'universal': 'linf,l2,sparse,warp',
         'rms_eps': 0.11,
-        'rms_step_size': 0.0275,
-        'pgd_steps': 7,
+        'sparse_share': 0.015,
+        'warp_share': 0.036,
+        'renew_every': 100,
+        'pgd_steps': 4,
         'random_start': True,
         'clip': True,
         'epochs': 40,
         'adversarial_epochs': 38.0,
-        'adversarial_share': 0.25,
-        'adversarial_weight': 1.0,
-        'distillation': 5.0,
+        'adversarial_share': 0.5,
+        'adversarial_weight': 1.5,
+        'distillation': 8.0,
         'cutmix': 1.0,
+        'recalibrate': True,
         'learning_rate': 0.03,
         'schedule': 'cosine',
         'max_grad_norm': 1.0,
@@ -57,8 +65,11 @@ AFT_PRESETS: dict[str, dict[str, Any]] = {
         'norm': 'linf',
         'eps': 16 / 255,
         'step_size': 4 / 255,
+        'universal': '',
         'rms_eps': 0.0,
-        'rms_step_size': 0.0,
+        'sparse_share': 0.0,
+        'warp_share': 0.0,
+        'renew_every': 1,
         'pgd_steps': 7,
         'random_start': True,
         'clip': True,
@@ -68,6 +79,7 @@ AFT_PRESETS: dict[str, dict[str, Any]] = {
         'adversarial_weight': 1.0,
         'distillation': 1.0,
         'cutmix': 0.0,
+        'recalibrate': False,
         'learning_rate': 0.01,
         'schedule': 'cosine',
         'max_grad_norm': 1.0,
@@ -252,12 +264,15 @@ def aft_options(preset: str) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             'preset': preset,
-            'norm': config_dict.placeholder(str),  # 'linf', 'l2', or 'both': a half each
+            'norm': config_dict.placeholder(str),  # 'linf' or 'l2', of adversarial examples of each image's own
             'eps': config_dict.placeholder(float),
             'step_size': config_dict.placeholder(float),
-            # Of the L2 half of 'both', as a root mean square over pixels, so that images of any size have the same
-            'rms_eps': config_dict.placeholder(float),
-            'rms_step_size': config_dict.placeholder(float),
+            # Kinds of changes that images share, in place of each one's own: of 'linf,l2,sparse,warp'
+            'universal': config_dict.placeholder(str),
+            'rms_eps': config_dict.placeholder(float),  # l2: root mean square over pixels (linf takes eps)
+            'sparse_share': config_dict.placeholder(float),  # sparse: of the pixels, which are set to 0 or 1
+            'warp_share': config_dict.placeholder(float),  # warp: of the side, by which a pixel may be shifted
+            'renew_every': config_dict.placeholder(int),  # steps, after which the changes begin anew
             'pgd_steps': config_dict.placeholder(int),
             'random_start': config_dict.placeholder(bool),
             'clip': config_dict.placeholder(bool),
@@ -269,6 +284,7 @@ def aft_options(preset: str) -> ml_collections.ConfigDict:
             'cutmix': config_dict.placeholder(
                 float
             ),  # largest share of a clean image that another one takes; 0 for none
+            'recalibrate': config_dict.placeholder(bool),  # BatchNorm statistics of clean images, at the end
             'learning_rate': config_dict.placeholder(float),
             'schedule': config_dict.placeholder(str),
             'max_grad_norm': config_dict.placeholder(float),

@@ -17,6 +17,7 @@ from aft_jax.models.resnet import STEMS
 from aft_jax.models.vgg_bn import SMALLEST_SIDE
 from aft_jax.training.feed import PLACEMENTS
 from aft_jax.training.optimiser import SCHEDULES
+from aft_jax.universal import KINDS
 from aft_jax.workdir import flatten
 
 STAGES = ('scan', 'infect', 'purify', 'report')
@@ -223,12 +224,21 @@ def _validate_cross(config: ml_collections.ConfigDict) -> None:
 def _validate_aft(config: ml_collections.ConfigDict, name: str) -> None:
     # The preset fills what the config leaves open, so that checks see what will be used.
     aft = resolve(config)[name]
-    _one_of(f'{name}.norm', aft['norm'], (*NORMS, 'both'))
+    _one_of(f'{name}.norm', aft['norm'], NORMS)
+    for kind in names(aft['universal']):
+        _one_of(f'{name}.universal', kind, KINDS)
     _one_of(f'{name}.schedule', aft['schedule'], SCHEDULES)
-    both = ('rms_eps', 'rms_step_size') if aft['norm'] == 'both' else ()
-    for field in (('eps', 'step_size') if aft['norm'] != 'l2' else ()) + both:
-        _in_pixels(f'{name}.{field}', aft[field])
-    for field in (*both, 'eps', 'step_size', 'pgd_steps', 'epochs', 'learning_rate', 'adversarial_epochs'):
+    sizes = {'linf': 'eps', 'l2': 'rms_eps', 'sparse': 'sparse_share', 'warp': 'warp_share'}
+    used = [sizes[kind] for kind in names(aft['universal'])]
+    if not used and aft['norm'] == 'linf':
+        used = ['eps', 'step_size']
+    for field in ('eps', 'step_size', 'rms_eps'):
+        if field in used:
+            _in_pixels(f'{name}.{field}', aft[field])
+    for field in ('sparse_share', 'warp_share'):
+        if aft[field] > 1 or (field in used and aft[field] <= 0):
+            raise UserError(f'{name}.{field}={aft[field]} is a share: above 0 and at most 1.')
+    for field in ('eps', 'step_size', 'pgd_steps', 'epochs', 'learning_rate', 'adversarial_epochs', 'renew_every'):
         if aft[field] <= 0:
             raise UserError(f'{name}.{field}={aft[field]} must be positive.')
     if aft['adversarial_epochs'] > aft['epochs']:

@@ -137,6 +137,7 @@ class Subject(NamedTuple):
 def subject(width: int = 64, dtype: str = 'bfloat16', side: int = SIDE) -> Subject:
     """Returns PreActResNet18 as configs/cifar10.py has it, perhaps narrower."""
     config = default_config()
+    config.aft.preset = 'small'  # each image with a change of its own
     config.model.name, config.model.width, config.dtype = 'preact_resnet', width, dtype
     config.augment.crop, config.augment.flip = 4, True
     config = resolve(config)
@@ -172,9 +173,9 @@ def training(mesh: Mesh, on: Subject, batch: int) -> Programs:
 
 
 def recipe(config: ml_collections.ConfigDict, shape: tuple[int, ...], **changes: Any) -> Recipe:
-    """Returns what an adversarial step of the config's AFT is to do, perhaps with other PGDs."""
+    """Returns what an adversarial step of the config's AFT is to do, perhaps with another PGD."""
     found = recipe_of(config.aft, config.augment, shape)
-    return found._replace(attacks=tuple(pgd._replace(**changes) for pgd in found.attacks))
+    return found._replace(pgd=found.pgd._replace(**changes))
 
 
 def adversarial_tuning(mesh: Mesh, on: Subject, batch: int, **changes: Any) -> Programs:
@@ -189,9 +190,8 @@ def attack(mesh: Mesh, on: Subject, batch: int) -> Programs:
     """Compiles PGD alone, on a batch that is cut among the devices."""
 
     def run(variables, images, labels, key):
-        return perturb(
-            logits_function(on.module, variables), images, labels, key, recipe(on.config, on.shape).attacks[0]
-        )
+        model = logits_function(on.module, variables)
+        return perturb(model, images, labels, key, recipe(on.config, on.shape).pgd)
 
     whole, cut = replicated(mesh), along(mesh, 0)
     images = jax.ShapeDtypeStruct((batch, *on.shape), jnp.float32)
@@ -257,8 +257,7 @@ def work(network: Network, config: ml_collections.ConfigDict) -> dict[str, Work]
     share = o.adversarial_share
     # PGD; a look at its examples; the suspect model's predictions on the rest.
     further = share * (2 * o.pgd_steps + 1) + (1 - share) * (o.distillation > 0)
-    attacks = 2 if o.norm == 'both' else 1  # each reads the weights for its own images
-    passes = 2 * o.pgd_steps * attacks + 1 + (share < 1 and o.distillation > 0)
+    passes = 2 * o.pgd_steps + 1 + (share < 1 and o.distillation > 0)
     return {'training': step, 'AFT': Work(step.flops + further * network.forward, step.passes + passes)}
 
 

@@ -17,7 +17,7 @@ from aft_jax.adversarial import PGD
 from aft_jax.config import default_config, resolve
 from aft_jax.data import npz, transform
 from aft_jax.data.batches import Order, count_steps
-from aft_jax.defenses.aft import attacks_of
+from aft_jax.defenses.aft import recipe_of
 from aft_jax.errors import UserError
 from aft_jax.interchange import with_usual_names
 from aft_jax.interchange.architecture import Architecture
@@ -86,8 +86,7 @@ class Task(NamedTuple):
     @property
     def pgd(self) -> PGD:
         """What an adversarial example is: one attack, in the preset."""
-        (pgd,) = attacks_of(self.config.aft, self.shape)
-        return pgd
+        return recipe_of(self.config.aft, self.config.augment, self.shape).pgd
 
     @property
     def shape(self) -> tuple[int, int, int]:

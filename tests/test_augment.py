@@ -96,3 +96,22 @@ def test_the_key_decides():
     first, again, other = (compiled(jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_cut_mix_puts_a_rectangle_of_the_neighbour_into_each_image():
+    """Pixel by pixel one image or the other, the rectangle's sides alike, all of its places and sizes in turn."""
+    count, side, largest = 2000, 8, 0.5
+    images = np.broadcast_to(np.arange(count, dtype=np.float32)[:, None, None, None], (count, side, side, 1))
+    mixed = np.asarray(module.cut_mix(jax.random.key(1), images, largest))[..., 0]
+    neighbour = np.roll(np.arange(count), 1)[:, None, None]
+    inside = mixed == neighbour
+    assert np.all(inside | (mixed == np.arange(count)[:, None, None]))
+    rows, columns = inside.any(axis=2), inside.any(axis=1)
+    np.testing.assert_array_equal(inside, rows[:, :, None] & columns[:, None, :])
+    for line in (rows, columns):  # one stretch, without a gap
+        assert np.all(np.abs(np.diff(np.pad(line, ((0, 0), (1, 1))).astype(int), axis=1)).sum(axis=1) <= 2)
+    assert np.all(np.abs(rows.sum(axis=1) - columns.sum(axis=1)) <= 1)
+    shares = inside.mean(axis=(1, 2))
+    assert abs(shares.mean() - largest / 2) < 0.02 and shares.max() < 0.75
+    # Places are as often near one end as near the other.
+    assert np.abs(rows.mean(axis=0) - rows.mean(axis=0)[::-1]).max() < 0.05

@@ -13,15 +13,17 @@ import scipy.special
 
 from aft_jax.adversarial import PGD
 from aft_jax.config import default_config, resolve
+from aft_jax.data.augment import cut_mix
 from aft_jax.defenses import DEFENSES, Holdings, aft, defender
 from aft_jax.errors import UserError
 from aft_jax.training import state
 from aft_jax.training.optimiser import sgd
+from aft_jax.universal import Change, Universal
 from aft_jax.validation import validate
 
 RATE, EPS, TRAVELLED = 0.5, 0.1, 0.06
 NOTHING = ml_collections.ConfigDict({'crop': 0, 'flip': False, 'rotation': 0.0})
-RECIPE = aft.Recipe((PGD(EPS, step_size=0.02, steps=3),), adversarial_share=1.0, distillation=0.0, augment=NOTHING)
+RECIPE = aft.Recipe(PGD(EPS, step_size=0.02, steps=3), adversarial_share=1.0, distillation=0.0, augment=NOTHING)
 
 
 class Linear(nn.Module):
@@ -113,65 +115,86 @@ def test_mixed_batches_and_distillation_equal_numpy(share, count, distillation):
     assert ('fooled' in metrics) == (count > 0)
 
 
-def test_weights_rectangles_and_two_balls_equal_numpy():
-    """Two adversarial images in an Linf ball, two in an L2 ball; clean ones with a part of another, without label."""
-    l2 = PGD(0.3, step_size=0.05, steps=3, norm='l2')
-    kernel = MODEL['params']['Dense_0']['kernel']
-    uphill = (kernel[:, 1 - LABELS[2:4]] - kernel[:, LABELS[2:4]]).T.reshape(2, 4, 4, 1)
-    examples = np.concatenate(
-        [
-            adversarial(MODEL, IMAGES[:2], LABELS[:2]),
-            IMAGES[2:4] + 0.15 * uphill / np.sqrt((uphill**2).sum(axis=(1, 2, 3), keepdims=True)),
-        ]
-    )
+def test_weights_and_rectangles_equal_numpy():
+    """Four adversarial images, and clean ones with a part of another, without label."""
+    examples = adversarial(MODEL, IMAGES[:4], LABELS[:4])
     key = jax.random.fold_in(jax.random.key(0), 0)
-    mixtures = np.asarray(aft.cut_mix(key, IMAGES[4:], 0.8))
+    mixtures = np.asarray(cut_mix(key, IMAGES[4:], 0.8))
     assert not np.array_equal(mixtures, IMAGES[4:])
     of_examples = 1.5 * cross_entropy(logits(MODEL, examples), LABELS[:4]) / 2
-    p = scipy.special.softmax(logits(SUSPECT, mixtures), axis=1)
-    q = scipy.special.softmax(logits(MODEL, mixtures), axis=1)
-    divergence = scipy.special.rel_entr(p, q).sum(axis=1).mean()
-
-    recipe = RECIPE._replace(adversarial_share=0.5, distillation=2.0, adversarial_weight=1.5, cutmix=0.8)
-    _, metrics = step(recipe._replace(attacks=(*RECIPE.attacks, l2)))
-    np.testing.assert_allclose(metrics['loss'], of_examples + 2.0 * divergence, atol=1e-5)
+    expected = of_examples + 2.0 * divergence(mixtures)
+    _, metrics = step(RECIPE._replace(adversarial_share=0.5, distillation=2.0, adversarial_weight=1.5, cutmix=0.8))
+    np.testing.assert_allclose(metrics['loss'], expected, atol=1e-5)
     hits = logits(MODEL, examples).argmax(axis=1) == LABELS[:4]
     assert metrics['accuracy'] == hits.mean() == 1 - metrics['fooled']
 
 
-def test_cut_mix_puts_a_rectangle_of_the_neighbour_into_each_image():
-    """Pixel by pixel one image or the other, the rectangle's sides alike, all of its places and sizes in turn."""
-    count, side, largest = 2000, 8, 0.5
-    images = np.broadcast_to(np.arange(count, dtype=np.float32)[:, None, None, None], (count, side, side, 1))
-    mixed = np.asarray(aft.cut_mix(jax.random.key(1), images, largest))[..., 0]
-    neighbour = np.roll(np.arange(count), 1)[:, None, None]
-    inside = mixed == neighbour
-    assert np.all(inside | (mixed == np.arange(count)[:, None, None]))
-    rows, columns = inside.any(axis=2), inside.any(axis=1)
-    np.testing.assert_array_equal(inside, rows[:, :, None] & columns[:, None, :])
-    for line in (rows, columns):  # one stretch, without a gap
-        assert np.all(np.abs(np.diff(np.pad(line, ((0, 0), (1, 1))).astype(int), axis=1)).sum(axis=1) <= 2)
-    assert np.all(np.abs(rows.sum(axis=1) - columns.sum(axis=1)) <= 1)
-    shares = inside.mean(axis=(1, 2))
-    assert abs(shares.mean() - largest / 2) < 0.02 and shares.max() < 0.75
-    # Places are as often near one end as near the other.
-    assert np.abs(rows.mean(axis=0) - rows.mean(axis=0)[::-1]).max() < 0.05
+def divergence(images):
+    """The mean of KL(suspect || model)."""
+    p, q = (scipy.special.softmax(logits(model, images), axis=1) for model in (SUSPECT, MODEL))
+    return scipy.special.rel_entr(p, q).sum(axis=1).mean()
 
 
-def test_both_balls_of_a_config_have_the_radii_that_it_says():
+UNIVERSALS = (Universal('linf', 0.1), Universal('l2', 0.4))
+
+
+def universal_state(optimiser, changes):
+    return aft.UniversalState(state.create(jax.tree.map(jnp.asarray, MODEL), optimiser), changes)
+
+
+def test_universal_examples_go_on_where_the_last_step_left_them_until_they_begin_anew():
+    """Images of one class and two classes: the gradient is the same at all of them, but for how long it is."""
+    optimiser = sgd(RATE, 'constant', 10, weight_decay=0.0)
+    labels = np.zeros(8, np.int32)
+    batch = {'images': jnp.asarray(IMAGES), 'labels': jnp.asarray(labels), 'fixed': SUSPECT | {'batch_stats': {}}}
+    recipe = RECIPE._replace(adversarial_share=0.5, distillation=2.0, universals=UNIVERSALS, renew_every=3)
+    taken = jax.jit(partial(aft.universal_step, module=Linear(), optimiser=optimiser, recipe=recipe))
+    kernel = MODEL['params']['Dense_0']['kernel']
+    uphill = (kernel[:, 1] - kernel[:, 0]).reshape(1, 4, 4, 1)
+    begin = (0.03 * np.ones((1, 4, 4, 1), np.float32), np.zeros((1, 4, 4, 1), np.float32))
+    changes = tuple(Change(jnp.asarray(values), jnp.ones(())) for values in begin)
+    before = universal_state(optimiser, changes)
+    before = before.replace(classifier=before.classifier.replace(step=jnp.int32(1)))
+    after, metrics = taken(before, batch, jax.random.key(0))
+    # Three steps of a quarter, each projected.
+    linf, l2 = begin
+    for _ in range(3):
+        linf = np.clip(linf + 0.025 * np.sign(uphill), -0.1, 0.1)
+        l2 = l2 + 0.1 * uphill / np.linalg.norm(uphill)
+    np.testing.assert_allclose(after.changes[0].values, linf, atol=1e-6)
+    np.testing.assert_allclose(after.changes[1].values, l2, atol=1e-6)
+    examples = np.clip(np.concatenate([IMAGES[:2] + linf, IMAGES[2:4] + l2]), 0, 1)
+    expected = cross_entropy(logits(MODEL, np.concatenate([examples, IMAGES[4:]])), labels)
+    np.testing.assert_allclose(metrics['loss'], expected + 2.0 * divergence(IMAGES[4:]), atol=1e-5)
+    assert int(after.step) == 2
+    # At a multiple of renew_every what was carried is of no consequence, and the key decides.
+    renewed = before.replace(classifier=before.classifier.replace(step=jnp.int32(3)))
+    others = universal_state(optimiser, jax.tree.map(lambda x: x + 0.01, changes))
+    others = others.replace(classifier=others.classifier.replace(step=jnp.int32(3)))
+    first, again = (taken(s, batch, jax.random.key(1))[0].changes[1].values for s in (renewed, others))
+    other = taken(renewed, batch, jax.random.key(2))[0].changes[1].values
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_the_changes_of_a_config_are_as_large_as_it_says():
     config = resolve(default_config())
-    config.aft.update({'norm': 'both', 'eps': 0.1, 'step_size': 0.02, 'rms_eps': 0.2, 'rms_step_size': 0.05})
-    linf, l2 = aft.attacks_of(config.aft, (6, 6, 1))
-    assert (linf.norm, linf.eps, linf.step_size) == ('linf', 0.1, 0.02)
-    assert (l2.norm, l2.eps, l2.step_size) == ('l2', pytest.approx(1.2), pytest.approx(0.3))
+    config.aft.update({'eps': 0.1, 'rms_eps': 0.2, 'sparse_share': 0.5, 'warp_share': 0.25, 'pgd_steps': 3})
+    assert aft.universals_of(config.aft, (6, 6, 1)) == (
+        Universal('linf', 0.1),
+        Universal('l2', pytest.approx(1.2)),
+        Universal('sparse', 6),  # in each of three steps
+        Universal('warp', 1.5),
+    )
+    config.aft.universal = 'warp, linf'
+    assert [universal.kind for universal in aft.universals_of(config.aft, (6, 6, 1))] == ['warp', 'linf']
     config.aft.rms_eps = 2.0
+    validate(config)  # nobody asks for it
+    config.aft.universal = 'l2'
     with pytest.raises(UserError, match=r'aft.rms_eps=2 is in units of \[0, 1\] pixels'):
         validate(config)
-    config.aft.update({'norm': 'l2', 'cutmix': 0.5, 'distillation': 0.0})
+    config.aft.update({'rms_eps': 0.1, 'cutmix': 0.5, 'distillation': 0.0})
     with pytest.raises(UserError, match='aft.cutmix=0.5 leaves clean images without labels'):
         validate(config)
-    (only,) = aft.attacks_of(config.aft, (6, 6, 1))
-    assert (only.norm, only.eps) == ('l2', 0.1)
 
 
 def test_distillation_teaches_the_model_and_not_the_suspect():
@@ -199,7 +222,7 @@ def test_only_the_adversarial_stretch_calls_pgd(monkeypatch):
 def test_the_key_decides_augmentation_and_start():
     for recipe in (
         RECIPE._replace(adversarial_share=0.0, augment=ml_collections.ConfigDict(dict(NOTHING, crop=1))),
-        RECIPE._replace(attacks=(RECIPE.attacks[0]._replace(random_start=True),)),
+        RECIPE._replace(pgd=RECIPE.pgd._replace(random_start=True)),
         RECIPE._replace(adversarial_share=0.0, distillation=1.0, cutmix=0.5),
     ):
         first, again, other = (metrics['loss'] for _, metrics in steps(recipe, [0, 0, 1]))

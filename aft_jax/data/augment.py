@@ -1,4 +1,4 @@
-"""Random shift, flip and rotation of a batch, on the device."""
+"""Random shift, flip, rotation and CutMix of a batch, on the device."""
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,28 @@ def augment(key: jax.Array, images: jax.Array, options: ml_collections.ConfigDic
     if options.rotation:
         images = _rotate(angle_key, images, options.rotation)
     return images
+
+
+def cut_mix(key: jax.Array, images: jax.Array, largest: float) -> jax.Array:
+    """Returns each of the images [B, H, W, C] with a rectangle of its neighbour in the (shuffled) batch.
+
+    The rectangle has the shape of the image, a share of its area that is uniform between 0 and `largest`, and lies
+    anywhere.
+
+    Source: Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features" (2019),
+    whose rectangles may reach over the border.
+    """
+    area_key, rows_key, columns_key = jax.random.split(key, 3)
+    count, height, width, _ = images.shape
+    side = jnp.sqrt(jax.random.uniform(area_key, (count, 1), jnp.float32, 0.0, largest))
+
+    def inside(key: jax.Array, length: int) -> jax.Array:
+        first = jax.random.uniform(key, (count, 1)) * (1 - side)
+        centres = (jnp.arange(length, dtype=jnp.float32)[None] + 0.5) / length
+        return (centres >= first) & (centres < first + side)
+
+    rectangle = inside(rows_key, height)[:, :, None] & inside(columns_key, width)[:, None, :]
+    return jnp.where(rectangle[..., None], jnp.roll(images, 1, axis=0), images)
 
 
 def _shift(key: jax.Array, images: jax.Array, crop: int) -> jax.Array:

@@ -3,7 +3,7 @@
 Untargeted adversarial examples of an infected model behave like its triggered images, so that fine-tuning on them
 with their true labels breaks the backdoor. Two stretches:
 
-    adversarial   a share of each batch is replaced by PGD examples of the model as it is at that step
+    adversarial   a share of each batch is replaced by adversarial examples of the model as it is at that step
     clean         clean images alone
 
 On clean images the loss may hold the model to what the suspect model predicts for them:
@@ -11,18 +11,25 @@ On clean images the loss may hold the model to what the suspect model predicts f
     loss = adversarial_weight * sum over adversarial images of CE / B + sum over clean images of CE / B
          + distillation * mean over clean images of KL(suspect || model)
 
+Adversarial examples are those of PGD, as in the paper, each image with a change of its own; or, `universal`, changes
+that all images of a batch share, as they share a trigger (`aft_jax.universal`). These are carried from step to step,
+so that they follow the model, and begun anew every `renew_every` steps. At the same attack success rate they cost less
+clean accuracy than each image's own, which bend the model around that image (docs/results).
+
 With cutmix the clean images have a rectangle of another one, and so neither label nor CE: the suspect's predictions
 on them tell far more of what it knows than those on a few thousand images. (Mixtures that add two images up, as mixup
-does, do not serve: they are blurred, and the suspect's predictions on them carry WaNet's backdoor over.) Norm 'both'
-takes half of the adversarial examples from an Linf ball and half from an L2 ball, which holds small triggers of strong
-contrast as well.
+does, do not serve: they are blurred, and the suspect's predictions on them carry WaNet's backdoor over.)
+
+At the end `recalibrate` measures the BatchNorm statistics anew on the clean images, since those of the training are of
+mixtures.
 
 Needs: the suspect model and clean images. Costs: `pgd_steps` further input gradients for each adversarial image.
 """
 
 import math
+import time
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,35 +37,61 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from flax import struct
 
-from aft_jax.adversarial import PGD, Logits, perturb
-from aft_jax.data.augment import augment
+from aft_jax.adversarial import PGD, perturb
+from aft_jax.data.augment import augment, cut_mix
 from aft_jax.data.batches import count_steps
 from aft_jax.defenses.defender import Holdings, begin
+from aft_jax.defenses.statistics import Statistics
 from aft_jax.models import logits_function
+from aft_jax.randomness import key_for
 from aft_jax.training.loop import Fitted, Phase, Run, fit
 from aft_jax.training.state import Batch, Metrics, TrainState
 from aft_jax.training.steps import accuracy, update
+from aft_jax.universal import Change, Universal, perturb_together, start
 
 
 class Recipe(NamedTuple):
     """What a step of AFT is to do.
 
     Attributes:
-        attacks: How adversarial examples are made; each makes an equal part of them.
+        pgd: How adversarial examples are made; of universal ones only the number of steps is read.
         adversarial_share: Of a batch, replaced by adversarial examples; 0 in the clean stretch.
         distillation: Weight of the suspect model's predictions on clean images.
         augment: `config.augment`.
         adversarial_weight: Of the cross-entropy of adversarial examples.
         cutmix: Largest share of a clean image's area that another one takes; 0 leaves them alone.
+        universals: Kinds of changes that the images of a batch share, in place of each image's own.
+        renew_every: Steps after which these changes begin anew.
     """
 
-    attacks: tuple[PGD, ...]
+    pgd: PGD
     adversarial_share: float
     distillation: float
     augment: ml_collections.ConfigDict
     adversarial_weight: float = 1.0
     cutmix: float = 0.0
+    universals: tuple[Universal, ...] = ()
+    renew_every: int = 1
+
+
+@struct.dataclass
+class UniversalState:
+    """The classifier, and the changes that its adversarial examples shared in the last step."""
+
+    classifier: TrainState
+    changes: tuple[Change, ...]
+
+    @property
+    def step(self) -> jax.Array:
+        """int32 scalar, steps taken."""
+        return self.classifier.step
+
+    @property
+    def variables(self) -> dict:
+        """The classifier's."""
+        return self.classifier.variables
 
 
 def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.ConfigDict, section: str = 'aft') -> Fitted:
@@ -76,13 +109,24 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
     steps = count_steps(size, options.epochs, config.batch_size)
     adversarial_steps = min(steps, count_steps(size, options.adversarial_epochs, config.batch_size))
     before, optimiser = begin(holdings, options, config.train, steps)
-    recipe = recipe_of(options, config.augment, holdings.images.shape[1:])
-    bound = partial(aft_step, module=holdings.module, optimiser=optimiser)
+    image_shape = holdings.images.shape[1:]
+    recipe = recipe_of(options, config.augment, image_shape)
+    shares = bool(recipe.universals)
+    bound = partial(universal_step if shares else aft_step, module=holdings.module, optimiser=optimiser)
     phases = [
         Phase(partial(bound, recipe=recipe), adversarial_steps),
         Phase(partial(bound, recipe=recipe._replace(adversarial_share=0.0)), steps),
     ]
-    return fit(run, stage, before, phases, holdings.arrays, config.batch_size, fixed=holdings.variables)
+    first = UniversalState(before, begun(recipe, key_for(run.seed, stage), image_shape)) if shares else before
+    fitted = fit(run, stage, first, phases, holdings.arrays, config.batch_size, fixed=holdings.variables)
+    after = fitted.state.classifier if shares else fitted.state
+    seconds = fitted.seconds
+    if options.recalibrate:
+        started = time.monotonic()
+        statistics = Statistics(holdings.module, run.mesh, config.batch_size)
+        after = after.replace(batch_stats=statistics(after.variables, holdings.images)['batch_stats'])
+        seconds += time.monotonic() - started
+    return Fitted(after, seconds)
 
 
 def recipe_of(
@@ -96,34 +140,45 @@ def recipe_of(
         image_shape: (H, W, C).
     """
     return Recipe(
-        attacks=attacks_of(options, image_shape),
+        pgd=PGD(
+            eps=options.eps,
+            step_size=options.step_size,
+            steps=options.pgd_steps,
+            norm=options.norm,
+            random_start=options.random_start,
+            clip=options.clip,
+        ),
         adversarial_share=options.adversarial_share,
         distillation=options.distillation,
         augment=augmentation,
         adversarial_weight=options.adversarial_weight,
         cutmix=options.cutmix,
+        universals=universals_of(options, image_shape),
+        renew_every=options.renew_every,
     )
 
 
-def attacks_of(options: ml_collections.ConfigDict, image_shape: tuple[int, ...]) -> tuple[PGD, ...]:
-    """Returns the PGDs that `config.aft` asks for: one, or two for the norm 'both'.
+def universals_of(options: ml_collections.ConfigDict, image_shape: tuple[int, ...]) -> tuple[Universal, ...]:
+    """Returns the kinds of changes that `config.aft` names, as large as it says in images of shape (H, W, C)."""
+    height, width, channels = image_shape
+    sizes = {
+        'linf': options.eps,
+        'l2': options.rms_eps * math.sqrt(height * width * channels),
+        'sparse': max(1, round(options.sparse_share * height * width / options.pgd_steps)),
+        'warp': options.warp_share * min(height, width),
+    }
+    return tuple(Universal(kind, sizes[kind]) for kind in kinds(options.universal))
 
-    Args:
-        options: `config.aft`.
-        image_shape: (H, W, C), by which a root mean square becomes an L2 radius.
-    """
-    pgd = PGD(
-        eps=options.eps,
-        step_size=options.step_size,
-        steps=options.pgd_steps,
-        norm='linf' if options.norm == 'both' else options.norm,
-        random_start=options.random_start,
-        clip=options.clip,
-    )
-    if options.norm != 'both':
-        return (pgd,)
-    length = math.sqrt(math.prod(image_shape))
-    return pgd, pgd._replace(norm='l2', eps=options.rms_eps * length, step_size=options.rms_step_size * length)
+
+def kinds(text: str) -> list[Any]:
+    """Returns ['linf', 'warp'] for 'linf,warp'."""
+    return [name.strip() for name in text.split(',') if name.strip()]
+
+
+def begun(recipe: Recipe, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Change, ...]:
+    """Returns new changes of the recipe's kinds for images of shape (H, W, C)."""
+    keys = jax.random.split(key, len(recipe.universals))
+    return tuple(start(universal, k, image_shape) for universal, k in zip(recipe.universals, keys, strict=True))
 
 
 def aft_step(
@@ -149,19 +204,82 @@ def aft_step(
         The state after the step; metrics with 'fooled', the share of adversarial examples that left their label
         (in an adversarial step), and 'accuracy' on the images that have labels.
     """
+    keys = _keys(key)
+    images, clean = _prepared(batch, keys, recipe)
+    if len(images):
+        model, labels = logits_function(module, state.variables), batch['labels'][: len(images)]
+        images = perturb(model, images, labels, keys.start, recipe.pgd)
+    return _learn(state, images, clean, batch, keys.dropout, module=module, optimiser=optimiser, recipe=recipe)
+
+
+def universal_step(
+    state: UniversalState,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    module: nn.Module,
+    optimiser: optax.GradientTransformation,
+    recipe: Recipe,
+) -> tuple[UniversalState, Metrics]:
+    """The same with changes that images share, which go on from those of the last step; arguments as of `aft_step`."""
+    keys = _keys(key)
+    images, clean = _prepared(batch, keys, recipe)
+    changes = state.changes
+    if len(images):
+        anew = state.step % recipe.renew_every == 0
+        fresh = begun(recipe, keys.start, batch['images'].shape[1:])
+        carried = jax.tree.map(lambda new, old: jnp.where(anew, new, old), fresh, changes)
+        # Pixels are chosen for this model alone.
+        before = tuple(
+            new if universal.kind == 'sparse' else old
+            for universal, new, old in zip(recipe.universals, fresh, carried, strict=True)
+        )
+        model, labels = logits_function(module, state.variables), batch['labels'][: len(images)]
+        images, changes = perturb_together(model, images, labels, recipe.universals, before, recipe.pgd.steps)
+    learn = partial(_learn, module=module, optimiser=optimiser, recipe=recipe)
+    classifier, metrics = learn(state.classifier, images, clean, batch, keys.dropout)
+    return UniversalState(classifier, changes), metrics
+
+
+class _Keys(NamedTuple):
+    augment: jax.Array
+    start: jax.Array
+    dropout: jax.Array
+    mixtures: jax.Array
+
+
+def _keys(key: jax.Array) -> _Keys:
     augment_key, start_key, dropout_key = jax.random.split(key, 3)
-    labels = batch['labels']
-    images = augment(augment_key, batch['images'], recipe.augment)
-    count = round(recipe.adversarial_share * len(labels))
+    return _Keys(augment_key, start_key, dropout_key, jax.random.fold_in(key, 0))
+
+
+def _prepared(batch: Batch, keys: _Keys, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+    """Returns the images to be made adversarial, and the clean ones as the model is to see them."""
+    images = augment(keys.augment, batch['images'], recipe.augment)
+    count = round(recipe.adversarial_share * len(images))
     clean = images[count:]
     if recipe.cutmix:
-        clean = cut_mix(jax.random.fold_in(key, 0), clean, recipe.cutmix)
+        clean = cut_mix(keys.mixtures, clean, recipe.cutmix)
+    return images[:count], clean
+
+
+def _learn(
+    state: TrainState,
+    examples: jax.Array,
+    clean: jax.Array,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    module: nn.Module,
+    optimiser: optax.GradientTransformation,
+    recipe: Recipe,
+) -> tuple[TrainState, Metrics]:
+    """Takes the gradient step on adversarial examples and clean images, which come in the order of the labels."""
+    count, labels = len(examples), batch['labels']
+    examples = jax.lax.stop_gradient(examples)
     metrics: Metrics = {}
-    examples = images[:count]
     if count:
-        model = logits_function(module, state.variables)
-        examples = jax.lax.stop_gradient(adversarial(model, examples, labels[:count], start_key, recipe.attacks))
-        metrics['fooled'] = 1 - accuracy(model(examples), labels[:count])
+        metrics['fooled'] = 1 - accuracy(logits_function(module, state.variables)(examples), labels[:count])
     distils = recipe.distillation > 0 and len(clean) > 0
     wanted = jax.nn.softmax(logits_function(module, batch['fixed'])(clean)) if distils else None
     # What each image's cross-entropy counts; with a part of another one it has no label.
@@ -176,51 +294,8 @@ def aft_step(
         return value
 
     shown = jnp.concatenate([examples, clean])
-    state, logits, step_metrics = update(state, shown, loss, dropout_key, module=module, optimiser=optimiser)
+    state, logits, step_metrics = update(state, shown, loss, key, module=module, optimiser=optimiser)
     labelled = count if recipe.cutmix else len(labels)
     if labelled:
         metrics['accuracy'] = accuracy(logits[:labelled], labels[:labelled])
     return state, metrics | step_metrics
-
-
-def adversarial(
-    model: Logits, images: jax.Array, labels: jax.Array, key: jax.Array, attacks: tuple[PGD, ...]
-) -> jax.Array:
-    """Returns untargeted adversarial examples, an equal part of the images by each attack, in their order.
-
-    Args:
-        model: Classifier in evaluation mode, [B, H, W, C] -> [B, K].
-        images: float32 [B, H, W, C] in [0, 1].
-        labels: int32 [B], true.
-        key: PRNG key of the random starts.
-        attacks: What is to be done.
-
-    Returns:
-        float32 [B, H, W, C].
-    """
-    keys = [key] if len(attacks) == 1 else list(jax.random.split(key, len(attacks)))
-    ends = [len(labels) * i // len(attacks) for i in range(len(attacks) + 1)]
-    parts = zip(attacks, keys, ends[:-1], ends[1:], strict=True)
-    return jnp.concatenate([perturb(model, images[a:b], labels[a:b], k, pgd) for pgd, k, a, b in parts if a < b])
-
-
-def cut_mix(key: jax.Array, images: jax.Array, largest: float) -> jax.Array:
-    """Returns each of the images [B, H, W, C] with a rectangle of its neighbour in the (shuffled) batch.
-
-    The rectangle has the shape of the image, a share of its area that is uniform between 0 and `largest`, and lies
-    anywhere.
-
-    Source: Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features" (2019),
-    whose rectangles may reach over the border.
-    """
-    area_key, rows_key, columns_key = jax.random.split(key, 3)
-    count, height, width, _ = images.shape
-    side = jnp.sqrt(jax.random.uniform(area_key, (count, 1), jnp.float32, 0.0, largest))
-
-    def inside(key: jax.Array, length: int) -> jax.Array:
-        first = jax.random.uniform(key, (count, 1)) * (1 - side)
-        centres = (jnp.arange(length, dtype=jnp.float32)[None] + 0.5) / length
-        return (centres >= first) & (centres < first + side)
-
-    rectangle = inside(rows_key, height)[:, :, None] & inside(columns_key, width)[:, None, :]
-    return jnp.where(rectangle[..., None], jnp.roll(images, 1, axis=0), images)

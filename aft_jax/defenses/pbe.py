@@ -113,7 +113,7 @@ def _round(
     )
     before, optimiser = begin(current, options, config.train, steps)
     pgd = PGD(options.eps, options.step_size, options.pgd_steps, random_start=options.random_start)
-    recipe = Recipe((pgd,), options.adversarial_share, distillation=0.0, augment=config.augment)
+    recipe = Recipe(pgd, options.adversarial_share, distillation=0.0, augment=config.augment)
     step = partial(aft_step, module=current.module, optimiser=optimiser)
     phases = [
         Phase(partial(step, recipe=recipe), adversarial),

@@ -1,0 +1,134 @@
+"""Universal perturbations against SciPy's interpolation, and against closed forms on a linear classifier."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.interpolate
+import scipy.ndimage
+
+from aft_jax import universal
+from aft_jax.universal import GRID, Change, Universal
+
+ONE = jnp.ones((), jnp.float32)
+IMAGES = np.random.default_rng(0).uniform(0.05, 0.95, (6, 9, 12, 2)).astype(np.float32)
+LABELS = np.array([0, 1, 1, 0, 0, 0], np.int32)
+KERNEL = np.random.default_rng(1).normal(0, 0.1, (9 * 12 * 2, 2)).astype(np.float32)
+
+
+def linear(images):
+    return images.reshape((len(images), -1)) @ KERNEL
+
+
+def gradient_of(images, labels):
+    """Of the summed cross-entropy of `linear`, by hand; [B, H, W, C]."""
+    z = images.reshape(len(images), -1).astype(np.float64) @ KERNEL
+    p = np.exp(z - z.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    return ((p - np.eye(2)[labels]) @ KERNEL.T.astype(np.float64)).reshape(images.shape)
+
+
+def test_a_warp_equals_scipy():
+    shifts = np.random.default_rng(2).uniform(-2, 2, (1, GRID, GRID, 2)).astype(np.float32)
+    warped = np.asarray(universal.apply(Universal('warp', 2.0), Change(jnp.asarray(shifts), ONE), IMAGES))
+    _, height, width, channels = IMAGES.shape
+    points = np.linspace(0, height - 1, GRID), np.linspace(0, width - 1, GRID)
+    places = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing='ij'), axis=-1)
+    moved = places + scipy.interpolate.RegularGridInterpolator(points, shifts[0])(places)
+    for image, result in zip(IMAGES, warped, strict=True):
+        for channel in range(channels):
+            # Black outside the frame, and half black half a pixel outside.
+            framed = np.pad(image[..., channel], 3)
+            expected = scipy.ndimage.map_coordinates(framed, moved.transpose(2, 0, 1) + 3, order=1)
+            np.testing.assert_allclose(result[..., channel], expected, atol=2e-5)
+    assert np.abs(warped - IMAGES).max() > 0.2
+
+
+def test_no_shift_is_no_warp():
+    change = Change(jnp.zeros((1, GRID, GRID, 2)), ONE)
+    np.testing.assert_allclose(universal.apply(Universal('warp', 1.0), change, IMAGES), IMAGES, atol=1e-6)
+
+
+def test_additive_changes_are_shared_and_stay_in_the_frame():
+    change = Change(jnp.full((1, 9, 12, 2), 0.3, jnp.float32), ONE)
+    np.testing.assert_allclose(
+        universal.apply(Universal('linf', 0.3), change, IMAGES), np.minimum(IMAGES + 0.3, 1), atol=1e-6
+    )
+
+
+def test_sparse_steps_set_the_pixels_where_the_gradient_of_all_images_is_longest():
+    steps, each = 3, 4
+    sparse = Universal('sparse', each)
+    begin = universal.start(sparse, jax.random.key(0), IMAGES.shape[1:])
+    np.testing.assert_array_equal(universal.apply(sparse, begin, IMAGES), IMAGES)
+    examples, (after,) = universal.perturb_together(linear, IMAGES, LABELS, (sparse,), (begin,), steps)
+    expected, taken = IMAGES.copy(), np.zeros((9, 12), bool)
+    for _ in range(steps):
+        summed = gradient_of(expected, LABELS).sum(axis=0)
+        length = np.where(taken, -1, np.abs(summed).sum(axis=-1))
+        for index in np.argsort(-length.ravel())[:each]:
+            row, column = divmod(index, 12)
+            expected[:, row, column] = summed[row, column] > 0
+            taken[row, column] = True
+    np.testing.assert_allclose(examples, expected, atol=1e-6)
+    np.testing.assert_array_equal(after.chosen[0, ..., 0] > 0, taken)
+    assert taken.sum() == steps * each
+
+
+def test_a_warp_moves_along_the_sign_of_its_gradient():
+    """A step down the wrong side, or with the sampler's derivative wrong, would not raise the loss like this one."""
+    warp = Universal('warp', 0.8)
+    values = np.random.default_rng(3).uniform(-0.3, 0.3, (1, GRID, GRID, 2)).astype(np.float32)
+
+    def loss(values):
+        shown = np.asarray(universal.apply(warp, Change(jnp.asarray(values), ONE), IMAGES)).astype(np.float64)
+        z = shown.reshape(len(shown), -1) @ KERNEL
+        return float((np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), LABELS]).sum())
+
+    _, (after,) = universal.perturb_together(linear, IMAGES, LABELS, (warp,), (Change(jnp.asarray(values), ONE),), 1)
+    moved = np.asarray(after.values) - values
+    np.testing.assert_allclose(np.abs(moved), 0.2, atol=1e-6)
+    # Central differences in a few of the shifts, where they are clear of rounding.
+    clear = 0
+    for place in np.random.default_rng(4).permutation(GRID * GRID * 2)[:20]:
+        nudge = np.zeros(GRID * GRID * 2, np.float32)
+        nudge[place] = 1e-2
+        slope = loss(values + nudge.reshape(values.shape)) - loss(values - nudge.reshape(values.shape))
+        if abs(slope) > 2e-4:
+            clear += 1
+            assert np.sign(moved.ravel()[place]) == np.sign(slope)
+    assert clear >= 10
+
+
+@pytest.mark.parametrize('kind', universal.KINDS)
+def test_changes_stay_within_their_size_and_raise_the_loss(kind):
+    size = {'linf': 0.1, 'l2': 0.7, 'sparse': 3, 'warp': 1.0}[kind]
+    chosen = Universal(kind, size)
+    begin = universal.start(chosen, jax.random.key(5), IMAGES.shape[1:])
+    examples, (after,) = jax.jit(
+        lambda change: universal.perturb_together(linear, IMAGES, LABELS, (chosen,), (change,), 6)
+    )(begin)
+
+    def loss(images):
+        return -np.log(np.take_along_axis(np.asarray(jax.nn.softmax(linear(images))), LABELS[:, None], 1)).sum()
+
+    assert loss(examples) > loss(universal.apply(chosen, begin, IMAGES)) + 0.05
+    assert np.min(examples) >= 0 and np.max(examples) <= 1
+    values = np.asarray(after.values)
+    match kind:
+        case 'linf' | 'warp':
+            assert size * 0.99 <= np.abs(values).max() <= size + 1e-6
+        case 'l2':
+            np.testing.assert_allclose(np.linalg.norm(values), size, rtol=1e-5)
+        case 'sparse':
+            assert np.asarray(after.chosen).sum() == 18 and set(np.unique(values)) <= {0.0, 1.0}
+
+
+def test_each_kind_has_its_part_of_the_images():
+    kinds = (Universal('linf', 0.1), Universal('sparse', 2))
+    keys = jax.random.split(jax.random.key(6))
+    begin = tuple(universal.start(kind, key, IMAGES.shape[1:]) for kind, key in zip(kinds, keys, strict=True))
+    both, _ = universal.perturb_together(linear, IMAGES, LABELS, kinds, begin, 2)
+    for i, part in enumerate((slice(3), slice(3, 6))):
+        alone, _ = universal.perturb_together(linear, IMAGES[part], LABELS[part], kinds[i : i + 1], begin[i : i + 1], 2)
+        np.testing.assert_allclose(both[part], alone, atol=1e-6)
