@@ -34,12 +34,13 @@ def table_config(
     seeds: tuple[int, ...] = (0, 1, 2),
     stages: tuple[str, ...] = ('infect', 'purify', 'report'),
     defenses: str = 'ft,aft',
+    select: str = '',
 ) -> ml_collections.ConfigDict:
-    """Returns the config of a table."""
+    """Returns the config of a table; without `select` all experiments are in it."""
     return ml_collections.ConfigDict(
         {
             'experiments': experiments,
-            'select': ','.join(experiments),
+            'select': select or ','.join(experiments),
             'label_modes': label_modes,
             'seeds': seeds,
             'stages': stages,
