@@ -137,7 +137,10 @@ class Subject(NamedTuple):
 def subject(width: int = 64, dtype: str = 'bfloat16', side: int = SIDE) -> Subject:
     """Returns PreActResNet18 as configs/cifar10.py has it, perhaps narrower."""
     config = default_config()
-    config.aft.preset = 'small'  # each image with a change of its own
+    # Half of each batch with a change of each image's own, half held to the suspect model's predictions.
+    config.aft.preset = 'released'
+    config.aft.update({'adversarial_share': 0.5, 'distillation': 1.0, 'random_start': True, 'clip': True})
+    config.aft.max_grad_norm = 1.0
     config.model.name, config.model.width, config.dtype = 'preact_resnet', width, dtype
     config.augment.crop, config.augment.flip = 4, True
     config = resolve(config)

@@ -62,7 +62,7 @@ CONFIG_MISTAKES = {
     '--config.attack.poisoned_share=1.0': 'poisoned_share=1.0 must lie strictly between 0 and 1',
     '--config.aft.eps=8': r'aft.eps=8 is in units of \[0, 1\] pixels; 8/255 is written as 0.031373',
     '--config.attack.sig.delta=20': '20/255 is written as 0.078431',
-    '--config.aft.step_size=0': 'aft.step_size=0 must be positive',
+    '--config.aft.step_size=0': 'aft.step_size=0.0 must be positive',
     '--config.aft.adversarial_epochs=1000': 'more than aft.epochs',
     '--config.attack.target=-1': 'attack.target=-1',
     '--config.batch_size=0': 'batch_size=0 must be positive',

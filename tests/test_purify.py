@@ -26,7 +26,7 @@ from torch_models import MnistCNN, nchw  # noqa: E402
 CLASSES, SIDE, TARGET = 4, 16, 1
 NORMALISED = ['--config.model.mean=(0.5,)', '--config.model.std=(0.5,)']
 BRIEF = [
-    *('--config.aft.epochs=8', '--config.aft.adversarial_epochs=6', '--config.aft.pgd_steps=4'),
+    *('--config.aft.epochs=16', '--config.aft.adversarial_epochs=14', '--config.aft.pgd_steps=4'),
     *('--config.batch_size=32', '--config.run.eval_batch_size=80', '--config.stages=("scan","purify")'),
 ]
 
