@@ -15,6 +15,8 @@ from aft_jax.errors import UserError
 
 # Fields that a later start may change in the same directory: how the work is done and how much of it.
 FREE_FIELDS = ('run', 'stages', 'defenses', 'data.dir', 'data.idx_dir')
+# What the defender holds, and how it tunes itself: open until the first defense begins.
+SHARED_BY_DEFENSES = ('clean_share', 'tuning')
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -63,7 +65,8 @@ def claim(
         data_checksum: Of the data set's arrays, and of a model that init_from names, kept with it, so that other
             contents under the same name are noticed.
         writes: Whether this process writes; the others only check.
-        defenses: Names of sections of the config that may still change while that defense has not begun here.
+        defenses: Names of sections of the config that may still change while that defense has not begun here, as
+            `clean_share` and `tuning` may while none has.
 
     Raises:
         UserError: The directory cannot be written, holds another experiment, or holds files that are not ours.
@@ -102,7 +105,9 @@ def differences(workdir: Path, config: ml_collections.ConfigDict, defenses: Iter
 
 
 def _not_begun(workdir: Path, defenses: Iterable[str]) -> set[str]:
-    return {name for name in defenses if not (workdir / 'checkpoints' / 'purify' / name).exists()}
+    purified = workdir / 'checkpoints' / 'purify'
+    shared = set() if purified.exists() else set(SHARED_BY_DEFENSES)
+    return shared | {name for name in defenses if not (purified / name).exists()}
 
 
 def _differing(found: dict[str, Any], asked: dict[str, Any], open_sections: Iterable[str]) -> list[str]:

@@ -80,7 +80,7 @@ def test_results_of_an_all2one_run(npz, tmp_path, capsys):
     assert aft['der'] == pytest.approx(expected) and aft['seconds'] > 0
     stages = {json.loads(line)['stage'] for line in (workdir / 'metrics.jsonl').read_text().splitlines()}
     assert stages == {'infect', 'purify/ft', 'purify/aft'}
-    assert json.loads((workdir / 'config.json').read_text())['aft']['eps'] == pytest.approx(16 / 255)
+    assert json.loads((workdir / 'config.json').read_text())['aft']['eps'] == pytest.approx(20 / 255)
     assert (workdir / 'report' / 'before_after.png').stat().st_size > 10_000
     assert 8 < results['connection']['images'] < 16 and results['connection']['purified'].keys() == {'ft', 'aft'}
     assert 'of triggered images still obey' in (workdir / 'report' / 'index.html').read_text()
@@ -126,7 +126,10 @@ def test_other_ways_run_too(attack, npz, tmp_path, capsys):
 
 def test_a_defense_can_be_added_later_with_its_own_recipe(npz, tmp_path, capsys):
     released = ('--config.aft_released.epochs=1', '--config.aft_released.adversarial_epochs=1')
+    # Nor has the defender chosen its images before.
+    run(npz, tmp_path / 'run', capsys, *released, '--config.stages=("infect",)', '--config.clean_share=0.1')
     first = run(npz, tmp_path / 'run', capsys, *released, '--config.defenses=aft_released', NO_REPORT)
+    assert first['clean_share'] == 0.25
     other = (*released, '--config.aft.eps=0.02')
     both = run(npz, tmp_path / 'run', capsys, *other, '--config.defenses=aft_released,aft', NO_REPORT)
     assert both['purified'].keys() == {'aft_released', 'aft'}
@@ -138,6 +141,8 @@ def test_a_defense_can_be_added_later_with_its_own_recipe(npz, tmp_path, capsys)
     assert run(npz, tmp_path / 'run', capsys, *other, '--config.stages=("infect",)') == both
     status, text = run_here([*arguments_of(npz, tmp_path / 'run'), *released, '--config.aft.eps=0.03'], capsys)
     assert status == 2 and 'aft.eps is 0.02 there and 0.03 here' in text and len(text.splitlines()) == 1
+    status, text = run_here([*arguments_of(npz, tmp_path / 'run'), *other, '--config.clean_share=0.2'], capsys)
+    assert status == 2 and 'clean_share is 0.25 there and 0.2 here' in text
 
 
 def test_other_data_under_the_same_name_are_noticed(npz, tmp_path, capsys):
