@@ -76,7 +76,12 @@ def as_shown(outcome: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_purified(outcome: dict[str, Any], defense: str, before: Scores, after: Scores, seconds: float) -> None:
-    """Adds the scores of the model that a defense returned, with its DER, and what the defense took."""
+    """Adds the scores of the model that a defense returned, with its DER, and what the defense took.
+
+    What an earlier start recorded of its seconds stays: a finished defense is loaded, and what it does again, such as
+    choosing among finished candidates, takes another time in each start.
+    """
+    seconds = outcome['purified'].get(defense, {}).get('seconds', seconds)
     effectiveness = _number(defense_effectiveness(before, after)) if not math.isnan(before.asr) else None
     outcome['purified'][defense] = _shares(after) | {
         'der': effectiveness,

@@ -29,7 +29,8 @@ def test_a_freed_block_is_used_again():
     kept, returned = (
         int(subprocess.check_output([sys.executable, '-c', FAULTS, how], env=environment)) for how in ('kept', 'as is')
     )
-    assert kept < 10 and returned > 100
+    # 32 pages of 2 MiB where the system gives huge ones, 16,384 of 4 KiB where it does not.
+    assert kept < 10 and returned >= 32
 
 
 def test_settings_of_the_users_own_stay(monkeypatch):
