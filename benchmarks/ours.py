@@ -13,7 +13,8 @@ import numpy as np
 
 from aft_jax.adversarial import perturb
 from aft_jax.attacks.infection import Learner, plain
-from aft_jax.defenses.aft import aft_step, recipe_of
+from aft_jax.defenses.aft import recipe_of
+from aft_jax.defenses.aft_step import aft_step
 from aft_jax.models import logits_function
 from aft_jax.randomness import key_for
 from aft_jax.training import loop, state

@@ -27,7 +27,8 @@ from jax.sharding import Mesh
 from aft_jax.adversarial import perturb
 from aft_jax.attacks.infection import Learner, plain
 from aft_jax.config import default_config, resolve
-from aft_jax.defenses.aft import Recipe, aft_step, recipe_of
+from aft_jax.defenses.aft import recipe_of
+from aft_jax.defenses.aft_step import Recipe, aft_step
 from aft_jax.models import build, logits_function
 from aft_jax.training import loop, state
 from aft_jax.training.mesh import along, make_mesh, replicated

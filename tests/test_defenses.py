@@ -14,7 +14,7 @@ import scipy.special
 from aft_jax.adversarial import PGD
 from aft_jax.config import default_config, resolve
 from aft_jax.data.augment import cut_mix
-from aft_jax.defenses import DEFENSES, Holdings, aft, defender
+from aft_jax.defenses import DEFENSES, Holdings, aft, aft_step, defender
 from aft_jax.errors import UserError
 from aft_jax.training import state
 from aft_jax.training.optimiser import sgd
@@ -23,7 +23,7 @@ from aft_jax.validation import validate
 
 RATE, EPS, TRAVELLED = 0.5, 0.1, 0.06
 NOTHING = ml_collections.ConfigDict({'crop': 0, 'flip': False, 'rotation': 0.0})
-RECIPE = aft.Recipe(PGD(EPS, step_size=0.02, steps=3), adversarial_share=1.0, distillation=0.0, augment=NOTHING)
+RECIPE = aft_step.Recipe(PGD(EPS, step_size=0.02, steps=3), adversarial_share=1.0, distillation=0.0, augment=NOTHING)
 
 
 class Linear(nn.Module):
@@ -71,7 +71,7 @@ def steps(recipe, seeds):
     optimiser = sgd(RATE, 'constant', 10, weight_decay=0.0)
     batch = {'images': jnp.asarray(IMAGES), 'labels': jnp.asarray(LABELS), 'fixed': SUSPECT | {'batch_stats': {}}}
     before = state.create(jax.tree.map(jnp.asarray, MODEL), optimiser)
-    taken = jax.jit(partial(aft.aft_step, module=Linear(), optimiser=optimiser, recipe=recipe))
+    taken = jax.jit(partial(aft_step.aft_step, module=Linear(), optimiser=optimiser, recipe=recipe))
     results = []
     for seed in seeds:
         after, metrics = taken(before, batch, jax.random.key(seed))
@@ -139,7 +139,7 @@ UNIVERSALS = (Universal('linf', 0.1), Universal('l2', 0.4))
 
 
 def universal_state(optimiser, changes):
-    return aft.UniversalState(state.create(jax.tree.map(jnp.asarray, MODEL), optimiser), changes)
+    return aft_step.UniversalState(state.create(jax.tree.map(jnp.asarray, MODEL), optimiser), changes)
 
 
 def test_universal_examples_go_on_where_the_last_step_left_them_until_they_begin_anew():
@@ -148,7 +148,7 @@ def test_universal_examples_go_on_where_the_last_step_left_them_until_they_begin
     labels = np.zeros(8, np.int32)
     batch = {'images': jnp.asarray(IMAGES), 'labels': jnp.asarray(labels), 'fixed': SUSPECT | {'batch_stats': {}}}
     recipe = RECIPE._replace(adversarial_share=0.5, distillation=2.0, universals=UNIVERSALS, renew_every=3)
-    taken = jax.jit(partial(aft.universal_step, module=Linear(), optimiser=optimiser, recipe=recipe))
+    taken = jax.jit(partial(aft_step.universal_step, module=Linear(), optimiser=optimiser, recipe=recipe))
     kernel = MODEL['params']['Dense_0']['kernel']
     uphill = (kernel[:, 1] - kernel[:, 0]).reshape(1, 4, 4, 1)
     begin = (0.03 * np.ones((1, 4, 4, 1), np.float32), np.zeros((1, 4, 4, 1), np.float32))
@@ -213,7 +213,7 @@ def test_only_the_adversarial_stretch_calls_pgd(monkeypatch):
     def never(*_):
         raise AssertionError('PGD was called')
 
-    monkeypatch.setattr(aft, 'perturb', never)
+    monkeypatch.setattr(aft_step, 'perturb', never)
     step(RECIPE._replace(adversarial_share=0.0))
     with pytest.raises(AssertionError, match='PGD was called'):
         step(RECIPE)

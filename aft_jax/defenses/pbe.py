@@ -24,7 +24,7 @@ import numpy as np
 
 from aft_jax.adversarial import PGD
 from aft_jax.data.batches import count_steps
-from aft_jax.defenses.aft import Recipe, aft_step
+from aft_jax.defenses.aft_step import Recipe, aft_step
 from aft_jax.defenses.defender import Holdings, begin
 from aft_jax.models import logits_function
 from aft_jax.prediction import Batched

@@ -1,0 +1,190 @@
+"""A step of AFT (`aft_jax.defenses.aft`): adversarial examples of the model as it is, then a gradient step on them.
+
+Two of them: with a change of each image's own, and with changes that the images of a batch share.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import struct
+
+from aft_jax.adversarial import PGD, perturb
+from aft_jax.data.augment import augment, cut_mix
+from aft_jax.models import logits_function
+from aft_jax.training.state import Batch, Metrics, TrainState
+from aft_jax.training.steps import accuracy, update
+from aft_jax.universal import Change, Universal, perturb_together, start
+
+
+class Recipe(NamedTuple):
+    """What a step of AFT is to do.
+
+    Attributes:
+        pgd: How adversarial examples are made; of universal ones only the number of steps is read.
+        adversarial_share: Of a batch, replaced by adversarial examples; 0 in the clean stretch.
+        distillation: Weight of the suspect model's predictions on clean images.
+        augment: `config.augment`.
+        adversarial_weight: Of the cross-entropy of adversarial examples.
+        cutmix: Largest share of a clean image's area that another one takes; 0 leaves them alone.
+        universals: Kinds of changes that the images of a batch share, in place of each image's own.
+        renew_every: Steps after which these changes begin anew.
+    """
+
+    pgd: PGD
+    adversarial_share: float
+    distillation: float
+    augment: ml_collections.ConfigDict
+    adversarial_weight: float = 1.0
+    cutmix: float = 0.0
+    universals: tuple[Universal, ...] = ()
+    renew_every: int = 1
+
+
+@struct.dataclass
+class UniversalState:
+    """The classifier, and the changes that its adversarial examples shared in the last step."""
+
+    classifier: TrainState
+    changes: tuple[Change, ...]
+
+    @property
+    def step(self) -> jax.Array:
+        """int32 scalar, steps taken."""
+        return self.classifier.step
+
+    @property
+    def variables(self) -> dict:
+        """The classifier's."""
+        return self.classifier.variables
+
+
+def begun(recipe: Recipe, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Change, ...]:
+    """Returns new changes of the recipe's kinds for images of shape (H, W, C)."""
+    keys = jax.random.split(key, len(recipe.universals))
+    return tuple(start(universal, k, image_shape) for universal, k in zip(recipe.universals, keys, strict=True))
+
+
+def aft_step(
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    module: nn.Module,
+    optimiser: optax.GradientTransformation,
+    recipe: Recipe,
+) -> tuple[TrainState, Metrics]:
+    """One step of AFT: adversarial examples of the model as it is, then a gradient step on their true labels.
+
+    Args:
+        state: Before the step.
+        batch: 'images' float32 [B, H, W, C] in [0, 1], 'labels' int32 [B], and 'fixed', the suspect's variables.
+        key: PRNG key of this step.
+        module: The classifier.
+        optimiser: Its optimiser.
+        recipe: What to do.
+
+    Returns:
+        The state after the step; metrics with 'fooled', the share of adversarial examples that left their label
+        (in an adversarial step), and 'accuracy' on the images that have labels.
+    """
+    keys = _keys(key)
+    images, clean = _prepared(batch, keys, recipe)
+    if len(images):
+        model, labels = logits_function(module, state.variables), batch['labels'][: len(images)]
+        images = perturb(model, images, labels, keys.start, recipe.pgd)
+    return _learn(state, images, clean, batch, keys.dropout, module=module, optimiser=optimiser, recipe=recipe)
+
+
+def universal_step(
+    state: UniversalState,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    module: nn.Module,
+    optimiser: optax.GradientTransformation,
+    recipe: Recipe,
+) -> tuple[UniversalState, Metrics]:
+    """The same with changes that images share, which go on from those of the last step; arguments as of `aft_step`."""
+    keys = _keys(key)
+    images, clean = _prepared(batch, keys, recipe)
+    changes = state.changes
+    if len(images):
+        anew = state.step % recipe.renew_every == 0
+        fresh = begun(recipe, keys.start, batch['images'].shape[1:])
+        carried = jax.tree.map(lambda new, old: jnp.where(anew, new, old), fresh, changes)
+        # Pixels are chosen for this model alone.
+        before = tuple(
+            new if universal.kind == 'sparse' else old
+            for universal, new, old in zip(recipe.universals, fresh, carried, strict=True)
+        )
+        model, labels = logits_function(module, state.variables), batch['labels'][: len(images)]
+        images, changes = perturb_together(model, images, labels, recipe.universals, before, recipe.pgd.steps)
+    learn = partial(_learn, module=module, optimiser=optimiser, recipe=recipe)
+    classifier, metrics = learn(state.classifier, images, clean, batch, keys.dropout)
+    return UniversalState(classifier, changes), metrics
+
+
+class _Keys(NamedTuple):
+    augment: jax.Array
+    start: jax.Array
+    dropout: jax.Array
+    mixtures: jax.Array
+
+
+def _keys(key: jax.Array) -> _Keys:
+    augment_key, start_key, dropout_key = jax.random.split(key, 3)
+    return _Keys(augment_key, start_key, dropout_key, jax.random.fold_in(key, 0))
+
+
+def _prepared(batch: Batch, keys: _Keys, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+    """Returns the images to be made adversarial, and the clean ones as the model is to see them."""
+    images = augment(keys.augment, batch['images'], recipe.augment)
+    count = round(recipe.adversarial_share * len(images))
+    clean = images[count:]
+    if recipe.cutmix:
+        clean = cut_mix(keys.mixtures, clean, recipe.cutmix)
+    return images[:count], clean
+
+
+def _learn(
+    state: TrainState,
+    examples: jax.Array,
+    clean: jax.Array,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    module: nn.Module,
+    optimiser: optax.GradientTransformation,
+    recipe: Recipe,
+) -> tuple[TrainState, Metrics]:
+    """Takes the gradient step on adversarial examples and clean images, which come in the order of the labels."""
+    count, labels = len(examples), batch['labels']
+    examples = jax.lax.stop_gradient(examples)
+    metrics: Metrics = {}
+    if count:
+        metrics['fooled'] = 1 - accuracy(logits_function(module, state.variables)(examples), labels[:count])
+    distils = recipe.distillation > 0 and len(clean) > 0
+    wanted = jax.nn.softmax(logits_function(module, batch['fixed'])(clean)) if distils else None
+    # What each image's cross-entropy counts; with a part of another one it has no label.
+    weights = np.full(len(labels), 0.0 if recipe.cutmix else 1.0, np.float32)
+    weights[:count] = recipe.adversarial_weight
+
+    def loss(logits: jax.Array) -> jax.Array:
+        value = jnp.mean(weights * optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+        if wanted is not None:
+            divergence = optax.kl_divergence(jax.nn.log_softmax(logits[count:]), wanted)
+            value = value + recipe.distillation * divergence.mean()
+        return value
+
+    shown = jnp.concatenate([examples, clean])
+    state, logits, step_metrics = update(state, shown, loss, key, module=module, optimiser=optimiser)
+    labelled = count if recipe.cutmix else len(labels)
+    if labelled:
+        metrics['accuracy'] = accuracy(logits[:labelled], labels[:labelled])
+    return state, metrics | step_metrics
