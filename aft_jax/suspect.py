@@ -99,7 +99,7 @@ def _from_run(
     # It reads runs with the functions of the experiment, which is what calls this module.
     from aft_jax.analysis import finished
 
-    run = finished.load(directory, mesh, finished.Datasets())
+    run = finished.load(directory, mesh, finished.Datasets(), defenses=())
     theirs, asked = run.config.model, config.model
     if asked.name and (asked.name, asked.depth) != (theirs.name, theirs.depth):
         raise UserError(

@@ -334,6 +334,12 @@ def test_the_command_on_finished_runs(runs, capsys, monkeypatch):
         if row['measured'] == 'connection':
             assert float(row['feature_distance']) > 0 and float(row['neuron_correlation_high']) <= 1
 
+    # The infected models alone.
+    few = [*flags, '--runs', str(runs / 'blend'), '--defenses=none']
+    assert command.main(few) == 0
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert [row['defense'] for row in rows] == ['none', 'none', 'none']
+
     # A run that has not ended is not trained on.
     (runs / 'unfinished').mkdir()
     shutil.copy(runs / 'blend/config.json', runs / 'unfinished')
@@ -368,6 +374,7 @@ def test_training_that_has_not_ended_is_never_taken_up(tmp_path):
         (['--out=x.csv'], '--runs'),
         (['--runs', 'nowhere', '--out=x.csv'], 'nowhere/config.json cannot be read'),
         (['--runs', 'a', '--out=x.csv', '--norms=l3'], '--norms=l3'),
+        (['--runs', 'a', '--out=x.csv', '--defenses=aft,fft'], '--defenses=fft does not exist'),
         (['--runs', 'a', '--out=x.csv', '--eps=two'], '--eps=two'),
         (['--runs', 'a', '--out=x.csv', '--eps=0'], '--eps'),
         (['--runs', 'a', '--out=x.csv', '--images=many'], '--images'),

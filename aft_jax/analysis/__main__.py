@@ -5,6 +5,7 @@
     --runs      work directories of finished runs: the infected model and every purified one of each are measured
     --benign    runs without an attack, of the same data and model: the control; that of the same seed is taken first
     --out       the table (shares in 0..1)
+    --defenses  whose purified models are measured too, comma-separated, such as aft,ft (all); none for no one's
     --images    how many: test images for the observation, the defender's clean ones for the score (1000)
     --norms     linf, l2 or both, comma-separated (linf,l2)
     --eps       sizes of the adversarial changes in 1/255 of the pixels' range, comma-separated (2,4,8,16,32); with l2
@@ -32,16 +33,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         UserError: One is wrong or missing.
     """
     from aft_jax.adversarial import NORMS
+    from aft_jax.analysis.finished import read_defenses
     from aft_jax.command_line import suggestion
 
     parser = Parser(prog='aft_jax.analysis', add_help=False)
     parser.add_argument('--runs', nargs='+', required=True)
     parser.add_argument('--benign', nargs='+', default=[])
     parser.add_argument('--out', required=True)
+    parser.add_argument('--defenses', default='')
     parser.add_argument('--images', type=int, default=1000)
     parser.add_argument('--norms', default='linf,l2')
     parser.add_argument('--eps', default='2,4,8,16,32')
     flags = parser.parse_args(arguments)
+    flags.defenses = read_defenses(flags.defenses)
     flags.norms = flags.norms.split(',')
     for norm in flags.norms:
         if norm not in NORMS:
@@ -76,7 +80,8 @@ def main(arguments: list[str]) -> int:
         from aft_jax.analysis import table
 
         rows: list[dict] = []
-        for row in table.measure(flags.runs, flags.benign, flags.norms, flags.eps, flags.images):
+        asked = flags.norms, flags.eps, flags.images, flags.defenses
+        for row in table.measure(flags.runs, flags.benign, *asked):
             rows.append(row)
             # After every row, so that a long measurement shows what it has.
             workdir.write_text(flags.out, collect.to_csv(rows, table.COLUMNS))

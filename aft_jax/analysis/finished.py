@@ -1,6 +1,7 @@
 """Finished runs, read back: their data, their attack, and the models that they ended with. Nothing is trained."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from aft_jax import data, experiment, validation
+from aft_jax.command_line import suggestion
 from aft_jax.config import default_config, resolve
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
@@ -18,6 +20,24 @@ from aft_jax.training.loop import Run
 from aft_jax.training.metrics import MetricWriter
 from aft_jax.training.preemption import Watch
 from aft_jax.victim import Infected, Victim
+
+INFECTED_ONLY = 'none'
+
+
+def read_defenses(text: str) -> list[str] | None:
+    """Returns what a flag --defenses names: None, which is all, for ''; nothing for 'none'.
+
+    Raises:
+        UserError: It names a defense that does not exist.
+    """
+    given = validation.names(text)
+    for name in given:
+        if name not in (*DEFENSES, INFECTED_ONLY):
+            raise UserError(
+                f'--defenses={name} does not exist; choose from {", ".join((*DEFENSES, INFECTED_ONLY))}.'
+                f'{suggestion(name, list(DEFENSES))}'
+            )
+    return [name for name in given if name != INFECTED_ONLY] if given else None
 
 
 class Finished(NamedTuple):
@@ -54,7 +74,7 @@ class Datasets:
         return self._loaded[name]
 
 
-def load(directory: Path, mesh: Mesh, datasets: Datasets) -> Finished:
+def load(directory: Path, mesh: Mesh, datasets: Datasets, defenses: Sequence[str] | None = None) -> Finished:
     """Returns a finished run.
 
     The experiment's own functions carry it out again; every training finds that it has ended, and is stopped if not.
@@ -63,6 +83,7 @@ def load(directory: Path, mesh: Mesh, datasets: Datasets) -> Finished:
         directory: Its work directory, which is not changed.
         mesh: The devices.
         datasets: Those at hand.
+        defenses: Whose models to read, of those that the run has; None for all.
 
     Raises:
         UserError: It has not finished, its files are damaged, or its data are not there any more.
@@ -73,7 +94,7 @@ def load(directory: Path, mesh: Mesh, datasets: Datasets) -> Finished:
             f'{directory} has purified a model from elsewhere ({config.init_from}); what it ended with is in '
             f'{directory / "export"}.'
         )
-    purified = _results(directory)
+    purified = [name for name in _results(directory) if defenses is None or name in defenses]
     dataset, found = datasets.load(config)
     if kept != found:
         raise UserError(f'the data of {config.dataset} are not those that {directory} was made with; bring them back.')

@@ -6,6 +6,7 @@
     --runs           work directories of finished runs: the infected model and every purified one are trained further
     --benign         a run without an attack, of the same data and model: how quickly an innocent model learns it
     --workdir        relapse.csv and relapse.png; the same one resumes
+    --defenses       whose purified models, comma-separated, such as aft,ft (all); none for no one's
     --per_class      triggered images of each class, comma-separated (1,5,10)
     --steps          of training (60)
     --every          steps between two measurements (5)
@@ -151,11 +152,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument('--runs', nargs='+', required=True)
     parser.add_argument('--benign', nargs='+', default=[])
     parser.add_argument('--workdir', required=True)
+    parser.add_argument('--defenses', default='')
     parser.add_argument('--per_class', default='1,5,10')
     defaults = Retuning()
     for field in Retuning._fields:
         parser.add_argument(f'--{field}', type=type(getattr(defaults, field)), default=getattr(defaults, field))
     flags = parser.parse_args(arguments)
+    flags.defenses = finished.read_defenses(flags.defenses)
     try:
         flags.per_class = [int(text) for text in flags.per_class.split(',')]
     except ValueError:
@@ -179,10 +182,10 @@ def relapse(flags: argparse.Namespace) -> list[dict[str, Any]]:
     """Trains every model of every run again, and returns the rows of relapse.csv."""
     mesh, datasets = make_mesh(), finished.Datasets()
     retuning = Retuning(*(getattr(flags, field) for field in Retuning._fields))
-    controls = [finished.load(path, mesh, datasets) for path in flags.benign]
+    controls = [finished.load(path, mesh, datasets, defenses=()) for path in flags.benign]
     rows: list[dict[str, Any]] = []
     for path in flags.runs:
-        source = finished.load(path, mesh, datasets)
+        source = finished.load(path, mesh, datasets, flags.defenses)
         if source.infected.attack is None:
             raise UserError(f'--runs={path} has no attack; give it as --benign.')
         benign = control_of(source, controls)

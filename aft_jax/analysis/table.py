@@ -33,7 +33,12 @@ COLUMNS = (
 
 
 def measure(
-    runs: Sequence[Path], benign: Sequence[Path], norms: Sequence[Norm], eps: Sequence[float], count: int
+    runs: Sequence[Path],
+    benign: Sequence[Path],
+    norms: Sequence[Norm],
+    eps: Sequence[float],
+    count: int,
+    defenses: Sequence[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows of the table, run by run.
 
@@ -43,17 +48,18 @@ def measure(
         norms: Of the adversarial changes.
         eps: Their sizes, in 1/255.
         count: How many images are used.
+        defenses: Whose models are measured beside the infected ones; None for all.
 
     Raises:
         UserError: A run cannot be read back, or no control is of its kind.
     """
     mesh, datasets = make_mesh(), finished.Datasets()
-    controls = [finished.load(path, mesh, datasets) for path in benign]
+    controls = [finished.load(path, mesh, datasets, defenses=()) for path in benign]
     for control in controls:
         if control.infected.attack is not None:
             raise UserError(f'--benign={control.directory} is a run with an attack; name one with attack.name=none.')
     for directory in runs:
-        run = finished.load(directory, mesh, datasets)
+        run = finished.load(directory, mesh, datasets, defenses)
         probe, scorer = tools_for(run.victim.module, mesh, min(run.config.run.eval_batch_size, count))
         benign_variables = control_of(run, controls)
         shared = {
