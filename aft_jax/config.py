@@ -17,6 +17,7 @@ AFT_PRESETS: dict[str, dict[str, Any]] = {
         'eps': 6 / 255,
         'step_size': 6 / 255 / 5,
         'universal': '',
+        'per_image': '',
         'rms_eps': 0.0,
         'sparse_share': 0.0,
         'warp_share': 0.0,
@@ -42,6 +43,7 @@ AFT_PRESETS: dict[str, dict[str, Any]] = {
         'eps': 20 / 255,
         'step_size': 5 / 255,
         'universal': 'linf,l2,sparse,warp',
+        'per_image': '',
         'rms_eps': 0.11,
         'sparse_share': 0.015,
         'warp_share': 0.036,
@@ -242,15 +244,16 @@ def aft_options(preset: str) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             'preset': preset,
-            'norm': config_dict.placeholder(str),  # 'linf' or 'l2', of adversarial examples of each image's own
+            'norm': config_dict.placeholder(str),  # 'linf' or 'l2', of PGD
             'eps': config_dict.placeholder(float),
             'step_size': config_dict.placeholder(float),
-            # Kinds of changes that images share, in place of each one's own: of 'linf,l2,sparse,warp'
+            # In place of PGD, kinds of changes that images share, and of each one's own: of 'linf,l2,sparse,warp'
             'universal': config_dict.placeholder(str),
+            'per_image': config_dict.placeholder(str),
             'rms_eps': config_dict.placeholder(float),  # l2: root mean square over pixels (linf takes eps)
             'sparse_share': config_dict.placeholder(float),  # sparse: of the pixels, which are set to 0 or 1
             'warp_share': config_dict.placeholder(float),  # warp: of the side, by which a pixel may be shifted
-            'renew_every': config_dict.placeholder(int),  # steps, after which the changes begin anew
+            'renew_every': config_dict.placeholder(int),  # steps, after which shared changes begin anew
             'pgd_steps': config_dict.placeholder(int),
             'random_start': config_dict.placeholder(bool),
             'clip': config_dict.placeholder(bool),

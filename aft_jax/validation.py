@@ -8,6 +8,7 @@ import ml_collections
 
 from aft_jax import attacks, data, models
 from aft_jax.adversarial import NORMS
+from aft_jax.changes import KINDS
 from aft_jax.command_line import suggestion
 from aft_jax.config import AFT_PRESETS, AFT_SECTIONS, default_config, resolve
 from aft_jax.data.dataset import Dataset
@@ -17,7 +18,6 @@ from aft_jax.models.resnet import STEMS
 from aft_jax.models.vgg_bn import SMALLEST_SIDE
 from aft_jax.training.feed import PLACEMENTS
 from aft_jax.training.optimiser import SCHEDULES
-from aft_jax.universal import KINDS
 from aft_jax.workdir import flatten
 
 STAGES = ('scan', 'infect', 'purify', 'report')
@@ -225,11 +225,12 @@ def _validate_aft(config: ml_collections.ConfigDict, name: str) -> None:
     # The preset fills what the config leaves open, so that checks see what will be used.
     aft = resolve(config)[name]
     _one_of(f'{name}.norm', aft['norm'], NORMS)
-    for kind in names(aft['universal']):
-        _one_of(f'{name}.universal', kind, KINDS)
+    for field in ('universal', 'per_image'):
+        for kind in names(aft[field]):
+            _one_of(f'{name}.{field}', kind, KINDS)
     _one_of(f'{name}.schedule', aft['schedule'], SCHEDULES)
     sizes = {'linf': 'eps', 'l2': 'rms_eps', 'sparse': 'sparse_share', 'warp': 'warp_share'}
-    used = [sizes[kind] for kind in names(aft['universal'])]
+    used = [sizes[kind] for kind in names(f'{aft["universal"]},{aft["per_image"]}')]
     if not used and aft['norm'] == 'linf':
         used = ['eps', 'step_size']
     for field in ('eps', 'step_size', 'rms_eps'):

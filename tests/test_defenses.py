@@ -12,13 +12,13 @@ import pytest
 import scipy.special
 
 from aft_jax.adversarial import PGD
+from aft_jax.changes import Change, Family
 from aft_jax.config import default_config, resolve
 from aft_jax.data.augment import cut_mix
 from aft_jax.defenses import DEFENSES, Holdings, aft, aft_step, defender
 from aft_jax.errors import UserError
 from aft_jax.training import state
 from aft_jax.training.optimiser import sgd
-from aft_jax.universal import Change, Universal
 from aft_jax.validation import validate
 
 RATE, EPS, TRAVELLED = 0.5, 0.1, 0.06
@@ -135,11 +135,11 @@ def divergence(images):
     return scipy.special.rel_entr(p, q).sum(axis=1).mean()
 
 
-UNIVERSALS = (Universal('linf', 0.1), Universal('l2', 0.4))
+FAMILIES = (Family('linf', 0.1), Family('l2', 0.4))
 
 
-def universal_state(optimiser, changes):
-    return aft_step.UniversalState(state.create(jax.tree.map(jnp.asarray, MODEL), optimiser), changes)
+def shared_state(optimiser, changes):
+    return aft_step.SharedState(state.create(jax.tree.map(jnp.asarray, MODEL), optimiser), changes)
 
 
 def test_universal_examples_go_on_where_the_last_step_left_them_until_they_begin_anew():
@@ -147,13 +147,13 @@ def test_universal_examples_go_on_where_the_last_step_left_them_until_they_begin
     optimiser = sgd(RATE, 'constant', 10, weight_decay=0.0)
     labels = np.zeros(8, np.int32)
     batch = {'images': jnp.asarray(IMAGES), 'labels': jnp.asarray(labels), 'fixed': SUSPECT | {'batch_stats': {}}}
-    recipe = RECIPE._replace(adversarial_share=0.5, distillation=2.0, universals=UNIVERSALS, renew_every=3)
-    taken = jax.jit(partial(aft_step.universal_step, module=Linear(), optimiser=optimiser, recipe=recipe))
+    recipe = RECIPE._replace(adversarial_share=0.5, distillation=2.0, families=FAMILIES, renew_every=3)
+    taken = jax.jit(partial(aft_step.families_step, module=Linear(), optimiser=optimiser, recipe=recipe))
     kernel = MODEL['params']['Dense_0']['kernel']
     uphill = (kernel[:, 1] - kernel[:, 0]).reshape(1, 4, 4, 1)
     begin = (0.03 * np.ones((1, 4, 4, 1), np.float32), np.zeros((1, 4, 4, 1), np.float32))
     changes = tuple(Change(jnp.asarray(values), jnp.ones(())) for values in begin)
-    before = universal_state(optimiser, changes)
+    before = shared_state(optimiser, changes)
     before = before.replace(classifier=before.classifier.replace(step=jnp.int32(1)))
     after, metrics = taken(before, batch, jax.random.key(0))
     # Three steps of a quarter, each projected.
@@ -169,27 +169,55 @@ def test_universal_examples_go_on_where_the_last_step_left_them_until_they_begin
     assert int(after.step) == 2
     # At a multiple of renew_every what was carried is of no consequence, and the key decides.
     renewed = before.replace(classifier=before.classifier.replace(step=jnp.int32(3)))
-    others = universal_state(optimiser, jax.tree.map(lambda x: x + 0.01, changes))
+    others = shared_state(optimiser, jax.tree.map(lambda x: x + 0.01, changes))
     others = others.replace(classifier=others.classifier.replace(step=jnp.int32(3)))
     first, again = (taken(s, batch, jax.random.key(1))[0].changes[1].values for s in (renewed, others))
     other = taken(renewed, batch, jax.random.key(2))[0].changes[1].values
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
+def test_changes_of_each_images_own_are_made_and_not_carried():
+    """Beside shared ones; the labels that move the shared change here are those of its own images alone."""
+    optimiser = sgd(RATE, 'constant', 10, weight_decay=0.0)
+    labels = np.zeros(8, np.int32)
+    batch = {'images': jnp.asarray(IMAGES), 'labels': jnp.asarray(labels), 'fixed': SUSPECT | {'batch_stats': {}}}
+    families = (Family('sparse', 2, shared=False), Family('linf', 0.1))
+    recipe = RECIPE._replace(adversarial_share=0.5, families=families, renew_every=3)
+    change = Change(jnp.zeros((1, 4, 4, 1), jnp.float32), jnp.ones(()))
+    before = shared_state(optimiser, (change,))
+    before = before.replace(classifier=before.classifier.replace(step=jnp.int32(1)))
+    taken = jax.jit(partial(aft_step.families_step, module=Linear(), optimiser=optimiser, recipe=recipe))
+    after, metrics = taken(before, batch, jax.random.key(0))
+    kernel = MODEL['params']['Dense_0']['kernel']
+    uphill = (kernel[:, 1] - kernel[:, 0]).reshape(4, 4, 1)
+    assert len(after.changes) == 1
+    linf = np.clip(3 * 0.025 * np.sign(uphill), -0.1, 0.1)
+    np.testing.assert_allclose(after.changes[0].values[0], linf, atol=1e-6)
+    own = IMAGES[:2].copy()
+    for image in own:
+        gain = (np.abs(uphill) * np.abs((uphill > 0) - image)).ravel()
+        longest = np.argsort(-gain)[:6]
+        image.reshape(-1)[longest] = (uphill.ravel() > 0)[longest]
+    examples = np.concatenate([own, np.clip(IMAGES[2:4] + linf, 0, 1)])
+    expected = cross_entropy(logits(MODEL, np.concatenate([examples, IMAGES[4:]])), labels)
+    np.testing.assert_allclose(metrics['loss'], expected, atol=1e-5)
+
+
 def test_the_changes_of_a_config_are_as_large_as_it_says():
     config = resolve(default_config())
     config.aft.update({'eps': 0.1, 'rms_eps': 0.2, 'sparse_share': 0.5, 'warp_share': 0.25, 'pgd_steps': 3})
-    assert aft.universals_of(config.aft, (6, 6, 1)) == (
-        Universal('linf', 0.1),
-        Universal('l2', pytest.approx(1.2)),
-        Universal('sparse', 6),  # in each of three steps
-        Universal('warp', 1.5),
+    assert aft.families_of(config.aft, (6, 6, 1)) == (
+        Family('linf', 0.1),
+        Family('l2', pytest.approx(1.2)),
+        Family('sparse', 6),  # in each of three steps
+        Family('warp', 1.5),
     )
-    config.aft.universal = 'warp, linf'
-    assert [universal.kind for universal in aft.universals_of(config.aft, (6, 6, 1))] == ['warp', 'linf']
+    config.aft.update({'universal': 'warp, linf', 'per_image': ''})
+    assert [family.kind for family in aft.families_of(config.aft, (6, 6, 1))] == ['warp', 'linf']
     config.aft.rms_eps = 2.0
     validate(config)  # nobody asks for it
-    config.aft.universal = 'l2'
+    config.aft.update({'universal': 'l2', 'per_image': 'sparse'})
+    assert aft.families_of(config.aft, (6, 6, 1))[1] == Family('sparse', 6, shared=False)
     with pytest.raises(UserError, match=r'aft.rms_eps=2 is in units of \[0, 1\] pixels'):
         validate(config)
     config.aft.update({'rms_eps': 0.1, 'cutmix': 0.5, 'distillation': 0.0})

@@ -35,13 +35,13 @@ from typing import Any
 import ml_collections
 
 from aft_jax.adversarial import PGD
+from aft_jax.changes import Family
 from aft_jax.data.batches import count_steps
-from aft_jax.defenses.aft_step import Recipe, UniversalState, aft_step, begun, universal_step
+from aft_jax.defenses.aft_step import Recipe, SharedState, aft_step, begun, families_step
 from aft_jax.defenses.defender import Holdings, begin
 from aft_jax.defenses.statistics import Statistics
 from aft_jax.randomness import key_for
 from aft_jax.training.loop import Fitted, Phase, Run, fit
-from aft_jax.universal import Universal
 
 
 def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.ConfigDict, section: str = 'aft') -> Fitted:
@@ -61,15 +61,15 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
     before, optimiser = begin(holdings, options, config.train, steps)
     image_shape = holdings.images.shape[1:]
     recipe = recipe_of(options, config.augment, image_shape)
-    shares = bool(recipe.universals)
-    bound = partial(universal_step if shares else aft_step, module=holdings.module, optimiser=optimiser)
+    mixes = bool(recipe.families)
+    bound = partial(families_step if mixes else aft_step, module=holdings.module, optimiser=optimiser)
     phases = [
         Phase(partial(bound, recipe=recipe), adversarial_steps),
         Phase(partial(bound, recipe=recipe._replace(adversarial_share=0.0)), steps),
     ]
-    first = UniversalState(before, begun(recipe, key_for(run.seed, stage), image_shape)) if shares else before
+    first = SharedState(before, begun(recipe, key_for(run.seed, stage), image_shape)) if mixes else before
     fitted = fit(run, stage, first, phases, holdings.arrays, config.batch_size, fixed=holdings.variables)
-    after = fitted.state.classifier if shares else fitted.state
+    after = fitted.state.classifier if mixes else fitted.state
     seconds = fitted.seconds
     if options.recalibrate:
         started = time.monotonic()
@@ -103,13 +103,13 @@ def recipe_of(
         augment=augmentation,
         adversarial_weight=options.adversarial_weight,
         cutmix=options.cutmix,
-        universals=universals_of(options, image_shape),
+        families=families_of(options, image_shape),
         renew_every=options.renew_every,
     )
 
 
-def universals_of(options: ml_collections.ConfigDict, image_shape: tuple[int, ...]) -> tuple[Universal, ...]:
-    """Returns the kinds of changes that `config.aft` names, as large as it says in images of shape (H, W, C)."""
+def families_of(options: ml_collections.ConfigDict, image_shape: tuple[int, ...]) -> tuple[Family, ...]:
+    """Returns the changes that `config.aft` names, as large as it says in images of shape (H, W, C)."""
     height, width, channels = image_shape
     sizes = {
         'linf': options.eps,
@@ -117,7 +117,8 @@ def universals_of(options: ml_collections.ConfigDict, image_shape: tuple[int, ..
         'sparse': max(1, round(options.sparse_share * height * width / options.pgd_steps)),
         'warp': options.warp_share * min(height, width),
     }
-    return tuple(Universal(kind, sizes[kind]) for kind in kinds(options.universal))
+    named = [(kind, True) for kind in kinds(options.universal)] + [(kind, False) for kind in kinds(options.per_image)]
+    return tuple(Family(kind, sizes[kind], shared) for kind, shared in named)
 
 
 def kinds(text: str) -> list[Any]:

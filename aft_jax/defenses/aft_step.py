@@ -1,6 +1,6 @@
 """A step of AFT (`aft_jax.defenses.aft`): adversarial examples of the model as it is, then a gradient step on them.
 
-Two of them: with a change of each image's own, and with changes that the images of a batch share.
+Two of them: with PGD, as in the paper, and with families of changes (`aft_jax.changes`).
 """
 
 from functools import partial
@@ -15,25 +15,25 @@ import optax
 from flax import struct
 
 from aft_jax.adversarial import PGD, perturb
+from aft_jax.changes import Change, Family, perturb_together, start_all
 from aft_jax.data.augment import augment, cut_mix
 from aft_jax.models import logits_function
 from aft_jax.training.state import Batch, Metrics, TrainState
 from aft_jax.training.steps import accuracy, update
-from aft_jax.universal import Change, Universal, perturb_together, start
 
 
 class Recipe(NamedTuple):
     """What a step of AFT is to do.
 
     Attributes:
-        pgd: How adversarial examples are made; of universal ones only the number of steps is read.
+        pgd: How adversarial examples are made; where there are families only the number of steps is read.
         adversarial_share: Of a batch, replaced by adversarial examples; 0 in the clean stretch.
         distillation: Weight of the suspect model's predictions on clean images.
         augment: `config.augment`.
         adversarial_weight: Of the cross-entropy of adversarial examples.
         cutmix: Largest share of a clean image's area that another one takes; 0 leaves them alone.
-        universals: Kinds of changes that the images of a batch share, in place of each image's own.
-        renew_every: Steps after which these changes begin anew.
+        families: Of changes, an equal part of the adversarial images each.
+        renew_every: Steps after which shared changes begin anew.
     """
 
     pgd: PGD
@@ -42,12 +42,12 @@ class Recipe(NamedTuple):
     augment: ml_collections.ConfigDict
     adversarial_weight: float = 1.0
     cutmix: float = 0.0
-    universals: tuple[Universal, ...] = ()
+    families: tuple[Family, ...] = ()
     renew_every: int = 1
 
 
 @struct.dataclass
-class UniversalState:
+class SharedState:
     """The classifier, and the changes that its adversarial examples shared in the last step."""
 
     classifier: TrainState
@@ -65,9 +65,12 @@ class UniversalState:
 
 
 def begun(recipe: Recipe, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Change, ...]:
-    """Returns new changes of the recipe's kinds for images of shape (H, W, C)."""
-    keys = jax.random.split(key, len(recipe.universals))
-    return tuple(start(universal, k, image_shape) for universal, k in zip(recipe.universals, keys, strict=True))
+    """Returns new changes of the families that images of shape (H, W, C) share."""
+    return _shared(recipe, start_all(recipe.families, key, (0, *image_shape)))
+
+
+def _shared(recipe: Recipe, changes: tuple[Change, ...]) -> tuple[Change, ...]:
+    return tuple(change for family, change in zip(recipe.families, changes, strict=True) if family.shared)
 
 
 def aft_step(
@@ -101,33 +104,33 @@ def aft_step(
     return _learn(state, images, clean, batch, keys.dropout, module=module, optimiser=optimiser, recipe=recipe)
 
 
-def universal_step(
-    state: UniversalState,
+def families_step(
+    state: SharedState,
     batch: Batch,
     key: jax.Array,
     *,
     module: nn.Module,
     optimiser: optax.GradientTransformation,
     recipe: Recipe,
-) -> tuple[UniversalState, Metrics]:
-    """The same with changes that images share, which go on from those of the last step; arguments as of `aft_step`."""
+) -> tuple[SharedState, Metrics]:
+    """The same by families of changes; those that images share go on from the last step. Arguments as of `aft_step`."""
     keys = _keys(key)
     images, clean = _prepared(batch, keys, recipe)
-    changes = state.changes
+    shared = state.changes
     if len(images):
         anew = state.step % recipe.renew_every == 0
-        fresh = begun(recipe, keys.start, batch['images'].shape[1:])
-        carried = jax.tree.map(lambda new, old: jnp.where(anew, new, old), fresh, changes)
-        # Pixels are chosen for this model alone.
-        before = tuple(
-            new if universal.kind == 'sparse' else old
-            for universal, new, old in zip(recipe.universals, fresh, carried, strict=True)
-        )
+        before, carried = [], iter(state.changes)
+        for family, new in zip(recipe.families, start_all(recipe.families, keys.start, images.shape), strict=True):
+            old = next(carried) if family.shared else new
+            # Pixels are chosen for this model alone.
+            keeps = family.shared and family.kind != 'sparse'
+            before.append(jax.tree.map(lambda new, old: jnp.where(anew, new, old), new, old) if keeps else new)
         model, labels = logits_function(module, state.variables), batch['labels'][: len(images)]
-        images, changes = perturb_together(model, images, labels, recipe.universals, before, recipe.pgd.steps)
+        images, changes = perturb_together(model, images, labels, recipe.families, tuple(before), recipe.pgd.steps)
+        shared = _shared(recipe, changes)
     learn = partial(_learn, module=module, optimiser=optimiser, recipe=recipe)
     classifier, metrics = learn(state.classifier, images, clean, batch, keys.dropout)
-    return UniversalState(classifier, changes), metrics
+    return SharedState(classifier, shared), metrics
 
 
 class _Keys(NamedTuple):

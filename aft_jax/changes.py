@@ -1,8 +1,9 @@
-"""Universal adversarial perturbations: one change that fools a classifier on all images of a batch at once.
+"""Adversarial changes of four kinds, of which each image has its own, or all images of a batch share one.
 
-The adversarial example of a single image, as `aft_jax.adversarial` makes it, uses whatever is weak about that image. A
-backdoor's trigger is a change that works on every image; so is a universal perturbation, and the gradient that leads to
-it is summed over images, where the weaknesses of each cancel out and those of the model remain. Of four kinds:
+The adversarial example of a single image uses whatever is weak about that image. A backdoor's trigger is a change that
+works on every image; so is a shared change, a universal adversarial perturbation, and the gradient that leads to it is
+summed over images, where the weaknesses of each cancel out and those of the model remain. A trigger that is another
+one on every image needs changes of each image's own. The kinds:
 
     linf    x' = clip(x + d),      |d| <= size in each pixel                  (patterns over the whole image)
     l2      x' = clip(x + d),      ||d|| <= size                              (small changes of strong contrast)
@@ -10,7 +11,8 @@ it is summed over images, where the weaknesses of each cancel out and those of t
     warp    x' = x sampled at places that are shifted by up to `size` pixels  (distortions)
 
 A step moves d by a quarter of its size along the sign (l2: the direction) of the gradient. A sparse step sets the
-pixels in which the gradient is longest. A warp is bilinear between GRID x GRID points.
+pixels in which the gradient is longest; where an image has its own, the gradient times the way that is left to go. A
+warp is bilinear between GRID x GRID points.
 
 Source: Moosavi-Dezfooli et al., "Universal adversarial perturbations" (2017), for the idea; warps: Xiao et al.,
 "Spatially Transformed Adversarial Examples" (2018), for single images.
@@ -32,48 +34,50 @@ GRID = 7
 STEP = 0.25
 
 
-class Universal(NamedTuple):
-    """A kind of change, and how large it may be (see above; of 'sparse', pixels in each step)."""
+class Family(NamedTuple):
+    """A kind of change, its size (see above; of 'sparse', the pixels in each step), and whether images share it."""
 
     kind: Kind
     size: float
+    shared: bool = True
 
 
 class Change(NamedTuple):
-    """One change.
+    """One change that images share, N = 1, or one for each of N images.
 
     Attributes:
-        values: linf and l2: what is added, [1, H, W, C]. sparse: what pixels become, likewise. warp: rows and columns
-            by which the places of the grid are shifted, in pixels, [1, GRID, GRID, 2].
-        chosen: sparse: 1 in the pixels that are set, [1, H, W, 1]; else 1.
+        values: linf and l2: what is added, [N, H, W, C]. sparse: what pixels become, likewise. warp: rows and columns
+            by which the places of the grid are shifted, in pixels, [N, GRID, GRID, 2].
+        chosen: sparse: 1 in the pixels that are set, [N, H, W, 1]; else 1.
     """
 
     values: jax.Array
     chosen: jax.Array
 
 
-def start(universal: Universal, key: jax.Array, image_shape: tuple[int, ...]) -> Change:
+def start(family: Family, key: jax.Array, images: tuple[int, ...]) -> Change:
     """Returns a random change, or (sparse) none yet.
 
     Args:
-        universal: Of which kind.
+        family: Of which kind.
         key: PRNG key.
-        image_shape: (H, W, C).
+        images: The shape (B, H, W, C) of those to be changed.
     """
-    shape, one = (1, *image_shape), jnp.ones((), jnp.float32)
-    match universal.kind:
+    count = 1 if family.shared else images[0]
+    shape, one = (count, *images[1:]), jnp.ones((), jnp.float32)
+    match family.kind:
         case 'linf' | 'l2':
-            return Change(random_in_ball(key, shape, universal.size, universal.kind), one)
+            return Change(random_in_ball(key, shape, family.size, family.kind), one)
         case 'sparse':
             return Change(jnp.zeros(shape, jnp.float32), jnp.zeros((*shape[:3], 1), jnp.float32))
         case 'warp':
-            size = universal.size
-            return Change(jax.random.uniform(key, (1, GRID, GRID, 2), jnp.float32, -size, size), one)
+            size = family.size
+            return Change(jax.random.uniform(key, (count, GRID, GRID, 2), jnp.float32, -size, size), one)
 
 
-def apply(universal: Universal, change: Change, images: jax.Array) -> jax.Array:
+def apply(family: Family, change: Change, images: jax.Array) -> jax.Array:
     """Returns the images [B, H, W, C], float32 in [0, 1], with the change in each of them."""
-    match universal.kind:
+    match family.kind:
         case 'linf' | 'l2':
             return jnp.clip(images + change.values, 0.0, 1.0)
         case 'sparse':
@@ -90,57 +94,76 @@ def apply(universal: Universal, change: Change, images: jax.Array) -> jax.Array:
             return sample_bilinear(images, jnp.broadcast_to(rows, places), jnp.broadcast_to(columns, places))
 
 
-def advance(universal: Universal, change: Change, gradient: jax.Array) -> Change:
+def advance(family: Family, change: Change, gradient: jax.Array, images: jax.Array) -> Change:
     """Returns the change one step further up the loss.
 
     Args:
-        universal: Of which kind.
+        family: Of which kind.
         change: Before the step.
         gradient: Of the loss, in the shape of `change.values`.
+        images: float32 [B, H, W, C] in [0, 1], without the change.
     """
-    size, values = universal.size, change.values
-    match universal.kind:
+    size, values = family.size, change.values
+    match family.kind:
         case 'linf' | 'l2':
-            moved = values + STEP * size * direction(gradient, universal.kind)
-            return change._replace(values=project(moved, size, universal.kind))
+            moved = values + STEP * size * direction(gradient, family.kind)
+            return change._replace(values=project(moved, size, family.kind))
         case 'sparse':
-            free = jnp.abs(gradient).sum(axis=-1) * (1 - change.chosen[..., 0])
-            _, longest = jax.lax.top_k(free.reshape(-1), int(size))
-            new = jnp.zeros(free.size, jnp.float32).at[longest].set(1.0).reshape(change.chosen.shape)
             wanted = (gradient > 0).astype(jnp.float32)
+            way = jnp.ones_like(values) if family.shared else jnp.abs(wanted - images)
+            free = (jnp.abs(gradient) * way).sum(axis=-1) * (1 - change.chosen[..., 0])
+            _, longest = jax.lax.top_k(free.reshape(len(free), -1), int(size))
+            new = jax.vmap(lambda pixels, at: pixels.at[at].set(1.0))(
+                jnp.zeros_like(free).reshape(len(free), -1), longest
+            )
+            new = new.reshape(change.chosen.shape)
             return Change(jnp.where(new > 0, wanted, values), change.chosen + new)
         case 'warp':
             return change._replace(values=jnp.clip(values + STEP * size * jnp.sign(gradient), -size, size))
+
+
+def parts(count: int, families: tuple[Family, ...]) -> list[slice]:
+    """Returns which of `count` images each family has: equal parts, in their order."""
+    ends = [count * i // len(families) for i in range(len(families) + 1)]
+    return [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def start_all(families: tuple[Family, ...], key: jax.Array, images: tuple[int, ...]) -> tuple[Change, ...]:
+    """Returns what `perturb_together` begins with for images of shape (B, H, W, C), anew for each family."""
+    keys = jax.random.split(key, len(families))
+    return tuple(
+        start(family, k, (part.stop - part.start, *images[1:]))
+        for family, k, part in zip(families, keys, parts(images[0], families), strict=True)
+    )
 
 
 def perturb_together(
     logits: Logits,
     images: jax.Array,
     labels: jax.Array,
-    universals: tuple[Universal, ...],
+    families: tuple[Family, ...],
     changes: tuple[Change, ...],
     steps: int,
 ) -> tuple[jax.Array, tuple[Change, ...]]:
-    """Returns universal adversarial examples, an equal part of the images by each kind, and the changes.
+    """Returns adversarial examples, an equal part of the images by each family, and the changes.
 
     Args:
         logits: Classifier in evaluation mode, float32 [B, H, W, C] -> float32 [B, K].
         images: float32 [B, H, W, C] in [0, 1].
         labels: int32 [B], true.
-        universals: The kinds.
-        changes: One of each, to begin with.
+        families: Of changes.
+        changes: Of each, to begin with (`start_all`).
         steps: How many steps all of them take.
 
     Returns:
-        float32 [B, H, W, C], the images of the first kind first, and the changes after the last step.
+        float32 [B, H, W, C], the images of the first family first, and the changes after the last step.
     """
-    ends = [len(labels) * i // len(universals) for i in range(len(universals) + 1)]
-    parts = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    theirs = [images[part] for part in parts(len(labels), families)]
 
     def examples(values: tuple[jax.Array, ...]) -> jax.Array:
         made = [
-            apply(universal, change._replace(values=value), images[part])
-            for universal, change, value, part in zip(universals, changes, values, parts, strict=True)
+            apply(family, change._replace(values=value), part)
+            for family, change, value, part in zip(families, changes, values, theirs, strict=True)
         ]
         return jnp.concatenate(made)
 
@@ -152,7 +175,7 @@ def perturb_together(
 
     for _ in range(steps):
         gradients = jax.grad(loss)(of(changes))
-        changes = tuple(advance(*three) for three in zip(universals, changes, gradients, strict=True))
+        changes = tuple(advance(*each) for each in zip(families, changes, gradients, theirs, strict=True))
     return examples(of(changes)), changes
 
 

@@ -1,0 +1,166 @@
+"""Adversarial changes against SciPy's interpolation, and against closed forms on a linear classifier."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.interpolate
+import scipy.ndimage
+
+from aft_jax import changes
+from aft_jax.changes import GRID, Change, Family
+
+ONE = jnp.ones((), jnp.float32)
+IMAGES = np.random.default_rng(0).uniform(0.05, 0.95, (6, 9, 12, 2)).astype(np.float32)
+LABELS = np.array([0, 1, 1, 0, 0, 0], np.int32)
+KERNEL = np.random.default_rng(1).normal(0, 0.1, (9 * 12 * 2, 2)).astype(np.float32)
+
+
+def linear(images):
+    return images.reshape((len(images), -1)) @ KERNEL
+
+
+def gradient_of(images, labels):
+    """Of the summed cross-entropy of `linear`, by hand; [B, H, W, C]."""
+    z = images.reshape(len(images), -1).astype(np.float64) @ KERNEL
+    p = np.exp(z - z.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    return ((p - np.eye(2)[labels]) @ KERNEL.T.astype(np.float64)).reshape(images.shape)
+
+
+def test_a_warp_equals_scipy():
+    shifts = np.random.default_rng(2).uniform(-2, 2, (1, GRID, GRID, 2)).astype(np.float32)
+    warped = np.asarray(changes.apply(Family('warp', 2.0), Change(jnp.asarray(shifts), ONE), IMAGES))
+    _, height, width, channels = IMAGES.shape
+    points = np.linspace(0, height - 1, GRID), np.linspace(0, width - 1, GRID)
+    places = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing='ij'), axis=-1)
+    moved = places + scipy.interpolate.RegularGridInterpolator(points, shifts[0])(places)
+    for image, result in zip(IMAGES, warped, strict=True):
+        for channel in range(channels):
+            # Black outside the frame, and half black half a pixel outside.
+            framed = np.pad(image[..., channel], 3)
+            expected = scipy.ndimage.map_coordinates(framed, moved.transpose(2, 0, 1) + 3, order=1)
+            np.testing.assert_allclose(result[..., channel], expected, atol=2e-5)
+    assert np.abs(warped - IMAGES).max() > 0.2
+
+
+def test_no_shift_is_no_warp():
+    change = Change(jnp.zeros((1, GRID, GRID, 2)), ONE)
+    np.testing.assert_allclose(changes.apply(Family('warp', 1.0), change, IMAGES), IMAGES, atol=1e-6)
+
+
+def test_additive_changes_are_shared_and_stay_in_the_frame():
+    change = Change(jnp.full((1, 9, 12, 2), 0.3, jnp.float32), ONE)
+    np.testing.assert_allclose(
+        changes.apply(Family('linf', 0.3), change, IMAGES), np.minimum(IMAGES + 0.3, 1), atol=1e-6
+    )
+
+
+def test_sparse_steps_set_the_pixels_where_the_gradient_of_all_images_is_longest():
+    steps, each = 3, 4
+    sparse = Family('sparse', each)
+    begin = changes.start(sparse, jax.random.key(0), IMAGES.shape)
+    np.testing.assert_array_equal(changes.apply(sparse, begin, IMAGES), IMAGES)
+    examples, (after,) = changes.perturb_together(linear, IMAGES, LABELS, (sparse,), (begin,), steps)
+    expected, taken = IMAGES.copy(), np.zeros((9, 12), bool)
+    for _ in range(steps):
+        summed = gradient_of(expected, LABELS).sum(axis=0)
+        length = np.where(taken, -1, np.abs(summed).sum(axis=-1))
+        for index in np.argsort(-length.ravel())[:each]:
+            row, column = divmod(index, 12)
+            expected[:, row, column] = summed[row, column] > 0
+            taken[row, column] = True
+    np.testing.assert_allclose(examples, expected, atol=1e-6)
+    np.testing.assert_array_equal(after.chosen[0, ..., 0] > 0, taken)
+    assert taken.sum() == steps * each
+
+
+def test_a_warp_moves_along_the_sign_of_its_gradient():
+    """A step down the wrong side, or with the sampler's derivative wrong, would not raise the loss like this one."""
+    warp = Family('warp', 0.8)
+    values = np.random.default_rng(3).uniform(-0.3, 0.3, (1, GRID, GRID, 2)).astype(np.float32)
+
+    def loss(values):
+        shown = np.asarray(changes.apply(warp, Change(jnp.asarray(values), ONE), IMAGES)).astype(np.float64)
+        z = shown.reshape(len(shown), -1) @ KERNEL
+        return float((np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), LABELS]).sum())
+
+    _, (after,) = changes.perturb_together(linear, IMAGES, LABELS, (warp,), (Change(jnp.asarray(values), ONE),), 1)
+    moved = np.asarray(after.values) - values
+    np.testing.assert_allclose(np.abs(moved), 0.2, atol=1e-6)
+    # Central differences in a few of the shifts, where they are clear of rounding.
+    clear = 0
+    for place in np.random.default_rng(4).permutation(GRID * GRID * 2)[:20]:
+        nudge = np.zeros(GRID * GRID * 2, np.float32)
+        nudge[place] = 1e-2
+        slope = loss(values + nudge.reshape(values.shape)) - loss(values - nudge.reshape(values.shape))
+        if abs(slope) > 2e-4:
+            clear += 1
+            assert np.sign(moved.ravel()[place]) == np.sign(slope)
+    assert clear >= 10
+
+
+@pytest.mark.parametrize('kind', changes.KINDS)
+@pytest.mark.parametrize('shared', [True, False])
+def test_changes_stay_within_their_size_and_raise_the_loss(kind, shared):
+    size = {'linf': 0.1, 'l2': 0.7, 'sparse': 3, 'warp': 1.0}[kind]
+    chosen = Family(kind, size, shared)
+    begin = changes.start(chosen, jax.random.key(5), IMAGES.shape)
+    examples, (after,) = jax.jit(
+        lambda change: changes.perturb_together(linear, IMAGES, LABELS, (chosen,), (change,), 6)
+    )(begin)
+
+    def losses(images):
+        return -np.log(np.take_along_axis(np.asarray(jax.nn.softmax(linear(images))), LABELS[:, None], 1))[:, 0]
+
+    gain = losses(examples) - losses(changes.apply(chosen, begin, IMAGES))
+    assert gain.sum() > 0.05 and (shared or gain.min() > 0.01)
+    assert np.min(examples) >= 0 and np.max(examples) <= 1
+    values = np.asarray(after.values)
+    assert len(values) == (1 if shared else len(IMAGES))
+    for value in values:
+        match kind:
+            case 'linf' | 'warp':
+                assert size * 0.99 <= np.abs(value).max() <= size + 1e-6
+            case 'l2':
+                np.testing.assert_allclose(np.linalg.norm(value), size, rtol=1e-5)
+    if kind == 'sparse':
+        assert (np.asarray(after.chosen).sum(axis=(1, 2, 3)) == 18).all() and set(np.unique(values)) <= {0.0, 1.0}
+
+
+def test_an_image_of_its_own_changes_as_if_it_were_alone():
+    """Sparse ones where most is to be gained in that image: the gradient times the way that is left to 0 or 1."""
+    steps, each = 2, 3
+    sparse = Family('sparse', each, shared=False)
+    begin = changes.start(sparse, jax.random.key(0), IMAGES.shape)
+    examples, _ = changes.perturb_together(linear, IMAGES, LABELS, (sparse,), (begin,), steps)
+    expected = IMAGES.copy()
+    for index in range(len(IMAGES)):
+        taken = np.zeros((9, 12), bool)
+        for _ in range(steps):
+            gradient = gradient_of(expected[index : index + 1], LABELS[index : index + 1])[0]
+            way = np.abs((gradient > 0) - IMAGES[index])
+            gain = np.where(taken, -1, (np.abs(gradient) * way).sum(axis=-1))
+            for place in np.argsort(-gain.ravel())[:each]:
+                row, column = divmod(place, 12)
+                expected[index, row, column] = gradient[row, column] > 0
+                taken[row, column] = True
+    np.testing.assert_allclose(examples, expected, atol=1e-6)
+    for kind, size in (('linf', 0.1), ('l2', 0.5), ('warp', 1.0)):
+        family = Family(kind, size, shared=False)
+        begin = changes.start(family, jax.random.key(1), IMAGES.shape)
+        together, _ = changes.perturb_together(linear, IMAGES, LABELS, (family,), (begin,), 3)
+        first = jax.tree.map(lambda x: x[:1] if x.ndim else x, begin)
+        alone, _ = changes.perturb_together(linear, IMAGES[:1], LABELS[:1], (family,), (first,), 3)
+        np.testing.assert_allclose(together[:1], alone, atol=1e-5)
+
+
+def test_each_family_has_its_part_of_the_images():
+    families = (Family('linf', 0.1), Family('sparse', 2), Family('l2', 0.5, shared=False))
+    begin = changes.start_all(families, jax.random.key(6), IMAGES.shape)
+    assert [len(change.values) for change in begin] == [1, 1, 2]
+    together, _ = changes.perturb_together(linear, IMAGES, LABELS, families, begin, 2)
+    for i, part in enumerate((slice(2), slice(2, 4), slice(4, 6))):
+        one = slice(i, i + 1)
+        alone, _ = changes.perturb_together(linear, IMAGES[part], LABELS[part], families[one], begin[one], 2)
+        np.testing.assert_allclose(together[part], alone, atol=1e-6)
