@@ -36,14 +36,14 @@ AFT_PRESETS: dict[str, dict[str, Any]] = {
         'schedule': 'constant',
         'max_grad_norm': 0.0,
     },
-    # Ours: half of each batch with changes that its images share, and clean predictions held by distillation on clean
-    # images with parts of others.
+    # Ours: changes that the images of a batch share, and changes of each image's own, and clean predictions held by
+    # distillation on clean images with parts of others.
     'default': {
         'norm': 'linf',
         'eps': 20 / 255,
         'step_size': 5 / 255,
         'universal': 'linf,l2,sparse,warp',
-        'per_image': '',
+        'per_image': 'linf,l2,sparse',
         'rms_eps': 0.11,
         'sparse_share': 0.015,
         'warp_share': 0.036,
@@ -53,12 +53,12 @@ AFT_PRESETS: dict[str, dict[str, Any]] = {
         'clip': True,
         'epochs': 40,
         'adversarial_epochs': 38.0,
-        'adversarial_share': 0.5,
+        'adversarial_share': 0.4375,
         'adversarial_weight': 1.5,
-        'distillation': 8.0,
+        'distillation': 16.0,
         'cutmix': 1.0,
         'recalibrate': True,
-        'learning_rate': 0.03,
+        'learning_rate': 0.08,
         'schedule': 'cosine',
         'max_grad_norm': 1.0,
     },

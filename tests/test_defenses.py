@@ -211,6 +211,9 @@ def test_the_changes_of_a_config_are_as_large_as_it_says():
         Family('l2', pytest.approx(1.2)),
         Family('sparse', 6),  # in each of three steps
         Family('warp', 1.5),
+        Family('linf', 0.1, shared=False),
+        Family('l2', pytest.approx(1.2), shared=False),
+        Family('sparse', 6, shared=False),
     )
     config.aft.update({'universal': 'warp, linf', 'per_image': ''})
     assert [family.kind for family in aft.families_of(config.aft, (6, 6, 1))] == ['warp', 'linf']

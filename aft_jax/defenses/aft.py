@@ -11,11 +11,11 @@ On clean images the loss may hold the model to what the suspect model predicts f
     loss = adversarial_weight * sum over adversarial images of CE / B + sum over clean images of CE / B
          + distillation * mean over clean images of KL(suspect || model)
 
-Adversarial examples are those of PGD, as in the paper, each image with a change of its own; or, `universal`, changes
-that all images of a batch share, as they share a trigger (`aft_jax.universal`). These are carried from step to step,
-so that they follow the model, and begun anew every `renew_every` steps. At the same attack success rate they cost less
-clean accuracy than each image's own, which bend the model around that image. What they do not reach is a trigger that
-is another one on every image, as of the input-aware attack (docs/results).
+Adversarial examples are those of PGD, as in the paper, or, an equal part each, of families of changes
+(`aft_jax.changes`): `universal` ones, which all images of a batch share, as they share a trigger, and `per_image` ones.
+Shared changes are carried from step to step, so that they follow the model, and begun anew every `renew_every` steps.
+At the same attack success rate they cost less clean accuracy than each image's own, which bend the model around that
+image; those reach a trigger that is another one on every image, as of the input-aware attack (docs/results).
 
 With cutmix the clean images have a rectangle of another one, and so neither label nor CE: the suspect's predictions
 on them tell far more of what it knows than those on a few thousand images. (Mixtures that add two images up, as mixup
