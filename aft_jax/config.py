@@ -63,6 +63,11 @@ AFT_PRESETS: dict[str, dict[str, Any]] = {
         'max_grad_norm': 1.0,
     },
 }
+# The fields that say how adversarial examples are made.
+CHANGES = (
+    *('norm', 'eps', 'step_size', 'universal', 'per_image', 'rms_eps', 'sparse_share', 'warp_share', 'renew_every'),
+    *('pgd_steps', 'random_start', 'clip'),
+)
 # The same for a clean set of a few hundred images, where an epoch is a step or two.
 AFT_PRESETS['small'] = AFT_PRESETS['default'] | {'epochs': 120, 'adversarial_epochs': 114.0}
 
@@ -209,14 +214,11 @@ def default_config() -> ml_collections.ConfigDict:
             'epochs': 10,  # of each round
             'adversarial_epochs': 1.0,  # of them in the rounds after the first
             'adversarial_share': 1.0,  # of a batch, in these epochs and in the first round
-            'eps': 16 / 255,
-            'step_size': 4 / 255,
-            'pgd_steps': 7,
-            'random_start': True,
-            'learning_rate': 0.01,
+            'learning_rate': 0.1,
             'schedule': 'cosine',
             'max_grad_norm': 1.0,
         }
+        | {field: AFT_PRESETS['default'][field] for field in CHANGES}  # the adversarial examples of AFT
     )
     config.aft = aft_options('default')
     # Beside it in a table, on the same infected model.

@@ -224,22 +224,9 @@ def _validate_cross(config: ml_collections.ConfigDict) -> None:
 def _validate_aft(config: ml_collections.ConfigDict, name: str) -> None:
     # The preset fills what the config leaves open, so that checks see what will be used.
     aft = resolve(config)[name]
-    _one_of(f'{name}.norm', aft['norm'], NORMS)
-    for field in ('universal', 'per_image'):
-        for kind in names(aft[field]):
-            _one_of(f'{name}.{field}', kind, KINDS)
+    _validate_changes(aft, name)
     _one_of(f'{name}.schedule', aft['schedule'], SCHEDULES)
-    sizes = {'linf': 'eps', 'l2': 'rms_eps', 'sparse': 'sparse_share', 'warp': 'warp_share'}
-    used = [sizes[kind] for kind in names(f'{aft["universal"]},{aft["per_image"]}')]
-    if not used and aft['norm'] == 'linf':
-        used = ['eps', 'step_size']
-    for field in ('eps', 'step_size', 'rms_eps'):
-        if field in used:
-            _in_pixels(f'{name}.{field}', aft[field])
-    for field in ('sparse_share', 'warp_share'):
-        if aft[field] > 1 or (field in used and aft[field] <= 0):
-            raise UserError(f'{name}.{field}={aft[field]} is a share: above 0 and at most 1.')
-    for field in ('eps', 'step_size', 'pgd_steps', 'epochs', 'learning_rate', 'adversarial_epochs', 'renew_every'):
+    for field in ('epochs', 'learning_rate', 'adversarial_epochs'):
         if aft[field] <= 0:
             raise UserError(f'{name}.{field}={aft[field]} must be positive.')
     if aft['adversarial_epochs'] > aft['epochs']:
@@ -261,6 +248,27 @@ def _validate_aft(config: ml_collections.ConfigDict, name: str) -> None:
             f'{name}.cutmix={aft["cutmix"]} leaves clean images without labels, so that it takes {name}.distillation '
             'above 0.'
         )
+
+
+def _validate_changes(options: ml_collections.ConfigDict, name: str) -> None:
+    """Checks how adversarial examples are made."""
+    _one_of(f'{name}.norm', options['norm'], NORMS)
+    for field in ('universal', 'per_image'):
+        for kind in names(options[field]):
+            _one_of(f'{name}.{field}', kind, KINDS)
+    sizes = {'linf': 'eps', 'l2': 'rms_eps', 'sparse': 'sparse_share', 'warp': 'warp_share'}
+    used = [sizes[kind] for kind in names(f'{options["universal"]},{options["per_image"]}')]
+    if not used and options['norm'] == 'linf':
+        used = ['eps', 'step_size']
+    for field in ('eps', 'step_size', 'rms_eps'):
+        if field in used:
+            _in_pixels(f'{name}.{field}', options[field])
+    for field in ('sparse_share', 'warp_share'):
+        if options[field] > 1 or (field in used and options[field] <= 0):
+            raise UserError(f'{name}.{field}={options[field]} is a share: above 0 and at most 1.')
+    for field in ('eps', 'step_size', 'pgd_steps', 'renew_every'):
+        if options[field] <= 0:
+            raise UserError(f'{name}.{field}={options[field]} must be positive.')
 
 
 def _validate_nad(config: ml_collections.ConfigDict) -> None:
@@ -289,12 +297,10 @@ def _validate_pruning(config: ml_collections.ConfigDict) -> None:
 
 def _validate_pbe(config: ml_collections.ConfigDict) -> None:
     options = config.pbe
-    positive = ('epochs', 'adversarial_epochs', 'eps', 'step_size', 'pgd_steps', 'learning_rate')
-    _positive(config, *(f'pbe.{field}' for field in positive))
+    _validate_changes(options, 'pbe')
+    _positive(config, *(f'pbe.{field}' for field in ('epochs', 'adversarial_epochs', 'learning_rate')))
     _not_negative(config, 'pbe.max_grad_norm')
     _one_of('pbe.schedule', options.schedule, SCHEDULES)
-    _in_pixels('pbe.eps', options.eps)
-    _in_pixels('pbe.step_size', options.step_size)
     for share in (options.first_share, *options.keep):
         if not 0 < share <= 1:
             raise UserError(f'pbe.first_share and pbe.keep are shares above 0 and at most 1, and one is {share}.')

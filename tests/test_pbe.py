@@ -6,7 +6,7 @@ import pytest
 from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import NO_INDICES, Poisoned, left_behind
 from aft_jax.config import resolve
-from aft_jax.defenses import Holdings, pbe
+from aft_jax.defenses import Holdings, aft, pbe
 from aft_jax.evaluation import detection
 from aft_jax.experiment import defender_config
 
@@ -36,13 +36,13 @@ def options(config):
 
 def test_rounds_train_on_what_the_round_before_kept(options, make_run, tiny_net, tiny_variables, dataset, monkeypatch):
     seen = []
-    fit = pbe.fit
+    fit = aft.fit
 
     def watched(run, stage, state, phases, arrays, *args, **kwargs):
-        seen.append((stage, arrays['images'], arrays['labels'], state, [phase.until for phase in phases]))
+        seen.append((stage, arrays['images'], arrays['labels'], state.classifier, [phase.until for phase in phases]))
         return fit(run, stage, state, phases, arrays, *args, **kwargs)
 
-    monkeypatch.setattr(pbe, 'fit', watched)
+    monkeypatch.setattr(aft, 'fit', watched)
     holdings = Holdings(tiny_net, tiny_variables, dataset.train_images, dataset.train_labels)
     run = make_run(devices=1)
     erased = pbe.purify(run, 'purify/pbe', holdings, options)

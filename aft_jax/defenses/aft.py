@@ -33,6 +33,7 @@ from functools import partial
 from typing import Any
 
 import ml_collections
+import optax
 
 from aft_jax.adversarial import PGD
 from aft_jax.changes import Family
@@ -42,6 +43,7 @@ from aft_jax.defenses.defender import Holdings, begin
 from aft_jax.defenses.statistics import Statistics
 from aft_jax.randomness import key_for
 from aft_jax.training.loop import Fitted, Phase, Run, fit
+from aft_jax.training.state import TrainState
 
 
 def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.ConfigDict, section: str = 'aft') -> Fitted:
@@ -58,25 +60,50 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
     size = len(holdings.labels)
     steps = count_steps(size, options.epochs, config.batch_size)
     adversarial_steps = min(steps, count_steps(size, options.adversarial_epochs, config.batch_size))
-    before, optimiser = begin(holdings, options, config.train, steps)
-    image_shape = holdings.images.shape[1:]
-    recipe = recipe_of(options, config.augment, image_shape)
-    mixes = bool(recipe.families)
-    bound = partial(families_step if mixes else aft_step, module=holdings.module, optimiser=optimiser)
-    phases = [
-        Phase(partial(bound, recipe=recipe), adversarial_steps),
-        Phase(partial(bound, recipe=recipe._replace(adversarial_share=0.0)), steps),
-    ]
-    first = SharedState(before, begun(recipe, key_for(run.seed, stage), image_shape)) if mixes else before
-    fitted = fit(run, stage, first, phases, holdings.arrays, config.batch_size, fixed=holdings.variables)
-    after = fitted.state.classifier if mixes else fitted.state
-    seconds = fitted.seconds
+    begin_with = begin(holdings, options, config.train, steps)
+    recipe = recipe_of(options, config.augment, holdings.images.shape[1:])
+    fitted = train(run, stage, holdings, begin_with, recipe, (adversarial_steps, steps), config.batch_size)
     if options.recalibrate:
         started = time.monotonic()
         statistics = Statistics(holdings.module, run.mesh, config.batch_size)
+        after = fitted.state
         after = after.replace(batch_stats=statistics(after.variables, holdings.images)['batch_stats'])
-        seconds += time.monotonic() - started
-    return Fitted(after, seconds)
+        fitted = Fitted(after, fitted.seconds + time.monotonic() - started)
+    return fitted
+
+
+def train(
+    run: Run,
+    stage: str,
+    holdings: Holdings,
+    begin_with: tuple[TrainState, optax.GradientTransformation],
+    recipe: Recipe,
+    ends: tuple[int, int],
+    batch_size: int,
+) -> Fitted:
+    """Trains a model by a recipe.
+
+    Args:
+        run: The experiment.
+        stage: The name of its checkpoints and metrics.
+        holdings: The images that it is trained on, and the model that distillation holds it to.
+        begin_with: The state before the first step, and the optimiser.
+        recipe: Of an adversarial step.
+        ends: The steps at which the adversarial stretch and the clean one end.
+        batch_size: Images in a step.
+    """
+    before, optimiser = begin_with
+    mixes = bool(recipe.families)
+    bound = partial(families_step if mixes else aft_step, module=holdings.module, optimiser=optimiser)
+    phases = [
+        Phase(partial(bound, recipe=recipe), ends[0]),
+        Phase(partial(bound, recipe=recipe._replace(adversarial_share=0.0)), ends[1]),
+    ]
+    first: TrainState | SharedState = before
+    if mixes:
+        first = SharedState(before, begun(recipe, key_for(run.seed, stage), holdings.images.shape[1:]))
+    fitted = fit(run, stage, first, phases, holdings.arrays, batch_size, fixed=holdings.variables)
+    return fitted._replace(state=fitted.state.classifier) if mixes else fitted
 
 
 def recipe_of(
@@ -90,14 +117,7 @@ def recipe_of(
         image_shape: (H, W, C).
     """
     return Recipe(
-        pgd=PGD(
-            eps=options.eps,
-            step_size=options.step_size,
-            steps=options.pgd_steps,
-            norm=options.norm,
-            random_start=options.random_start,
-            clip=options.clip,
-        ),
+        pgd=pgd_of(options),
         adversarial_share=options.adversarial_share,
         distillation=options.distillation,
         augment=augmentation,
@@ -105,6 +125,18 @@ def recipe_of(
         cutmix=options.cutmix,
         families=families_of(options, image_shape),
         renew_every=options.renew_every,
+    )
+
+
+def pgd_of(options: ml_collections.ConfigDict) -> PGD:
+    """Returns PGD as `config.aft` describes it."""
+    return PGD(
+        eps=options.eps,
+        step_size=options.step_size,
+        steps=options.pgd_steps,
+        norm=options.norm,
+        random_start=options.random_start,
+        clip=options.clip,
     )
 
 

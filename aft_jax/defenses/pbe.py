@@ -7,7 +7,8 @@
 
 An image that carries the trigger changes its prediction when the backdoor goes, so that its score falls: each round's
 subset holds fewer poisoned images than the one before. The first round sees adversarial examples alone, the later ones
-for their first epoch.
+for their first epoch. These are AFT's (`aft_jax.defenses.aft`): by PGD alone BadNets' patch is never unlearned, and its
+images, of which the model is surest, come out as the most consistent ones (docs/results).
 
 Source: Mu et al., "Progressive Backdoor Erasing via Connecting Backdoor and Adversarial Attacks" (CVPR 2023). Needs:
 the suspect model and its training set, whose labels may be wrong. Costs: AFT on ever larger shares of the training set,
@@ -22,14 +23,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from aft_jax.adversarial import PGD
 from aft_jax.data.batches import count_steps
-from aft_jax.defenses.aft_step import Recipe, aft_step
+from aft_jax.defenses import aft
+from aft_jax.defenses.aft_step import Recipe
 from aft_jax.defenses.defender import Holdings, begin
 from aft_jax.models import logits_function
 from aft_jax.prediction import Batched
 from aft_jax.randomness import generator_for
-from aft_jax.training.loop import Phase, Run, fit
+from aft_jax.training.loop import Run
 
 
 class Erased(NamedTuple):
@@ -111,13 +112,14 @@ def _round(
     adversarial = (
         steps if first else min(steps, count_steps(len(subset), options.adversarial_epochs, config.batch_size))
     )
-    before, optimiser = begin(current, options, config.train, steps)
-    pgd = PGD(options.eps, options.step_size, options.pgd_steps, random_start=options.random_start)
-    recipe = Recipe(pgd, options.adversarial_share, distillation=0.0, augment=config.augment)
-    step = partial(aft_step, module=current.module, optimiser=optimiser)
-    phases = [
-        Phase(partial(step, recipe=recipe), adversarial),
-        Phase(partial(step, recipe=recipe._replace(adversarial_share=0.0)), steps),
-    ]
-    arrays = {'images': current.images[subset], 'labels': current.labels[subset]}
-    return fit(run, stage, before, phases, arrays, config.batch_size)
+    recipe = Recipe(
+        aft.pgd_of(options),
+        options.adversarial_share,
+        distillation=0.0,
+        augment=config.augment,
+        families=aft.families_of(options, current.images.shape[1:]),
+        renew_every=options.renew_every,
+    )
+    begin_with = begin(current, options, config.train, steps)
+    part = current._replace(images=current.images[subset], labels=current.labels[subset])
+    return aft.train(run, stage, part, begin_with, recipe, (adversarial, steps), config.batch_size)
