@@ -41,6 +41,11 @@ class Family(NamedTuple):
     size: float
     shared: bool = True
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next step goes on with a change; not with 'sparse', whose pixels are chosen for one model."""
+        return self.shared and self.kind != 'sparse'
+
 
 class Change(NamedTuple):
     """One change that images share, N = 1, or one for each of N images.
@@ -112,10 +117,9 @@ def advance(family: Family, change: Change, gradient: jax.Array, images: jax.Arr
             wanted = (gradient > 0).astype(jnp.float32)
             way = jnp.ones_like(values) if family.shared else jnp.abs(wanted - images)
             free = (jnp.abs(gradient) * way).sum(axis=-1) * (1 - change.chosen[..., 0])
-            _, longest = jax.lax.top_k(free.reshape(len(free), -1), int(size))
-            new = jax.vmap(lambda pixels, at: pixels.at[at].set(1.0))(
-                jnp.zeros_like(free).reshape(len(free), -1), longest
-            )
+            free = free.reshape(len(free), -1)
+            _, longest = jax.lax.top_k(free, int(size))
+            new = jnp.put_along_axis(jnp.zeros_like(free), longest, 1.0, axis=1, inplace=False)
             new = new.reshape(change.chosen.shape)
             return Change(jnp.where(new > 0, wanted, values), change.chosen + new)
         case 'warp':

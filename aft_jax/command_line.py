@@ -80,6 +80,13 @@ def suggestion(value: str, allowed: Iterable[str]) -> str:
     return f' Did you mean {near[0]!r}?' if near else ''
 
 
+def check_choice(flag: str, value: str, allowed: Iterable[str]) -> None:
+    """Raises the user's mistake where a flag names what does not exist."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise UserError(f'{flag}={value} does not exist; choose from {", ".join(allowed)}.{suggestion(value, allowed)}')
+
+
 def _explain_unknown_field(arguments: list[str], fields: ml_collections.ConfigDict) -> None:
     for argument in arguments[1:]:
         flag = argument.lstrip('-').partition('=')[0]

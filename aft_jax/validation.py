@@ -223,24 +223,14 @@ def _validate_cross(config: ml_collections.ConfigDict) -> None:
 
 def _validate_aft(config: ml_collections.ConfigDict, name: str) -> None:
     # The preset fills what the config leaves open, so that checks see what will be used.
-    aft = resolve(config)[name]
-    _validate_changes(aft, name)
-    _one_of(f'{name}.schedule', aft['schedule'], SCHEDULES)
-    for field in ('epochs', 'learning_rate', 'adversarial_epochs'):
-        if aft[field] <= 0:
-            raise UserError(f'{name}.{field}={aft[field]} must be positive.')
+    config = resolve(config)
+    aft = config[name]
+    _validate_adversarial_training(config, name)
     if aft['adversarial_epochs'] > aft['epochs']:
         raise UserError(
             f'{name}.adversarial_epochs={aft["adversarial_epochs"]} is more than {name}.epochs={aft["epochs"]}.'
         )
-    if not 0 < aft['adversarial_share'] <= 1 or round(aft['adversarial_share'] * config.batch_size) == 0:
-        raise UserError(
-            f'{name}.adversarial_share={aft["adversarial_share"]} must lie above 0 and at most at 1, and be '
-            'at least one image of a batch.'
-        )
-    for field in ('adversarial_weight', 'distillation', 'cutmix', 'max_grad_norm'):
-        if aft[field] < 0:
-            raise UserError(f'{name}.{field}={aft[field]} must not be negative.')
+    _not_negative(config, *(f'{name}.{field}' for field in ('adversarial_weight', 'distillation', 'cutmix')))
     if aft['cutmix'] > 1:
         raise UserError(f'{name}.cutmix={aft["cutmix"]} is a share of an image, at most 1.')
     if aft['cutmix'] > 0 and aft['distillation'] == 0:
@@ -250,8 +240,9 @@ def _validate_aft(config: ml_collections.ConfigDict, name: str) -> None:
         )
 
 
-def _validate_changes(options: ml_collections.ConfigDict, name: str) -> None:
-    """Checks how adversarial examples are made."""
+def _validate_adversarial_training(config: ml_collections.ConfigDict, name: str) -> None:
+    """Checks what AFT and PBE have in common: how adversarial examples are made, and how a model is trained on them."""
+    options = config[name]
     _one_of(f'{name}.norm', options['norm'], NORMS)
     for field in ('universal', 'per_image'):
         for kind in names(options[field]):
@@ -266,9 +257,15 @@ def _validate_changes(options: ml_collections.ConfigDict, name: str) -> None:
     for field in ('sparse_share', 'warp_share'):
         if options[field] > 1 or (field in used and options[field] <= 0):
             raise UserError(f'{name}.{field}={options[field]} is a share: above 0 and at most 1.')
-    for field in ('eps', 'step_size', 'pgd_steps', 'renew_every'):
-        if options[field] <= 0:
-            raise UserError(f'{name}.{field}={options[field]} must be positive.')
+    lengths = ('epochs', 'adversarial_epochs', 'learning_rate')
+    _positive(config, *(f'{name}.{field}' for field in ('eps', 'step_size', 'pgd_steps', 'renew_every', *lengths)))
+    _not_negative(config, f'{name}.max_grad_norm')
+    _one_of(f'{name}.schedule', options['schedule'], SCHEDULES)
+    if not 0 < options['adversarial_share'] <= 1 or round(options['adversarial_share'] * config.batch_size) == 0:
+        raise UserError(
+            f'{name}.adversarial_share={options["adversarial_share"]} must lie above 0 and at most at 1, and be '
+            'at least one image of a batch.'
+        )
 
 
 def _validate_nad(config: ml_collections.ConfigDict) -> None:
@@ -297,18 +294,10 @@ def _validate_pruning(config: ml_collections.ConfigDict) -> None:
 
 def _validate_pbe(config: ml_collections.ConfigDict) -> None:
     options = config.pbe
-    _validate_changes(options, 'pbe')
-    _positive(config, *(f'pbe.{field}' for field in ('epochs', 'adversarial_epochs', 'learning_rate')))
-    _not_negative(config, 'pbe.max_grad_norm')
-    _one_of('pbe.schedule', options.schedule, SCHEDULES)
+    _validate_adversarial_training(config, 'pbe')
     for share in (options.first_share, *options.keep):
         if not 0 < share <= 1:
             raise UserError(f'pbe.first_share and pbe.keep are shares above 0 and at most 1, and one is {share}.')
-    if not 0 < options.adversarial_share <= 1 or round(options.adversarial_share * config.batch_size) == 0:
-        raise UserError(
-            f'pbe.adversarial_share={options.adversarial_share} must lie above 0 and at most at 1, and be at least one '
-            'image of a batch.'
-        )
 
 
 def validate_against_data(config: ml_collections.ConfigDict, dataset: Dataset) -> None:

@@ -22,7 +22,7 @@ import argparse
 import sys
 
 from aft_jax.allocator import keep_freed_memory
-from aft_jax.command_line import Parser, complain
+from aft_jax.command_line import Parser, check_choice, complain
 from aft_jax.errors import UserError, user_path
 
 
@@ -34,7 +34,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """
     from aft_jax.adversarial import NORMS
     from aft_jax.analysis.finished import read_defenses
-    from aft_jax.command_line import suggestion
 
     parser = Parser(prog='aft_jax.analysis', add_help=False)
     parser.add_argument('--runs', nargs='+', required=True)
@@ -48,8 +47,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     flags.defenses = read_defenses(flags.defenses)
     flags.norms = flags.norms.split(',')
     for norm in flags.norms:
-        if norm not in NORMS:
-            raise UserError(f'--norms={norm} does not exist; choose from {", ".join(NORMS)}.{suggestion(norm, NORMS)}')
+        check_choice('--norms', norm, NORMS)
     try:
         flags.eps = [float(text) for text in flags.eps.split(',')]
     except ValueError:

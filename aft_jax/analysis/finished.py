@@ -9,7 +9,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from aft_jax import data, experiment, validation
-from aft_jax.command_line import suggestion
+from aft_jax.command_line import check_choice
 from aft_jax.config import default_config, resolve
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
@@ -32,11 +32,7 @@ def read_defenses(text: str) -> list[str] | None:
     """
     given = validation.names(text)
     for name in given:
-        if name not in (*DEFENSES, INFECTED_ONLY):
-            raise UserError(
-                f'--defenses={name} does not exist; choose from {", ".join((*DEFENSES, INFECTED_ONLY))}.'
-                f'{suggestion(name, list(DEFENSES))}'
-            )
+        check_choice('--defenses', name, (*DEFENSES, INFECTED_ONLY))
     return [name for name in given if name != INFECTED_ONLY] if given else None
 
 

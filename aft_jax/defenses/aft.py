@@ -33,7 +33,6 @@ from functools import partial
 from typing import Any
 
 import ml_collections
-import optax
 
 from aft_jax.adversarial import PGD
 from aft_jax.changes import Family
@@ -57,12 +56,8 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
         section: Of the config, where the recipe is.
     """
     options = config[section]
-    size = len(holdings.labels)
-    steps = count_steps(size, options.epochs, config.batch_size)
-    adversarial_steps = min(steps, count_steps(size, options.adversarial_epochs, config.batch_size))
-    begin_with = begin(holdings, options, config.train, steps)
     recipe = recipe_of(options, config.augment, holdings.images.shape[1:])
-    fitted = train(run, stage, holdings, begin_with, recipe, (adversarial_steps, steps), config.batch_size)
+    fitted = train(run, stage, holdings, options, config, recipe, options.adversarial_epochs)
     if options.recalibrate:
         started = time.monotonic()
         statistics = Statistics(holdings.module, run.mesh, config.batch_size)
@@ -76,28 +71,31 @@ def train(
     run: Run,
     stage: str,
     holdings: Holdings,
-    begin_with: tuple[TrainState, optax.GradientTransformation],
+    options: ml_collections.ConfigDict,
+    config: ml_collections.ConfigDict,
     recipe: Recipe,
-    ends: tuple[int, int],
-    batch_size: int,
+    adversarial_epochs: float,
 ) -> Fitted:
     """Trains a model by a recipe.
 
     Args:
         run: The experiment.
         stage: The name of its checkpoints and metrics.
-        holdings: The images that it is trained on, and the model that distillation holds it to.
-        begin_with: The state before the first step, and the optimiser.
+        holdings: The images that it is trained on; the model, which distillation also holds it to.
+        options: The defense's own config, of which its epochs and its optimiser are read.
+        config: The resolved config.
         recipe: Of an adversarial step.
-        ends: The steps at which the adversarial stretch and the clean one end.
-        batch_size: Images in a step.
+        adversarial_epochs: How long the adversarial stretch is.
     """
-    before, optimiser = begin_with
+    size, batch_size = len(holdings.labels), config.batch_size
+    steps = count_steps(size, options.epochs, batch_size)
+    adversarial_steps = min(steps, count_steps(size, adversarial_epochs, batch_size))
+    before, optimiser = begin(holdings, options, config.train, steps)
     mixes = bool(recipe.families)
     bound = partial(families_step if mixes else aft_step, module=holdings.module, optimiser=optimiser)
     phases = [
-        Phase(partial(bound, recipe=recipe), ends[0]),
-        Phase(partial(bound, recipe=recipe._replace(adversarial_share=0.0)), ends[1]),
+        Phase(partial(bound, recipe=recipe), adversarial_steps),
+        Phase(partial(bound, recipe=recipe._replace(adversarial_share=0.0)), steps),
     ]
     first: TrainState | SharedState = before
     if mixes:

@@ -48,7 +48,7 @@ class Recipe(NamedTuple):
 
 @struct.dataclass
 class SharedState:
-    """The classifier, and the changes that its adversarial examples shared in the last step."""
+    """The classifier, and the changes of the last step that the next goes on with (`Family.goes_on`)."""
 
     classifier: TrainState
     changes: tuple[Change, ...]
@@ -65,12 +65,12 @@ class SharedState:
 
 
 def begun(recipe: Recipe, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Change, ...]:
-    """Returns new changes of the families that images of shape (H, W, C) share."""
-    return _shared(recipe, start_all(recipe.families, key, (0, *image_shape)))
+    """Returns new changes, those that steps go on with, for images of shape (H, W, C)."""
+    return _carried(recipe, start_all(recipe.families, key, (0, *image_shape)))
 
 
-def _shared(recipe: Recipe, changes: tuple[Change, ...]) -> tuple[Change, ...]:
-    return tuple(change for family, change in zip(recipe.families, changes, strict=True) if family.shared)
+def _carried(recipe: Recipe, changes: tuple[Change, ...]) -> tuple[Change, ...]:
+    return tuple(change for family, change in zip(recipe.families, changes, strict=True) if family.goes_on)
 
 
 def aft_step(
@@ -113,24 +113,23 @@ def families_step(
     optimiser: optax.GradientTransformation,
     recipe: Recipe,
 ) -> tuple[SharedState, Metrics]:
-    """The same by families of changes; those that images share go on from the last step. Arguments as of `aft_step`."""
+    """The same by families of changes; shared ones go on from the last step. Arguments as of `aft_step`."""
     keys = _keys(key)
     images, clean = _prepared(batch, keys, recipe)
-    shared = state.changes
+    carried = state.changes
     if len(images):
+        fresh = start_all(recipe.families, keys.start, images.shape)
         anew = state.step % recipe.renew_every == 0
-        before, carried = [], iter(state.changes)
-        for family, new in zip(recipe.families, start_all(recipe.families, keys.start, images.shape), strict=True):
-            old = next(carried) if family.shared else new
-            # Pixels are chosen for this model alone.
-            keeps = family.shared and family.kind != 'sparse'
-            before.append(jax.tree.map(lambda new, old: jnp.where(anew, new, old), new, old) if keeps else new)
+        going_on = iter(jax.tree.map(lambda new, old: jnp.where(anew, new, old), _carried(recipe, fresh), carried))
+        before = tuple(
+            next(going_on) if family.goes_on else new for family, new in zip(recipe.families, fresh, strict=True)
+        )
         model, labels = logits_function(module, state.variables), batch['labels'][: len(images)]
-        images, changes = perturb_together(model, images, labels, recipe.families, tuple(before), recipe.pgd.steps)
-        shared = _shared(recipe, changes)
+        images, changes = perturb_together(model, images, labels, recipe.families, before, recipe.pgd.steps)
+        carried = _carried(recipe, changes)
     learn = partial(_learn, module=module, optimiser=optimiser, recipe=recipe)
     classifier, metrics = learn(state.classifier, images, clean, batch, keys.dropout)
-    return SharedState(classifier, shared), metrics
+    return SharedState(classifier, carried), metrics
 
 
 class _Keys(NamedTuple):

@@ -23,10 +23,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from aft_jax.data.batches import count_steps
 from aft_jax.defenses import aft
 from aft_jax.defenses.aft_step import Recipe
-from aft_jax.defenses.defender import Holdings, begin
+from aft_jax.defenses.defender import Holdings
 from aft_jax.models import logits_function
 from aft_jax.prediction import Batched
 from aft_jax.randomness import generator_for
@@ -108,10 +107,6 @@ def _round(
 ) -> Any:
     """One round of AFT on a subset, from the model as the round before left it."""
     options = config.pbe
-    steps = count_steps(len(subset), options.epochs, config.batch_size)
-    adversarial = (
-        steps if first else min(steps, count_steps(len(subset), options.adversarial_epochs, config.batch_size))
-    )
     recipe = Recipe(
         aft.pgd_of(options),
         options.adversarial_share,
@@ -120,6 +115,5 @@ def _round(
         families=aft.families_of(options, current.images.shape[1:]),
         renew_every=options.renew_every,
     )
-    begin_with = begin(current, options, config.train, steps)
     part = current._replace(images=current.images[subset], labels=current.labels[subset])
-    return aft.train(run, stage, part, begin_with, recipe, (adversarial, steps), config.batch_size)
+    return aft.train(run, stage, part, options, config, recipe, options.epochs if first else options.adversarial_epochs)
