@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aft_jax.models import logits_function
+from aft_jax.models.cpu_options import compiler_options
 from aft_jax.training.mesh import along, place, replicated, settle, spread
 
 # (variables, float32 images [B, H, W, C] in [0, 1], *rows [B, ...]) -> pytree of arrays [B, ...]
@@ -39,15 +40,24 @@ def parts(mesh: Mesh, images: np.ndarray, batch_size: int) -> Iterator[tuple[jax
 class Batched:
     """A function of (variables, images) on any number of stored images."""
 
-    def __init__(self, function: ImageFunction, mesh: Mesh, batch_size: int):
-        """Applies `function` batch by batch; `batch_size` is rounded up to a multiple of the devices."""
+    def __init__(self, function: ImageFunction, mesh: Mesh, batch_size: int, options: dict[str, str] | None = None):
+        """Applies `function` batch by batch.
+
+        Args:
+            function: What is applied.
+            mesh: The devices.
+            batch_size: Rounded up to a multiple of the devices.
+            options: XLA's.
+        """
         self._mesh, self._batch_size = mesh, batch_size
         whole, cut = replicated(mesh), along(mesh, 0)
 
         def call(variables, images, rows):
             return function(variables, pixels(images), *rows)
 
-        self._call: Callable = jax.jit(call, in_shardings=(whole, cut, cut), out_shardings=whole)
+        self._call: Callable = jax.jit(
+            call, in_shardings=(whole, cut, cut), out_shardings=whole, compiler_options=options
+        )
 
     def __call__(self, variables: Any, images: np.ndarray, *rows: np.ndarray) -> Any:
         """Returns the pytree of arrays [N, ...] that the function gives for many images.
@@ -79,4 +89,4 @@ class Predictor(Batched):
         def classes(variables: Any, images: jax.Array) -> jax.Array:
             return logits_function(module, variables)(images).argmax(axis=-1).astype(jnp.int32)
 
-        super().__init__(classes, mesh, batch_size)
+        super().__init__(classes, mesh, batch_size, compiler_options(module))

@@ -16,6 +16,7 @@ from aft_jax.attacks.infection import Learner, plain
 from aft_jax.defenses.aft import recipe_of
 from aft_jax.defenses.aft_step import aft_step
 from aft_jax.models import logits_function
+from aft_jax.models.cpu_options import compiler_options
 from aft_jax.randomness import key_for
 from aft_jax.training import loop, state
 from aft_jax.training import mesh as placement
@@ -41,8 +42,12 @@ class Ours:
             model = logits_function(task.module, variables)
             return perturb(model, pixels, labels, jax.random.key(0), task.pgd)
 
-        self._logits = Program(jax.jit(lambda variables, pixels: logits_function(task.module, variables)(pixels)))
-        self._examples = Program(jax.jit(examples))
+        def logits(variables: dict, pixels: jax.Array) -> jax.Array:
+            return logits_function(task.module, variables)(pixels)
+
+        options = compiler_options(task.module)
+        self._logits = Program(jax.jit(logits, compiler_options=options))
+        self._examples = Program(jax.jit(examples, compiler_options=options))
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
         """Returns the logits [B, K] of float32 images [B, H, W, C] in [0, 1], in evaluation mode."""
@@ -99,7 +104,7 @@ class Training:
         """Begins at a state; `fixed` is what every step finds unchanged."""
         options = task.config.run
         self._feed, self._fixed, self._log_every = feed, fixed, options.log_every
-        self._program = Program(loop._compile(mesh, step))
+        self._program = Program(loop._compile(mesh, step, compiler_options(task.module)))
         self._key = placement.place(mesh, key_for(task.config.seed, 'benchmarks'))
         self.state = placement.copy(mesh, before)
         longest = loop.steps_per_call(options)

@@ -165,7 +165,7 @@ def compile_step(mesh: Mesh, on: Subject, step: Step, before: Any, batch: int, f
         'labels': jax.ShapeDtypeStruct((TRAIN_IMAGES,), jnp.int32),
     }
     indices = jax.ShapeDtypeStruct((1, 1, batch), jnp.int32)
-    return compiled(loop._compile(mesh, step), before, data, fixed, indices, abstract_key())
+    return compiled(loop._compile(mesh, step, None), before, data, fixed, indices, abstract_key())
 
 
 def training(mesh: Mesh, on: Subject, batch: int) -> Programs:

@@ -37,6 +37,12 @@ def test_gradients_in_parts_are_the_plain_ones(case, patch_bytes, monkeypatch):
         np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-5, strict=True)
 
 
+def test_a_first_layer_and_a_shortcut_are_products(case):
+    x, kernel, _, strides, padding = case
+    expected = convolution.plain(x, kernel, strides, padding)
+    np.testing.assert_allclose(convolution._by_patches(x, kernel, strides, padding), expected, rtol=2e-6, atol=2e-5)
+
+
 def test_gradients_in_a_loop_are_the_plain_ones(case):
     x, kernel, out, strides, padding = case
 

@@ -44,6 +44,7 @@ from aft_jax.data.dataset import Dataset
 from aft_jax.defenses.defender import Holdings, begin
 from aft_jax.errors import UserError, user_path
 from aft_jax.judge import Judge
+from aft_jax.models.cpu_options import compiler_options
 from aft_jax.randomness import generator_for
 from aft_jax.report import pictures, relapse_figure
 from aft_jax.training.loop import Phase, Run, fit
@@ -196,7 +197,8 @@ def relapse(flags: argparse.Namespace) -> list[dict[str, Any]]:
         directory = flags.workdir / f'{source.directory.name}-{way}'
         directory.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(MetricWriter(directory)) as writer, Watch() as watch:
-            run = Run(source.config.seed, directory, mesh, writer, source.config.run, watch)
+            options = compiler_options(source.victim.module)
+            run = Run(source.config.seed, directory, mesh, writer, source.config.run, watch, options)
             # One for all models: triggers are put on, and predictions compiled, once.
             dataset, count = source.victim.dataset, retuning.images
             few = replace(dataset, test_images=dataset.test_images[:count], test_labels=dataset.test_labels[:count])

@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from aft_jax.models.cpu_options import compiler_options
 from aft_jax.prediction import parts
 from aft_jax.training.mesh import along, place, replicated, settle
 
@@ -65,7 +66,12 @@ class Statistics:
         def call(variables, images, count):
             return moments(module, variables, images.astype(jnp.float32) / 255.0, count)
 
-        self._call = jax.jit(call, in_shardings=(whole, along(mesh, 0), whole), out_shardings=whole)
+        self._call = jax.jit(
+            call,
+            in_shardings=(whole, along(mesh, 0), whole),
+            out_shardings=whole,
+            compiler_options=compiler_options(module),
+        )
 
     def __call__(self, variables: dict, images: np.ndarray) -> dict:
         """Returns the variables with the statistics, float32, that uint8 images [N, H, W, C] give them."""

@@ -1,6 +1,7 @@
-"""A convolution whose gradients are fast on a CPU; everywhere else they are XLA's own.
+"""A convolution that is fast on a CPU, and so are its gradients; everywhere else they are XLA's own.
 
-Two traps of XLA's CPU backend, and the way around them:
+On a CPU, 3x3 of stride 1 in float32 between WIDE channels or more goes by way of `winograd`, and a first layer or
+a shortcut is one matrix product. For the others, two traps of XLA's CPU backend, and the way around them:
 
 - For the gradient of the weights it gathers the patches of the whole batch before it multiplies them: 300 MB for 128
   images of 32x32x64, ten times as slow as the convolution itself. Here a loop takes a few images at a time, whose
@@ -8,12 +9,12 @@ Two traps of XLA's CPU backend, and the way around them:
 - Inside a loop it has a fast kernel for convolutions in the layout NHWC, HWIO alone, which its own gradients do not
   have (https://github.com/jax-ml/jax/issues/12868). Here both gradients are written as convolutions in that layout.
 
-The results are the same up to float32 rounding. CPUs with several (virtual) devices see the plain gradients, because a
-batch that is cut among them should not be cut again.
+The results are the same up to float32 rounding. CPUs with several (virtual) devices see the plain ones, because a batch
+that is cut among them should not be cut again.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,10 +22,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Of one part of the batch. Measured: 2 to 8 MB are alike, 16 MB is slower.
-PATCH_BYTES = 4_000_000
+from aft_jax.models import winograd
+from aft_jax.models.parts import nearest_divisor
+
+# Of one part of the batch. Measured: 2 to 8 MB are much alike, 16 MB is slower.
+PATCH_BYTES = 2_000_000
 # Below 32 channels of output a part of fewer images is up to ten times as slow, whatever its size.
 FEW_CHANNELS, FEWEST_IMAGES = 32, 8
+# Measured: with 32 channels winograd is 1.5 times as fast, with 16 the same, with 8 or 3 often slower.
+WIDE = 32
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 Pairs = tuple[tuple[int, int], tuple[int, int]]
 
@@ -60,21 +66,55 @@ def plain(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pa
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT)
 
 
-_convolve = jax.custom_vjp(plain, nondiff_argnums=(2, 3))
+def cpu_convolution(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pairs) -> jax.Array:
+    """The same, as a CPU is to compute it."""
+    if _suits_winograd(x, kernel, strides, padding):
+        return winograd.convolve(x, kernel, padding)
+    if math.prod(kernel.shape[:3]) <= kernel.shape[3]:
+        return _by_patches(x, kernel, strides, padding)
+    return plain(x, kernel, strides, padding)
+
+
+def _by_patches(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pairs) -> jax.Array:
+    """One matrix product, for layers whose patches are no larger than their output: a first one, a shortcut of 1x1."""
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows, columns = ((padded.shape[1 + axis] - kernel.shape[axis]) // strides[axis] for axis in (0, 1))
+    views = [
+        padded[:, i : i + rows * strides[0] + 1 : strides[0], j : j + columns * strides[1] + 1 : strides[1]]
+        for i in range(kernel.shape[0])
+        for j in range(kernel.shape[1])
+    ]
+    return jnp.concatenate(views, axis=-1) @ kernel.reshape(-1, kernel.shape[3])
+
+
+def _suits_winograd(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pairs) -> bool:
+    return (
+        kernel.shape[:2] == (winograd.KERNEL, winograd.KERNEL)
+        and strides == (1, 1)
+        and min(kernel.shape[2:]) >= WIDE
+        and x.dtype == jnp.float32
+        and all(0 <= margin < winograd.KERNEL for pair in padding for margin in pair)
+    )
+
+
+def _by_platform(cpu: Callable, usual: Callable, *arrays: jax.Array, strides: tuple[int, int], padding: Pairs) -> Any:
+    cpu, usual = (partial(function, strides=strides, padding=padding) for function in (cpu, usual))
+    if jax.device_count() > 1:
+        return usual(*arrays)
+    return lax.platform_dependent(*arrays, cpu=cpu, default=usual)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pairs) -> jax.Array:
+    return _by_platform(cpu_convolution, plain, x, kernel, strides=strides, padding=padding)
 
 
 def _forward(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pairs) -> tuple[jax.Array, Any]:
-    return plain(x, kernel, strides, padding), (x, kernel)
+    return _convolve(x, kernel, strides, padding), (x, kernel)
 
 
 def _backward(strides: tuple[int, int], padding: Pairs, saved: Any, out: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    usual = partial(plain_gradients, strides=strides, padding=padding)
-    if jax.device_count() > 1:
-        return usual(x, kernel, out)
-    return lax.platform_dependent(
-        x, kernel, out, cpu=partial(cpu_gradients, strides=strides, padding=padding), default=usual
-    )
+    return _by_platform(cpu_gradients, plain_gradients, *saved, out, strides=strides, padding=padding)
 
 
 _convolve.defvjp(_forward, _backward)
@@ -105,6 +145,8 @@ def cpu_gradients(
 
 
 def _of_input(x: jax.Array, kernel: jax.Array, out: jax.Array, strides: tuple[int, int], padding: Pairs) -> jax.Array:
+    if _suits_winograd(x, kernel, strides, padding):
+        return winograd.input_gradient(out, kernel, padding)
     margins = []
     for axis in (0, 1):
         before = kernel.shape[axis] - 1 - padding[axis][0]
@@ -115,6 +157,8 @@ def _of_input(x: jax.Array, kernel: jax.Array, out: jax.Array, strides: tuple[in
 
 
 def _of_kernel(x: jax.Array, kernel: jax.Array, out: jax.Array, strides: tuple[int, int], padding: Pairs) -> jax.Array:
+    if _suits_winograd(x, kernel, strides, padding):
+        return winograd.kernel_gradient(x, out, padding)
     count = len(x)
     patches = math.prod(out.shape[1:3]) * math.prod(kernel.shape[:3]) * x.dtype.itemsize
     fewest = FEWEST_IMAGES if out.shape[-1] < FEW_CHANNELS else 1
@@ -140,9 +184,3 @@ def _of_kernel(x: jax.Array, kernel: jax.Array, out: jax.Array, strides: tuple[i
 
     parts = (x.reshape(-1, part, *x.shape[1:]), out.reshape(-1, part, *out.shape[1:]))
     return lax.scan(add, jnp.zeros_like(kernel), parts)[0]
-
-
-def nearest_divisor(number: int, wanted: float) -> int:
-    """Returns the divisor of `number` whose ratio to `wanted` is nearest to 1."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return min(divisors, key=lambda d: abs(math.log(d / wanted)))

@@ -56,6 +56,7 @@ class Run(NamedTuple):
         writer: Of metrics.
         options: `config.run`: how the work is carried out.
         watch: For the sign to save and stop.
+        compiler_options: XLA's, for the steps.
         onlooker: Of all stages, or None.
     """
 
@@ -65,6 +66,7 @@ class Run(NamedTuple):
     writer: MetricWriter
     options: ml_collections.ConfigDict
     watch: Watch
+    compiler_options: dict[str, str] | None = None
     onlooker: Onlooker | None = None
 
 
@@ -138,7 +140,7 @@ def fit(
         orders = [Order(run.seed, f'{stage}/{i}', sizes, batch_size) for i in range(streams)]
         feed = Feed(run.mesh, arrays, orders, options.placement)
         fixed, key = placement.place(run.mesh, (fixed, key_for(run.seed, stage)))
-        calls = [_compile(run.mesh, phase.step) for phase in phases]
+        calls = [_compile(run.mesh, phase.step, run.compiler_options) for phase in phases]
         measures: list[tuple[int, Callable[[int, Any], None]]] = []
         if probe is not None and probe_every:
             measures.append((probe_every, lambda step, state: run.writer.write(stage, step, probe(state))))
@@ -204,7 +206,7 @@ def _spans(first: int, ends: Sequence[int], intervals: Sequence[int], longest: i
         first = last
 
 
-def _compile(mesh: Mesh, step: Step) -> Callable:
+def _compile(mesh: Mesh, step: Step, options: dict[str, str] | None) -> Callable:
     """Returns the compiled (state, data, fixed, fed, key) -> (state, metrics [n]); see `feed` for data and fed."""
 
     def one(state, data, fixed, fed, key):
@@ -221,7 +223,8 @@ def _compile(mesh: Mesh, step: Step) -> Callable:
             return state, jax.tree.map(lambda x: x[None], metrics)
         return jax.lax.scan(lambda s, f: one(s, data, fixed, f, key), state, fed)
 
-    return jax.jit(call, in_shardings=shardings(mesh), out_shardings=placement.replicated(mesh), donate_argnums=0)
+    whole = placement.replicated(mesh)
+    return jax.jit(call, in_shardings=shardings(mesh), out_shardings=whole, donate_argnums=0, compiler_options=options)
 
 
 def _average(pending: list[dict[str, Any]]) -> dict[str, float]:

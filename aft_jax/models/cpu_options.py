@@ -1,0 +1,35 @@
+"""How XLA is to compile a network for a CPU.
+
+For convolutions and matrix products XLA has kernels of two libraries, YNNPACK and Eigen. YNNPACK's convolutions use one
+core, Eigen's all of them. Products are faster by YNNPACK in a small network without `winograd`, and by Eigen in others.
+The sums are left to YNNPACK. Measured: docs/benchmarks.md.
+"""
+
+from functools import cache
+
+import flax.linen as nn
+import jax
+
+from aft_jax.models.mnist_cnn import MnistCNN
+
+# What YNNPACK computes.
+OPTION = 'xla_cpu_experimental_ynn_fusion_type'
+SUMS, PRODUCTS = 'LIBRARY_FUSION_TYPE_REDUCE', 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'
+
+
+def compiler_options(module: nn.Module) -> dict[str, str] | None:
+    """Returns what `jax.jit(compiler_options=...)` is to get for programs of a network; None for the defaults.
+
+    Those are taken by other devices, by several (virtual) ones, and by a version of XLA that does not know the option.
+    """
+    options = {OPTION: f'{SUMS},{PRODUCTS}' if isinstance(module, MnistCNN) else SUMS}
+    return options if jax.default_backend() == 'cpu' and jax.device_count() == 1 and _known() else None
+
+
+@cache
+def _known() -> bool:
+    try:
+        jax.jit(lambda x: x, compiler_options={OPTION: f'{SUMS},{PRODUCTS}'}).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True

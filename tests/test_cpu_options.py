@@ -1,0 +1,49 @@
+"""What XLA is told about a network on a CPU, and that it does so."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from aft_jax.models import MnistCNN, PreActResNet, cpu_options
+from aft_jax.models.cpu_options import compiler_options
+
+CNN, RESNET = MnistCNN(10), PreActResNet(10)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """The suite has four."""
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    cpu_options._known.cache_clear()
+    yield
+    cpu_options._known.cache_clear()
+
+
+@pytest.mark.parametrize('module, products', [(CNN, True), (RESNET, False)])
+def test_no_convolution_is_left_to_ynnpack(module, products):
+    def both(x, kernel, matrix):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        ), matrix @ matrix
+
+    arrays = jnp.ones((8, 16, 16, 32)), jnp.ones((3, 3, 32, 64)), jnp.ones((256, 256))
+
+    def by_ynnpack(options):
+        program = jax.jit(both, compiler_options=options).lower(*arrays).compile().as_text()
+        calls = [line for line in program.splitlines() if '__ynn_fusion' in line]
+        return {name for name in ('conv', 'dot') if any(f'/{name}' in line for line in calls)}
+
+    usual = by_ynnpack(None)
+    if 'conv' not in usual:
+        pytest.skip('on this processor XLA leaves no convolution to YNNPACK')
+    assert by_ynnpack(compiler_options(module)) == usual & ({'dot'} if products else set())
+
+
+def test_several_devices_have_the_defaults(monkeypatch):
+    monkeypatch.setattr(jax, 'device_count', lambda: 4)
+    assert compiler_options(CNN) is None
+
+
+def test_a_version_that_does_not_know_the_option_has_the_defaults(monkeypatch):
+    monkeypatch.setattr(cpu_options, 'OPTION', 'xla_of_another_time')
+    assert compiler_options(CNN) is None
