@@ -8,7 +8,7 @@ respect to the images alone. Knows no model and no defense: the classifier is a 
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,9 @@ class PGD(NamedTuple):
     clip: bool = True
 
 
-def perturb(logits: Logits, images: jax.Array, labels: jax.Array, key: jax.Array, pgd: PGD) -> jax.Array:
+def perturb(
+    logits: Logits, images: jax.Array, labels: jax.Array, key: jax.Array, pgd: PGD, *, unroll: bool | None = None
+) -> jax.Array:
     """Returns adversarial examples.
 
     Args:
@@ -53,19 +55,39 @@ def perturb(logits: Logits, images: jax.Array, labels: jax.Array, key: jax.Array
         labels: int32 [B], the true classes, or those to be reached when `pgd.targeted`.
         key: PRNG key of the random start; unused without one.
         pgd: What to do.
+        unroll: As for `repeat`.
 
     Returns:
         float32 [B, H, W, C], each within `pgd.eps` of its image.
     """
     if pgd.restarts == 1:
-        return _run(logits, images, labels, key, pgd)[0]
+        return _run(logits, images, labels, key, pgd, unroll)[0]
     keys = jax.random.split(key, pgd.restarts)
-    candidates, losses = jax.vmap(lambda k: _run(logits, images, labels, k, pgd))(keys)
+    candidates, losses = jax.vmap(lambda k: _run(logits, images, labels, k, pgd, unroll))(keys)
     best = jnp.argmax(losses, axis=0)
     return jnp.take_along_axis(candidates, best[None, :, None, None, None], axis=0)[0]
 
 
-def _run(logits: Logits, images: jax.Array, labels: jax.Array, key: jax.Array, pgd: PGD) -> tuple[jax.Array, jax.Array]:
+def repeat(step: Callable[[Any], Any], start: Any, times: int, unroll: bool | None = None) -> Any:
+    """Returns what so many steps make of a pytree.
+
+    Args:
+        step: One step.
+        start: Before the first one.
+        times: How many.
+        unroll: Whether each step is compiled, instead of a loop; None for yes on a CPU, where gradients of convolutions
+            are slow inside a loop (but see `models.cpu_options.slow_in_loops`).
+    """
+    if jax.default_backend() == 'cpu' if unroll is None else unroll:
+        for _ in range(times):
+            start = step(start)
+        return start
+    return jax.lax.fori_loop(0, times, lambda _, x: step(x), start)
+
+
+def _run(
+    logits: Logits, images: jax.Array, labels: jax.Array, key: jax.Array, pgd: PGD, unroll: bool | None
+) -> tuple[jax.Array, jax.Array]:
     """One run from one start. Returns the examples [B, H, W, C] and what each achieved [B], larger is better."""
     sign = -1.0 if pgd.targeted else 1.0
 
@@ -74,19 +96,14 @@ def _run(logits: Logits, images: jax.Array, labels: jax.Array, key: jax.Array, p
 
     gradient = jax.grad(lambda x: objective(x).sum())
 
-    def step(_: int, x: jax.Array) -> jax.Array:
+    def step(x: jax.Array) -> jax.Array:
         moved = x + pgd.step_size * direction(gradient(x), pgd.norm)
         return _into_range(images + project(moved - images, pgd.eps, pgd.norm), pgd.clip)
 
     x = images
     if pgd.random_start:
         x = _into_range(images + random_in_ball(key, images.shape, pgd.eps, pgd.norm), pgd.clip)
-    if jax.default_backend() == 'cpu':
-        # XLA's CPU backend runs a convolution's gradient inside a loop on a naive kernel, many times slower.
-        for i in range(pgd.steps):
-            x = step(i, x)
-    else:
-        x = jax.lax.fori_loop(0, pgd.steps, step, x)
+    x = repeat(step, x, pgd.steps, unroll)
     return x, (objective(x) if pgd.restarts > 1 else jnp.zeros(images.shape[0]))
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aft_jax.adversarial import Logits, direction, project, random_in_ball
+from aft_jax.adversarial import Logits, direction, project, random_in_ball, repeat
 from aft_jax.sampling import sample_bilinear
 
 Kind = Literal['linf', 'l2', 'sparse', 'warp']
@@ -148,6 +148,8 @@ def perturb_together(
     families: tuple[Family, ...],
     changes: tuple[Change, ...],
     steps: int,
+    *,
+    unroll: bool | None = None,
 ) -> tuple[jax.Array, tuple[Change, ...]]:
     """Returns adversarial examples, an equal part of the images by each family, and the changes.
 
@@ -158,29 +160,26 @@ def perturb_together(
         families: Of changes.
         changes: Of each, to begin with (`start_all`).
         steps: How many steps all of them take.
+        unroll: As for `adversarial.repeat`.
 
     Returns:
         float32 [B, H, W, C], the images of the first family first, and the changes after the last step.
     """
     theirs = [images[part] for part in parts(len(labels), families)]
 
-    def examples(values: tuple[jax.Array, ...]) -> jax.Array:
-        made = [
-            apply(family, change._replace(values=value), part)
-            for family, change, value, part in zip(families, changes, values, theirs, strict=True)
-        ]
-        return jnp.concatenate(made)
+    def examples(changes: tuple[Change, ...]) -> jax.Array:
+        return jnp.concatenate([apply(*each) for each in zip(families, changes, theirs, strict=True)])
 
-    def loss(values: tuple[jax.Array, ...]) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(logits(examples(values)), labels).sum()
+    def loss(values: tuple[jax.Array, ...], changes: tuple[Change, ...]) -> jax.Array:
+        moved = tuple(change._replace(values=new) for change, new in zip(changes, values, strict=True))
+        return optax.softmax_cross_entropy_with_integer_labels(logits(examples(moved)), labels).sum()
 
-    def of(changes: tuple[Change, ...]) -> tuple[jax.Array, ...]:
-        return tuple(change.values for change in changes)
+    def step(changes: tuple[Change, ...]) -> tuple[Change, ...]:
+        gradients = jax.grad(loss)(tuple(change.values for change in changes), changes)
+        return tuple(advance(*each) for each in zip(families, changes, gradients, theirs, strict=True))
 
-    for _ in range(steps):
-        gradients = jax.grad(loss)(of(changes))
-        changes = tuple(advance(*each) for each in zip(families, changes, gradients, theirs, strict=True))
-    return examples(of(changes)), changes
+    changes = repeat(step, changes, steps, unroll)
+    return examples(changes), changes
 
 
 def _between_points(length: int) -> np.ndarray:

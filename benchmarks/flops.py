@@ -30,6 +30,8 @@ def _layers(jaxpr: Any) -> Iterator[int]:
                 (summed, _), _ = equation.params['dimension_numbers']
                 lengths = [equation.invars[0].aval.shape[axis] for axis in summed]
                 yield 2 * equation.outvars[0].aval.size * math.prod(lengths)
+            case 'cond':  # what only one platform does, and then what all others do: the plain layers
+                yield from _layers(equation.params['branches'][-1].jaxpr)
         # What a function was called by, jit or a custom derivative, holds it under different names.
         for inner in equation.params.values():
             inner = getattr(inner, 'jaxpr', inner)

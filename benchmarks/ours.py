@@ -16,7 +16,7 @@ from aft_jax.attacks.infection import Learner, plain
 from aft_jax.defenses.aft import recipe_of
 from aft_jax.defenses.aft_step import aft_step
 from aft_jax.models import logits_function
-from aft_jax.models.cpu_options import compiler_options
+from aft_jax.models.cpu_options import compiler_options, slow_in_loops
 from aft_jax.randomness import key_for
 from aft_jax.training import loop, state
 from aft_jax.training import mesh as placement
@@ -40,7 +40,7 @@ class Ours:
 
         def examples(variables: dict, pixels: jax.Array, labels: jax.Array) -> jax.Array:
             model = logits_function(task.module, variables)
-            return perturb(model, pixels, labels, jax.random.key(0), task.pgd)
+            return perturb(model, pixels, labels, jax.random.key(0), task.pgd, unroll=slow_in_loops(task.module))
 
         def logits(variables: dict, pixels: jax.Array) -> jax.Array:
             return logits_function(task.module, variables)(pixels)

@@ -1,5 +1,7 @@
 """Adversarial changes against SciPy's interpolation, and against closed forms on a linear classifier."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,3 +166,18 @@ def test_each_family_has_its_part_of_the_images():
         one = slice(i, i + 1)
         alone, _ = changes.perturb_together(linear, IMAGES[part], LABELS[part], families[one], begin[one], 2)
         np.testing.assert_allclose(together[part], alone, atol=1e-6)
+
+
+def test_a_loop_equals_the_unrolled_steps():
+    families = (Family('linf', 0.1), Family('l2', 0.5, False), Family('sparse', 2, False), Family('warp', 1.0))
+    images, labels = jnp.tile(IMAGES, (2, 1, 1, 1)), jnp.tile(LABELS, 2)
+    begin = changes.start_all(families, jax.random.key(7), images.shape)
+
+    def perturbed(unroll):
+        of_all = partial(changes.perturb_together, linear, families=families, steps=3, unroll=unroll)
+        return jax.jit(of_all).trace(images, labels, changes=begin)
+
+    looped, unrolled = perturbed(False), perturbed(True)
+    assert 'scan[' in str(looped.jaxpr) and 'scan[' not in str(unrolled.jaxpr)
+    found = [traced.lower().compile()(images, labels, changes=begin) for traced in (looped, unrolled)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *found)

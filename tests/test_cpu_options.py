@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from aft_jax.models import MnistCNN, PreActResNet, cpu_options
-from aft_jax.models.cpu_options import compiler_options
+from aft_jax.models.cpu_options import compiler_options, slow_in_loops
 
 CNN, RESNET = MnistCNN(10), PreActResNet(10)
 
@@ -47,3 +47,12 @@ def test_several_devices_have_the_defaults(monkeypatch):
 def test_a_version_that_does_not_know_the_option_has_the_defaults(monkeypatch):
     monkeypatch.setattr(cpu_options, 'OPTION', 'xla_of_another_time')
     assert compiler_options(CNN) is None
+
+
+def test_our_networks_may_loop_on_one_device_and_others_not(tiny_net, monkeypatch):
+    assert not slow_in_loops(CNN) and not slow_in_loops(RESNET)
+    assert slow_in_loops(tiny_net)
+    monkeypatch.setattr(jax, 'device_count', lambda: 4)
+    assert slow_in_loops(CNN)
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    assert not slow_in_loops(CNN) and not slow_in_loops(tiny_net)

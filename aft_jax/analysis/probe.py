@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from aft_jax.adversarial import NORMS, PGD, Norm, perturb
 from aft_jax.models import logits_function
+from aft_jax.models.cpu_options import slow_in_loops
 from aft_jax.prediction import Batched, Predictor, pixels
 
 STEPS = 10
@@ -70,7 +71,8 @@ def _perturbed(
     module: nn.Module, norm: Norm, steps: int, given: Any, images: jax.Array, labels: jax.Array
 ) -> jax.Array:
     pgd = PGD(given['radius'], REACH / steps * given['radius'], steps, norm)
-    return perturb(logits_function(module, given['model']), images, labels, jax.random.key(0), pgd)
+    model = logits_function(module, given['model'])
+    return perturb(model, images, labels, jax.random.key(0), pgd, unroll=slow_in_loops(module))
 
 
 def _last_features(module: nn.Module, variables: Any, images: jax.Array) -> jax.Array:

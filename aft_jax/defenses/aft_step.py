@@ -18,6 +18,7 @@ from aft_jax.adversarial import PGD, perturb
 from aft_jax.changes import Change, Family, perturb_together, start_all
 from aft_jax.data.augment import augment, cut_mix
 from aft_jax.models import logits_function
+from aft_jax.models.cpu_options import slow_in_loops
 from aft_jax.training.state import Batch, Metrics, TrainState
 from aft_jax.training.steps import accuracy, update
 
@@ -100,7 +101,7 @@ def aft_step(
     images, clean = _prepared(batch, keys, recipe)
     if len(images):
         model, labels = logits_function(module, state.variables), batch['labels'][: len(images)]
-        images = perturb(model, images, labels, keys.start, recipe.pgd)
+        images = perturb(model, images, labels, keys.start, recipe.pgd, unroll=slow_in_loops(module))
     return _learn(state, images, clean, batch, keys.dropout, module=module, optimiser=optimiser, recipe=recipe)
 
 
@@ -125,7 +126,9 @@ def families_step(
             next(going_on) if family.goes_on else new for family, new in zip(recipe.families, fresh, strict=True)
         )
         model, labels = logits_function(module, state.variables), batch['labels'][: len(images)]
-        images, changes = perturb_together(model, images, labels, recipe.families, before, recipe.pgd.steps)
+        images, changes = perturb_together(
+            model, images, labels, recipe.families, before, recipe.pgd.steps, unroll=slow_in_loops(module)
+        )
         carried = _carried(recipe, changes)
     learn = partial(_learn, module=module, optimiser=optimiser, recipe=recipe)
     classifier, metrics = learn(state.classifier, images, clean, batch, keys.dropout)

@@ -11,6 +11,9 @@ import flax.linen as nn
 import jax
 
 from aft_jax.models.mnist_cnn import MnistCNN
+from aft_jax.models.preact_resnet import PreActResNet
+from aft_jax.models.resnet import ResNet
+from aft_jax.models.vgg_bn import VGG
 
 # What YNNPACK computes.
 OPTION = 'xla_cpu_experimental_ynn_fusion_type'
@@ -24,6 +27,16 @@ def compiler_options(module: nn.Module) -> dict[str, str] | None:
     """
     options = {OPTION: f'{SUMS},{PRODUCTS}' if isinstance(module, MnistCNN) else SUMS}
     return options if jax.default_backend() == 'cpu' and jax.device_count() == 1 and _known() else None
+
+
+def slow_in_loops(module: nn.Module) -> bool:
+    """Returns whether steps that take gradients of a network had better not be a loop.
+
+    XLA's CPU backend computes the gradient of a convolution inside a loop many times slower, but not those of
+    `convolution`, which our networks have on a single device. For them a loop saves memory and compilation.
+    """
+    ours = isinstance(module, MnistCNN | PreActResNet | ResNet | VGG) and jax.device_count() == 1
+    return jax.default_backend() == 'cpu' and not ours
 
 
 @cache
