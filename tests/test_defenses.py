@@ -241,7 +241,7 @@ def test_distillation_teaches_the_model_and_not_the_suspect():
 
 
 def test_only_the_adversarial_stretch_calls_pgd(monkeypatch):
-    def never(*_):
+    def never(*_, **__):
         raise AssertionError('PGD was called')
 
     monkeypatch.setattr(aft_step, 'perturb', never)
