@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from aft_jax.models.parts import nearest_divisor
+from aft_jax.models.parts import cut, nearest_divisor, summed
 
 KERNEL = 3
 TILE = 4
@@ -79,7 +79,7 @@ def convolve(x: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
         out = out.transpose(2, 3, 0, 4, 1, 5).reshape(-1, TILE * tiles[0], TILE * tiles[1], out.shape[-1])
         return out[:, :height, :width]
 
-    out = lax.map(of_part, _cut(x, _part(x, tiles)))
+    out = lax.map(of_part, cut(x, _part(x, tiles)))
     return out.reshape(len(x), height, width, -1)
 
 
@@ -111,14 +111,11 @@ def kernel_gradient(x: jax.Array, out: jax.Array, padding: Pairs) -> jax.Array:
     tiles = _tiles(*out.shape[1:3])
     margins = [(0, TILE * count - size) for count, size in zip(tiles, out.shape[1:3], strict=True)]
 
-    def add(total: jax.Array, both: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        x, out = both
+    def of_part(x: jax.Array, out: jax.Array) -> jax.Array:
         gradients = _evaluate(A, jnp.pad(out, ((0, 0), *margins, (0, 0))), tiles)
-        return total + jnp.einsum('knc,knd->kcd', _pixels(x, padding, tiles), gradients), None
+        return jnp.einsum('knc,knd->kcd', _pixels(x, padding, tiles), gradients)
 
-    part = _part(x, tiles)
-    start = jnp.zeros((REACH * REACH, x.shape[-1], out.shape[-1]), jnp.float32)
-    total, _ = lax.scan(add, start, (_cut(x, part), _cut(out, part)))
+    total = summed(of_part, (x, out), _part(x, tiles), (REACH * REACH, x.shape[-1], out.shape[-1]))
     total = total.reshape(REACH, REACH, *total.shape[1:])
     return _both_ways(G.T, list(total), lambda columns, i: columns[:, i])
 
@@ -132,10 +129,6 @@ def _part(x: jax.Array, tiles: tuple[int, int]) -> int:
     """Returns how many images are computed at a time."""
     image = REACH * REACH * math.prod(tiles) * x.shape[-1] * x.dtype.itemsize
     return nearest_divisor(len(x), PART_BYTES / image)
-
-
-def _cut(x: jax.Array, part: int) -> jax.Array:
-    return x.reshape(-1, part, *x.shape[1:])
 
 
 def _pixels(x: jax.Array, padding: Pairs, tiles: tuple[int, int]) -> jax.Array:
