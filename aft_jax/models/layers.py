@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from aft_jax.models.batch_norm import BatchNorm
 from aft_jax.models.convolution import convolve
+from aft_jax.models.product import product
 
 
 def batch_norm(x: jax.Array, *, train: bool, dtype: Any, name: str | None = None) -> jax.Array:
@@ -18,7 +20,7 @@ def batch_norm(x: jax.Array, *, train: bool, dtype: Any, name: str | None = None
 
     Flax keeps 0.9 of the old statistics, which torch writes as momentum 0.1.
     """
-    norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=jnp.float32, name=name)
+    norm = BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
     return norm(x.astype(jnp.float32)).astype(dtype)
 
 
@@ -35,6 +37,11 @@ def conv(channels: int, kernel: int, stride: int, *, dtype: Any, use_bias: bool,
         dtype=dtype,
         name=name,
     )
+
+
+def dense(units: int, *, dtype: Any, name: str | None = None) -> nn.Dense:
+    """A dense layer with a bias."""
+    return nn.Dense(units, dtype=dtype, dot_general=product, name=name)
 
 
 def max_pool(x: jax.Array, size: int, stride: int, margin: int) -> jax.Array:

@@ -1,0 +1,111 @@
+"""BatchNorm whose gradient passes over the images twice: once for two sums, once for the gradient itself.
+
+Derived step by step, as `flax.linen.BatchNorm` has it, mean and mean square each send a gradient back, and a CPU writes
+and reads the images several times more. Outputs and statistics are flax's, and so are the gradients up to rounding.
+
+Source: Ioffe & Szegedy, "Batch Normalization" (2015), section 3.
+"""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class BatchNorm(nn.BatchNorm):
+    """`flax.linen.BatchNorm` over all axes but the last, with its fields `momentum` and `epsilon`, in float32.
+
+    Its variables are flax's: 'scale' and 'bias' among 'params', 'mean' and 'var' among 'batch_stats', float32 [C].
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None):
+        """Returns the normalised images.
+
+        Args:
+            x: float32 [B, ..., C].
+            use_running_average: Normalise by the statistics that are kept (default: what the field says), instead of
+                the batch's, which then move those that are kept.
+            mask: bool [B, 1, ...]; images that are False count for nothing in the batch's statistics.
+        """
+        average = nn.merge_param('use_running_average', self.use_running_average, use_running_average)
+        shape = (x.shape[-1],)
+        mean = self.variable('batch_stats', 'mean', jnp.zeros, shape, jnp.float32)
+        var = self.variable('batch_stats', 'var', jnp.ones, shape, jnp.float32)
+        scale = self.param('scale', nn.initializers.ones, shape, jnp.float32)
+        bias = self.param('bias', nn.initializers.zeros, shape, jnp.float32)
+        if average:
+            return _normalised(x, mean.value, var.value, scale, bias, self.epsilon)
+        if mask is None:
+            y, *moments = normalised_by_batch(x, scale, bias, self.epsilon)
+        else:
+            moments = _moments(x, mask)
+            y = _normalised(x, *moments, scale, bias, self.epsilon)
+        if not self.is_initializing():
+            for kept, seen in zip((mean, var), moments, strict=True):
+                kept.value = self.momentum * kept.value + (1 - self.momentum) * seen
+        return y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalised_by_batch(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (x - mean) / sqrt(var + epsilon) * scale + bias, and mean and variance, of which one may derive as well.
+
+    Args:
+        x: float32 [B, ..., C].
+        scale: float32 [C].
+        bias: float32 [C].
+        epsilon: Of the variance.
+
+    Returns:
+        float32 [B, ..., C]; mean and variance over all axes but the last, float32 [C].
+    """
+    mean, var = _moments(x)
+    return _normalised(x, mean, var, scale, bias, epsilon), mean, var
+
+
+def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[Any, Any]:
+    y, mean, var = normalised_by_batch(x, scale, bias, epsilon)
+    return (y, mean, var), (x, mean, lax.rsqrt(var + epsilon), scale)
+
+
+def _backward(_: float, saved: Any, gradients: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """With u = (x - mean) r: of bias sum(dy), of scale sum(dy u), of x (dy - mean(dy) - u mean(dy u)) r scale."""
+    x, mean, r, scale = saved
+    of_y, of_mean, of_var = gradients
+    axes, count = _axes(x), x.size // x.shape[-1]
+    of_bias = of_y.sum(axes)
+    of_scale = ((of_y * x).sum(axes) - mean * of_bias) * r
+    # The gradient of x is linear in dy and x, so the rest of it is a matter of C numbers each.
+    by_x = (2 * of_var - scale * r * r * of_scale) / count
+    constant = (of_mean - scale * r * of_bias) / count - by_x * mean
+    wide = partial(_wide, like=x)
+    return of_y * wide(scale * r) + x * wide(by_x) + wide(constant), of_scale, of_bias
+
+
+normalised_by_batch.defvjp(_forward, _backward)
+
+
+def _moments(x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    mean, square = (values.mean(_axes(x), where=mask) for values in (x, x * x))
+    return mean, jnp.maximum(0.0, square - mean * mean)
+
+
+def _normalised(
+    x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> jax.Array:
+    wide = partial(_wide, like=x)
+    return (x - wide(mean)) * wide(lax.rsqrt(var + epsilon) * scale) + wide(bias)
+
+
+def _axes(x: jax.Array) -> tuple[int, ...]:
+    return tuple(range(x.ndim - 1))
+
+
+def _wide(values: jax.Array, like: jax.Array) -> jax.Array:
+    return jnp.expand_dims(values, _axes(like))
