@@ -12,7 +12,6 @@ from jax import lax
 
 from aft_jax.models.batch_norm import BatchNorm
 from aft_jax.models.convolution import convolve
-from aft_jax.models.product import product
 
 
 def batch_norm(x: jax.Array, *, train: bool, dtype: Any, name: str | None = None) -> jax.Array:
@@ -37,11 +36,6 @@ def conv(channels: int, kernel: int, stride: int, *, dtype: Any, use_bias: bool,
         dtype=dtype,
         name=name,
     )
-
-
-def dense(units: int, *, dtype: Any, name: str | None = None) -> nn.Dense:
-    """A dense layer with a bias."""
-    return nn.Dense(units, dtype=dtype, dot_general=product, name=name)
 
 
 def max_pool(x: jax.Array, size: int, stride: int, margin: int) -> jax.Array:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aft_jax.models.layers import batch_norm, conv, dense, normalise
+from aft_jax.models.layers import batch_norm, conv, normalise
 
 
 class MnistCNN(nn.Module):
@@ -40,7 +40,7 @@ class MnistCNN(nn.Module):
             x = conv(64, 3, 2, dtype=self.dtype, use_bias=self.conv_bias)(x)
             stages.append(x)
         x = x.reshape((x.shape[0], -1))
-        x = nn.relu(dense(512, dtype=self.dtype)(x))
+        x = nn.relu(nn.Dense(512, dtype=self.dtype)(x))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        logits = dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+        logits = nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
         return (logits, tuple(stages)) if features else logits

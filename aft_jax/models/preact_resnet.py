@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aft_jax.models.layers import batch_norm, conv, dense, normalise
+from aft_jax.models.layers import batch_norm, conv, normalise
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 BOTTLENECK_DEPTHS = (50,)
@@ -111,5 +111,5 @@ class PreActResNet(nn.Module):
         if self.final_norm:
             x = nn.relu(batch_norm(x, train=train, dtype=self.dtype, name='final_norm_layer'))
         x = x.astype(jnp.float32).mean(axis=(1, 2))
-        logits = dense(self.num_classes, dtype=jnp.float32, name='head')(x)
+        logits = nn.Dense(self.num_classes, dtype=jnp.float32, name='head')(x)
         return (logits, stages) if features else logits

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aft_jax.models.layers import batch_norm, conv, dense, max_pool, normalise
+from aft_jax.models.layers import batch_norm, conv, max_pool, normalise
 from aft_jax.models.preact_resnet import EXPANSION, residual_stages
 
 STEMS = ('imagenet', 'cifar')
@@ -78,5 +78,5 @@ class ResNet(nn.Module):
         stages = residual_stages(Block, x, self.depth, self.width, self.dtype, train)
         x = stages[-1]
         x = x.astype(jnp.float32).mean(axis=(1, 2))
-        logits = dense(self.num_classes, dtype=jnp.float32, name='head')(x)
+        logits = nn.Dense(self.num_classes, dtype=jnp.float32, name='head')(x)
         return (logits, stages) if features else logits

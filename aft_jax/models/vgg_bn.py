@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aft_jax.models.layers import adaptive_average_pool, batch_norm, conv, dense, max_pool, normalise
+from aft_jax.models.layers import adaptive_average_pool, batch_norm, conv, max_pool, normalise
 
 # Convolutions of each stage.
 CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -61,7 +61,7 @@ class VGG(nn.Module):
         x = adaptive_average_pool(x, self.pool_size)
         x = x.reshape((x.shape[0], -1))
         for name in ('dense1', 'dense2'):
-            x = nn.relu(dense(self.hidden, dtype=self.dtype, name=name)(x))
+            x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name=name)(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        logits = dense(self.num_classes, dtype=self.dtype, name='head')(x).astype(jnp.float32)
+        logits = nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x).astype(jnp.float32)
         return (logits, tuple(stages)) if features else logits
