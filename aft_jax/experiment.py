@@ -25,7 +25,7 @@ from aft_jax.errors import UserError
 from aft_jax.evaluation import Scores, detection
 from aft_jax.exhibition import draw, observe, show_in_tensorboard
 from aft_jax.judge import Judge
-from aft_jax.models.cpu_options import compiler_options
+from aft_jax.models.cpu_options import compiler_options, steps_per_call
 from aft_jax.models.factory import shows_features
 from aft_jax.randomness import key_for
 from aft_jax.report import pictures
@@ -76,8 +76,8 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
     writes = jax.process_index() == 0
     distributed.first_alone(lambda: workdir.claim(directory, asked, content, writes, DEFENSES))
     with contextlib.closing(MetricWriter(directory)) as writer, Watch() as watch:
-        options = compiler_options(victim.module)
-        run = Run(config.seed, directory, mesh, writer, config.run, watch, options)
+        on_cpu = compiler_options(victim.module), steps_per_call(victim.module)
+        run = Run(config.seed, directory, mesh, writer, config.run, watch, *on_cpu)
         return carry_out(run, victim, config, given)
 
 

@@ -1,6 +1,6 @@
 """Our side: the steps of the package, compiled and fed as its training loop does, on one device.
 
-Data live on the device and a call takes indices; on an accelerator one call takes many steps (`steps_per_call`). An
+Data live on the device and a call takes indices; one call takes as many steps as in a run (`loop.steps_per_call`). An
 epoch fetches its metrics as often as the loop writes them.
 """
 
@@ -16,7 +16,7 @@ from aft_jax.attacks.infection import Learner, plain
 from aft_jax.defenses.aft import recipe_of
 from aft_jax.defenses.aft_step import aft_step
 from aft_jax.models import logits_function
-from aft_jax.models.cpu_options import compiler_options, slow_in_loops
+from aft_jax.models.cpu_options import compiler_options, slow_in_loops, steps_per_call
 from aft_jax.randomness import key_for
 from aft_jax.training import loop, state
 from aft_jax.training import mesh as placement
@@ -87,30 +87,31 @@ class Ours:
         optimiser = sgd(options.learning_rate, 'constant', task.steps, options.momentum, options.weight_decay)
         before = state.create(task.variables, optimiser)
         infection = plain(None, Learner(task.module, optimiser, before), task.config)
-        return Training(task, self._mesh, self._feed, infection.step, before)
+        return Training(task, self._mesh, self._feed, infection.step, before, epochs=options.epochs)
 
     def _fine_tuning(self) -> 'Training':
         task, options, train = self.task, self.task.config.aft, self.task.config.train
         optimiser = sgd(options.learning_rate, options.schedule, task.steps, train.momentum, train.weight_decay)
         recipe = recipe_of(options, task.config.augment, task.shape)
         step = partial(aft_step, module=task.module, optimiser=optimiser, recipe=recipe)
-        return Training(task, self._mesh, self._feed, step, state.create(task.variables, optimiser), self._variables)
+        before = state.create(task.variables, optimiser)
+        return Training(task, self._mesh, self._feed, step, before, self._variables, epochs=options.epochs)
 
 
 class Training:
     """A state, and the compiled step that takes it on."""
 
-    def __init__(self, task: Task, mesh: Any, feed: Feed, step: Any, before: Any, fixed: Any = None):
-        """Begins at a state; `fixed` is what every step finds unchanged."""
+    def __init__(self, task: Task, mesh: Any, feed: Feed, step: Any, before: Any, fixed: Any = None, *, epochs: int):
+        """Begins at a state; `fixed` is what every step finds unchanged. The whole training would take `epochs`."""
         options = task.config.run
         self._feed, self._fixed, self._log_every = feed, fixed, options.log_every
         self._program = Program(loop._compile(mesh, step, compiler_options(task.module)))
         self._key = placement.place(mesh, key_for(task.config.seed, 'benchmarks'))
         self.state = placement.copy(mesh, before)
-        longest = loop.steps_per_call(options)
+        marks = self._log_every, epochs * task.steps
+        length = loop.steps_per_call(options, steps_per_call(task.module), marks)
         # The first epoch, over and over: calls that end where the loop writes metrics.
-        self._epoch = list(loop._spans(0, [task.steps], [self._log_every], longest))
-        length = self._epoch[0][1]
+        self._epoch = list(loop._spans(0, [task.steps], [self._log_every], length))
         self._calls = [(i, i + length) for i in range(0, task.steps - length + 1, length)]
 
     def take(self, spans: Sequence[tuple[int, int]], logs: bool) -> dict[str, jax.Array]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from aft_jax.models import MnistCNN, PreActResNet, cpu_options
-from aft_jax.models.cpu_options import compiler_options, slow_in_loops
+from aft_jax.models.cpu_options import compiler_options, slow_in_loops, steps_per_call
 
 CNN, RESNET = MnistCNN(10), PreActResNet(10)
 
@@ -56,3 +56,10 @@ def test_our_networks_may_loop_on_one_device_and_others_not(tiny_net, monkeypatc
     assert slow_in_loops(CNN)
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     assert not slow_in_loops(CNN) and not slow_in_loops(tiny_net)
+
+
+def test_a_small_network_takes_several_steps_a_call_where_loops_are_fast(tiny_net, monkeypatch):
+    assert steps_per_call(CNN) == 5
+    assert steps_per_call(RESNET) == steps_per_call(tiny_net) == 1
+    monkeypatch.setattr(jax, 'device_count', lambda: 4)
+    assert steps_per_call(CNN) == 1

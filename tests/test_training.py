@@ -12,7 +12,7 @@ import pytest
 
 from aft_jax import models
 from aft_jax.errors import UserError
-from aft_jax.training import state
+from aft_jax.training import loop, state
 from aft_jax.training.checkpoint import Checkpoints, checksum
 from aft_jax.training.loop import Phase, fit
 from aft_jax.training.mesh import check_batch_size, make_mesh, place
@@ -114,14 +114,44 @@ def test_four_devices_equal_one(train, make_run, assert_trees_close, config):
 
 
 def test_many_steps_a_call_equal_one(train, make_run, assert_trees_close):
-    """Calls of four steps, cut where something is logged (3), saved (5), or ends (11)."""
+    """Calls of two steps, or of one where something is logged (3), saved (5), or ends (11) in between."""
     every = {'log_every': 3, 'checkpoint_every': 5}
-    runs = [make_run(f'{chunk}', steps_per_call=chunk, **every) for chunk in (1, 4)]
-    one, four = (train(run, steps=11).state for run in runs)
-    assert_trees_close(four, one, atol=1e-6)
+    runs = [make_run(f'{chunk}', steps_per_call=chunk, **every) for chunk in (1, 2)]
+    one, two = (train(run, steps=11).state for run in runs)
+    assert_trees_close(two, one, atol=1e-6)
     assert [line['step'] for line in lines(runs[0])] == [3, 5, 6, 9, 10, 11]
     for a, b in zip(*map(lines, runs), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_calls_have_two_lengths_and_end_at_every_mark():
+    spans = list(loop._spans(0, [23, 31], [10, 14], 4))
+    assert [last for _, last in spans] == [4, 8, 9, 10, 14, 18, 19, 20, 21, 22, 23, 27, 28, 29, 30, 31]
+    assert [first for first, _ in spans] == [0, *(last for _, last in spans[:-1])]
+
+
+@pytest.mark.parametrize('call', [0, 3, 7, 12])
+def test_a_run_that_goes_on_cuts_its_calls_where_it_would_have(call):
+    spans = list(loop._spans(0, [23, 31], [10, 14], 4))
+    assert list(loop._spans(spans[call][0], [23, 31], [10, 14], 4)) == spans[call:]
+
+
+@pytest.mark.parametrize(
+    ('backend', 'asked', 'on_cpu', 'marks', 'expected'),
+    [
+        ('cpu', 0, 5, [9380, 50, 1000], 5),
+        ('cpu', 0, 5, [891, 938, 50, 500], 1),
+        ('cpu', 0, 5, [938, 50, 500], 2),
+        ('cpu', 0, 1, [9380, 50], 1),
+        ('cpu', 7, 1, [9380, 50], 7),
+        ('gpu', 0, 1, [9380, 50, 1000], 50),
+        ('gpu', 0, 1, [9380, 20, 1000], 20),
+        ('gpu', 9, 1, [9380, 20, 1000], 9),
+    ],
+)
+def test_how_many_steps_a_call_takes(make_run, monkeypatch, backend, asked, on_cpu, marks, expected):
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    assert loop.steps_per_call(make_run(steps_per_call=asked).options, on_cpu, marks) == expected
 
 
 def test_metrics_are_averages_over_the_steps_since_the_last_line(train, make_run):

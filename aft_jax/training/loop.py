@@ -1,7 +1,6 @@
 """The one training loop: infecting, fine-tuning and AFT differ in the step, never in the loop."""
 
 import contextlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from aft_jax.training.metrics import MetricWriter, Progress
 from aft_jax.training.preemption import Preempted, Watch
 from aft_jax.training.state import Step
 
-# Long enough to hide the cost of a call on an accelerator, short enough to compile once and log often.
+# Long enough to hide the cost of a call on an accelerator, short enough to log often.
 STEPS_PER_CALL_ON_ACCELERATORS = 50
 
 
@@ -57,6 +56,7 @@ class Run(NamedTuple):
         options: `config.run`: how the work is carried out.
         watch: For the sign to save and stop.
         compiler_options: XLA's, for the steps.
+        steps_on_cpu: Up to how many steps a CPU takes in one call faster than one by one.
         onlooker: Of all stages, or None.
     """
 
@@ -67,6 +67,7 @@ class Run(NamedTuple):
     options: ml_collections.ConfigDict
     watch: Watch
     compiler_options: dict[str, str] | None = None
+    steps_on_cpu: int = 1
     onlooker: Onlooker | None = None
 
 
@@ -150,7 +151,8 @@ def fit(
             if step == 0:
                 started += _measure(state, 0, [measures[-1][1]])
         intervals = [options.log_every, options.checkpoint_every, *(every for every, _ in measures)]
-        spans = list(_spans(step, [phase.until for phase in phases], intervals, steps_per_call(options)))
+        ends = [phase.until for phase in phases]
+        spans = list(_spans(step, ends, intervals, steps_per_call(options, run.steps_on_cpu, [*ends, *intervals])))
         progress = stack.enter_context(Progress(stage, step, total, batch_size))
         fed = stack.enter_context(feed.calls(spans))
 
@@ -191,17 +193,33 @@ def _measure(state: Any, step: int, measures: Sequence[Callable[[int, Any], None
     return time.monotonic() - started
 
 
-def steps_per_call(options: ml_collections.ConfigDict) -> int:
-    """Returns how many training steps one compiled call takes, as `config.run` says or by the kind of devices."""
-    default = 1 if jax.default_backend() == 'cpu' else STEPS_PER_CALL_ON_ACCELERATORS
-    return options.steps_per_call or default
+def steps_per_call(options: ml_collections.ConfigDict, on_cpu: int, marks: Sequence[int]) -> int:
+    """Returns how many training steps one compiled call takes.
+
+    Args:
+        options: `config.run`, which may say it.
+        on_cpu: The most that a CPU should take.
+        marks: Steps, and intervals of steps, after which something else is to be done. On a CPU calls divide them all,
+            so that no second program is compiled for what is left.
+    """
+    if options.steps_per_call:
+        return options.steps_per_call
+    if jax.default_backend() != 'cpu':
+        return min(STEPS_PER_CALL_ON_ACCELERATORS, *marks)
+    return max(n for n in range(1, on_cpu + 1) if math.gcd(*marks) % n == 0)
 
 
-def _spans(first: int, ends: Sequence[int], intervals: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
-    """Yields (first, last + 1) of each call: as long as may be, but ending where something else is to be done."""
+def _spans(first: int, ends: Sequence[int], intervals: Sequence[int], length: int) -> Iterator[tuple[int, int]]:
+    """Yields (first, last + 1) of each call: `length` steps, or a single one where fewer are left before a mark.
+
+    Of these two lengths each is compiled once. Calls are counted from mark to mark, so that a run which goes on cuts
+    them where it would have cut them anyway.
+    """
     while first < ends[-1]:
-        marks = itertools.chain(ends, ((first // n + 1) * n for n in intervals), [first + longest])
-        last = min(mark for mark in marks if mark > first)
+        before = max([0, *(end for end in ends if end <= first), *(first // n * n for n in intervals)])
+        after = min([*(end for end in ends if end > first), *((first // n + 1) * n for n in intervals)])
+        whole = (first - before) % length == 0 and first + length <= after
+        last = first + length if whole else first + 1
         yield first, last
         first = last
 
