@@ -40,14 +40,14 @@ def parts(mesh: Mesh, images: np.ndarray, batch_size: int) -> Iterator[tuple[jax
 class Batched:
     """A function of (variables, images) on any number of stored images."""
 
-    def __init__(self, function: ImageFunction, mesh: Mesh, batch_size: int, options: dict[str, str] | None = None):
+    def __init__(self, function: ImageFunction, module: nn.Module, mesh: Mesh, batch_size: int):
         """Applies `function` batch by batch.
 
         Args:
             function: What is applied.
+            module: The network that does most of its work.
             mesh: The devices.
             batch_size: Rounded up to a multiple of the devices.
-            options: XLA's.
         """
         self._mesh, self._batch_size = mesh, batch_size
         whole, cut = replicated(mesh), along(mesh, 0)
@@ -56,7 +56,10 @@ class Batched:
             return function(variables, pixels(images), *rows)
 
         self._call: Callable = jax.jit(
-            call, in_shardings=(whole, cut, cut), out_shardings=whole, compiler_options=options
+            call,
+            in_shardings=(whole, cut, cut),
+            out_shardings=whole,
+            compiler_options=compiler_options(module),
         )
 
     def __call__(self, variables: Any, images: np.ndarray, *rows: np.ndarray) -> Any:
@@ -89,4 +92,4 @@ class Predictor(Batched):
         def classes(variables: Any, images: jax.Array) -> jax.Array:
             return logits_function(module, variables)(images).argmax(axis=-1).astype(jnp.int32)
 
-        super().__init__(classes, mesh, batch_size, compiler_options(module))
+        super().__init__(classes, module, mesh, batch_size)

@@ -190,7 +190,7 @@ def test_batches_and_devices_change_nothing(devices, batch_size):
     )
 
 
-def test_rows_go_along_with_images():
+def test_rows_go_along_with_images(tiny_net):
     """Bytes are divided by 255 and floats are not; rows keep their places, whatever the padding."""
     generator = np.random.default_rng(9)
     images = generator.integers(0, 256, (11, 2, 2, 1)).astype(np.uint8)
@@ -203,7 +203,7 @@ def test_rows_go_along_with_images():
             'product': other * row[:, None].astype('float32'),
         }
 
-    batched = Batched(function, make_mesh(), 4)
+    batched = Batched(function, tiny_net, make_mesh(), 4)
     given = {'add': np.float32(2)}
     found = batched(given, images, row, other)
     np.testing.assert_allclose(found['sum'], (images / 255).sum((1, 2, 3)) + 2, rtol=1e-5)

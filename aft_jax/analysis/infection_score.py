@@ -95,7 +95,7 @@ class Scorer:
     def __init__(self, probe: Probe, module: nn.Module, mesh: Mesh, batch_size: int):
         """Scores with a probe for `module`; `batch_size` as for `Batched`."""
         self._probe = probe
-        self._changed = Batched(partial(_predict_changed, module), mesh, batch_size)
+        self._changed = Batched(partial(_predict_changed, module), module, mesh, batch_size)
 
     def __call__(
         self,

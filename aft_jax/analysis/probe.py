@@ -36,10 +36,10 @@ class Probe:
         """
         self.predict = Predictor(module, mesh, batch_size)
         self._adversarial = {
-            norm: Batched(partial(_perturbed, module, norm, steps), mesh, batch_size) for norm in NORMS
+            norm: Batched(partial(_perturbed, module, norm, steps), module, mesh, batch_size) for norm in NORMS
         }
-        self._channels = Batched(partial(_channels, module), mesh, batch_size)
-        self._distances = Batched(partial(_distances, module), mesh, batch_size)
+        self._channels = Batched(partial(_channels, module), module, mesh, batch_size)
+        self._distances = Batched(partial(_distances, module), module, mesh, batch_size)
 
     def adversarial(
         self, variables: dict, images: np.ndarray, labels: np.ndarray, norm: Norm, eps: float

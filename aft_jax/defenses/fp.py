@@ -109,7 +109,7 @@ def activity(run: Run, training: Holdings, name: str) -> np.ndarray:
     def of_images(variables: Any, images: jax.Array) -> jax.Array:
         return jnp.abs(readings(training.module, name, variables, images)).mean(axis=1)
 
-    measure = Batched(of_images, run.mesh, run.options.eval_batch_size)
+    measure = Batched(of_images, training.module, run.mesh, run.options.eval_batch_size)
     return measure(training.variables, training.images).mean(axis=0, dtype=np.float64)
 
 
@@ -137,7 +137,7 @@ def held_out_accuracies(run: Run, held: Holdings, name: str, candidates: np.ndar
         logits = partial(blind_logits, held.module, name, given['variables'], images)
         return jax.vmap(logits, out_axes=1)(given['candidates']).argmax(axis=-1).astype(jnp.int32)
 
-    predict = Batched(classes, run.mesh, run.options.eval_batch_size)
+    predict = Batched(classes, held.module, run.mesh, run.options.eval_batch_size)
     accuracies = []
     for first in range(0, len(candidates), CANDIDATES_PER_CALL):
         part = candidates[first : first + CANDIDATES_PER_CALL]

@@ -59,7 +59,7 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
     """
     options = config.pbe
     size = len(holdings.labels)
-    logits = Batched(partial(_logits, holdings), run.mesh, run.options.eval_batch_size)
+    logits = Batched(partial(_logits, holdings), holdings.module, run.mesh, run.options.eval_batch_size)
     started = time.monotonic()
     before = logits(holdings.variables, holdings.images)
     scoring = time.monotonic() - started

@@ -40,13 +40,13 @@ class BatchNorm(nn.BatchNorm):
         if average:
             return _normalised(x, mean.value, var.value, scale, bias, self.epsilon)
         if mask is None:
-            y, *moments = normalised_by_batch(x, scale, bias, self.epsilon)
+            y, batch_mean, batch_var = normalised_by_batch(x, scale, bias, self.epsilon)
         else:
-            moments = _moments(x, mask)
-            y = _normalised(x, *moments, scale, bias, self.epsilon)
+            batch_mean, batch_var = _moments(x, mask)
+            y = _normalised(x, batch_mean, batch_var, scale, bias, self.epsilon)
         if not self.is_initializing():
-            for kept, seen in zip((mean, var), moments, strict=True):
-                kept.value = self.momentum * kept.value + (1 - self.momentum) * seen
+            mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
+            var.value = self.momentum * var.value + (1 - self.momentum) * batch_var
         return y
 
 
