@@ -108,8 +108,7 @@ class Training:
         self._program = Program(loop._compile(mesh, step, compiler_options(task.module)))
         self._key = placement.place(mesh, key_for(task.config.seed, 'benchmarks'))
         self.state = placement.copy(mesh, before)
-        marks = self._log_every, epochs * task.steps
-        length = loop.steps_per_call(options, steps_per_call(task.module), marks)
+        length = loop.steps_per_call(options, steps_per_call(task.module), [epochs * task.steps], [self._log_every])
         # The first epoch, over and over: calls that end where the loop writes metrics.
         self._epoch = list(loop._spans(0, [task.steps], [self._log_every], length))
         self._calls = [(i, i + length) for i in range(0, task.steps - length + 1, length)]

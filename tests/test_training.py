@@ -137,21 +137,23 @@ def test_a_run_that_goes_on_cuts_its_calls_where_it_would_have(call):
 
 
 @pytest.mark.parametrize(
-    ('backend', 'asked', 'on_cpu', 'marks', 'expected'),
+    ('backend', 'asked', 'on_cpu', 'ends', 'intervals', 'expected'),
     [
-        ('cpu', 0, 5, [9380, 50, 1000], 5),
-        ('cpu', 0, 5, [891, 938, 50, 500], 1),
-        ('cpu', 0, 5, [938, 50, 500], 2),
-        ('cpu', 0, 1, [9380, 50], 1),
-        ('cpu', 7, 1, [9380, 50], 7),
-        ('gpu', 0, 1, [9380, 50, 1000], 50),
-        ('gpu', 0, 1, [9380, 20, 1000], 20),
-        ('gpu', 9, 1, [9380, 20, 1000], 9),
+        ('cpu', 0, 5, [9380], [50, 1000], 5),
+        ('cpu', 0, 5, [891, 938], [50, 500], 1),
+        ('cpu', 0, 5, [938], [50, 500], 2),
+        ('cpu', 0, 1, [9380], [50], 1),
+        ('cpu', 7, 1, [9380], [50], 7),
+        ('gpu', 0, 1, [9380], [50, 1000], 50),
+        ('gpu', 0, 1, [9380], [20, 1000], 20),
+        # 47, 3, 44, 6, ...: in calls of 47 nearly every step would be a call.
+        ('gpu', 0, 1, [940], [50, 47], 7),
+        ('gpu', 9, 1, [9380], [20, 1000], 9),
     ],
 )
-def test_how_many_steps_a_call_takes(make_run, monkeypatch, backend, asked, on_cpu, marks, expected):
+def test_how_many_steps_a_call_takes(make_run, monkeypatch, backend, asked, on_cpu, ends, intervals, expected):
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-    assert loop.steps_per_call(make_run(steps_per_call=asked).options, on_cpu, marks) == expected
+    assert loop.steps_per_call(make_run(steps_per_call=asked).options, on_cpu, ends, intervals) == expected
 
 
 def test_metrics_are_averages_over_the_steps_since_the_last_line(train, make_run):

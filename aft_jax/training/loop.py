@@ -1,6 +1,7 @@
 """The one training loop: infecting, fine-tuning and AFT differ in the step, never in the loop."""
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -152,7 +153,7 @@ def fit(
                 started += _measure(state, 0, [measures[-1][1]])
         intervals = [options.log_every, options.checkpoint_every, *(every for every, _ in measures)]
         ends = [phase.until for phase in phases]
-        spans = list(_spans(step, ends, intervals, steps_per_call(options, run.steps_on_cpu, [*ends, *intervals])))
+        spans = list(_spans(step, ends, intervals, steps_per_call(options, run.steps_on_cpu, ends, intervals)))
         progress = stack.enter_context(Progress(stage, step, total, batch_size))
         fed = stack.enter_context(feed.calls(spans))
 
@@ -193,20 +194,25 @@ def _measure(state: Any, step: int, measures: Sequence[Callable[[int, Any], None
     return time.monotonic() - started
 
 
-def steps_per_call(options: ml_collections.ConfigDict, on_cpu: int, marks: Sequence[int]) -> int:
+def steps_per_call(
+    options: ml_collections.ConfigDict, on_cpu: int, ends: Sequence[int], intervals: Sequence[int]
+) -> int:
     """Returns how many training steps one compiled call takes.
 
     Args:
         options: `config.run`, which may say it.
-        on_cpu: The most that a CPU should take.
-        marks: Steps, and intervals of steps, after which something else is to be done. On a CPU calls divide them all,
-            so that no second program is compiled for what is left.
+        on_cpu: The most that a CPU should take. It takes so many that no steps are left over, for which a second
+            program would have to be compiled; an accelerator so many that there are the fewest calls.
+        ends: The steps at which phases end.
+        intervals: After how many steps something else is to be done.
     """
     if options.steps_per_call:
         return options.steps_per_call
-    if jax.default_backend() != 'cpu':
-        return min(STEPS_PER_CALL_ON_ACCELERATORS, *marks)
-    return max(n for n in range(1, on_cpu + 1) if math.gcd(*marks) % n == 0)
+    marks = sorted({*ends, *itertools.chain(*(range(n, ends[-1], n) for n in intervals))})
+    stretches = [after - before for before, after in itertools.pairwise([0, *marks])]
+    if jax.default_backend() == 'cpu':
+        return max(n for n in range(1, on_cpu + 1) if math.gcd(*stretches) % n == 0)
+    return min(range(STEPS_PER_CALL_ON_ACCELERATORS, 0, -1), key=lambda n: sum(sum(divmod(s, n)) for s in stretches))
 
 
 def _spans(first: int, ends: Sequence[int], intervals: Sequence[int], length: int) -> Iterator[tuple[int, int]]:
