@@ -56,10 +56,7 @@ class Batched:
             return function(variables, pixels(images), *rows)
 
         self._call: Callable = jax.jit(
-            call,
-            in_shardings=(whole, cut, cut),
-            out_shardings=whole,
-            compiler_options=compiler_options(module),
+            call, in_shardings=(whole, cut, cut), out_shardings=whole, compiler_options=compiler_options(module)
         )
 
     def __call__(self, variables: Any, images: np.ndarray, *rows: np.ndarray) -> Any:

@@ -208,8 +208,7 @@ def steps_per_call(
     """
     if options.steps_per_call:
         return options.steps_per_call
-    marks = sorted({*ends, *itertools.chain(*(range(n, ends[-1], n) for n in intervals))})
-    stretches = [after - before for before, after in itertools.pairwise([0, *marks])]
+    stretches = [after - before for before, after in _stretches(ends, intervals)]
     if jax.default_backend() == 'cpu':
         return max(n for n in range(1, on_cpu + 1) if math.gcd(*stretches) % n == 0)
     return min(range(STEPS_PER_CALL_ON_ACCELERATORS, 0, -1), key=lambda n: sum(sum(divmod(s, n)) for s in stretches))
@@ -221,13 +220,17 @@ def _spans(first: int, ends: Sequence[int], intervals: Sequence[int], length: in
     Of these two lengths each is compiled once. Calls are counted from mark to mark, so that a run which goes on cuts
     them where it would have cut them anyway.
     """
-    while first < ends[-1]:
-        before = max([0, *(end for end in ends if end <= first), *(first // n * n for n in intervals)])
-        after = min([*(end for end in ends if end > first), *((first // n + 1) * n for n in intervals)])
-        whole = (first - before) % length == 0 and first + length <= after
-        last = first + length if whole else first + 1
-        yield first, last
-        first = last
+    for before, after in _stretches(ends, intervals):
+        while first < after:
+            whole = (first - before) % length == 0 and first + length <= after
+            last = first + length if whole else first + 1
+            yield first, last
+            first = last
+
+
+def _stretches(ends: Sequence[int], intervals: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yields the steps (before, after) of neighbouring marks, from step 0 on; nothing else is to be done in between."""
+    return itertools.pairwise(sorted({0, *ends, *itertools.chain(*(range(n, ends[-1], n) for n in intervals))}))
 
 
 def _compile(mesh: Mesh, step: Step, options: dict[str, str] | None) -> Callable:
