@@ -63,11 +63,6 @@ AFT_PRESETS: dict[str, dict[str, Any]] = {
         'max_grad_norm': 1.0,
     },
 }
-# The fields that say how adversarial examples are made.
-CHANGES = (
-    *('norm', 'eps', 'step_size', 'universal', 'per_image', 'rms_eps', 'sparse_share', 'warp_share', 'renew_every'),
-    *('pgd_steps', 'random_start', 'clip'),
-)
 # The same for a clean set of a few hundred images, where an epoch is a step or two.
 AFT_PRESETS['small'] = AFT_PRESETS['default'] | {'epochs': 120, 'adversarial_epochs': 114.0}
 
@@ -208,17 +203,16 @@ def default_config() -> ml_collections.ConfigDict:
         }
     )
     config.pbe = ml_collections.ConfigDict(
-        {
+        AFT_PRESETS['default']  # the rounds after the first
+        | {
             'first_share': 0.05,  # of the suspect training set, in the first round
-            'keep': (0.2, 0.5, 0.7),  # the most consistent share, in each further round
-            'epochs': 10,  # of each round
-            'adversarial_epochs': 1.0,  # of them in the rounds after the first
-            'adversarial_share': 1.0,  # of a batch, in these epochs and in the first round
-            'learning_rate': 0.1,
-            'schedule': 'cosine',
-            'max_grad_norm': 1.0,
+            'first_epochs': 10,  # of that round, all of them on adversarial examples alone
+            'first_learning_rate': 0.1,
+            'keep': (0.2, 0.5, 0.7),  # the most consistent share of every label, in each further round
+            'epochs': 4,  # of each further round
+            'adversarial_epochs': 4.0,
+            'recalibrate': False,
         }
-        | {field: AFT_PRESETS['default'][field] for field in CHANGES}  # the adversarial examples of AFT
     )
     config.aft = aft_options('default')
     # Beside it in a table, on the same infected model.

@@ -225,7 +225,29 @@ def _validate_aft(config: ml_collections.ConfigDict, name: str) -> None:
     # The preset fills what the config leaves open, so that checks see what will be used.
     config = resolve(config)
     aft = config[name]
-    _validate_adversarial_training(config, name)
+    _one_of(f'{name}.norm', aft['norm'], NORMS)
+    for field in ('universal', 'per_image'):
+        for kind in names(aft[field]):
+            _one_of(f'{name}.{field}', kind, KINDS)
+    sizes = {'linf': 'eps', 'l2': 'rms_eps', 'sparse': 'sparse_share', 'warp': 'warp_share'}
+    used = [sizes[kind] for kind in names(f'{aft["universal"]},{aft["per_image"]}')]
+    if not used and aft['norm'] == 'linf':
+        used = ['eps', 'step_size']
+    for field in ('eps', 'step_size', 'rms_eps'):
+        if field in used:
+            _in_pixels(f'{name}.{field}', aft[field])
+    for field in ('sparse_share', 'warp_share'):
+        if aft[field] > 1 or (field in used and aft[field] <= 0):
+            raise UserError(f'{name}.{field}={aft[field]} is a share: above 0 and at most 1.')
+    lengths = ('epochs', 'adversarial_epochs', 'learning_rate')
+    _positive(config, *(f'{name}.{field}' for field in ('eps', 'step_size', 'pgd_steps', 'renew_every', *lengths)))
+    _not_negative(config, f'{name}.max_grad_norm')
+    _one_of(f'{name}.schedule', aft['schedule'], SCHEDULES)
+    if not 0 < aft['adversarial_share'] <= 1 or round(aft['adversarial_share'] * config.batch_size) == 0:
+        raise UserError(
+            f'{name}.adversarial_share={aft["adversarial_share"]} must lie above 0 and at most at 1, and be '
+            'at least one image of a batch.'
+        )
     if aft['adversarial_epochs'] > aft['epochs']:
         raise UserError(
             f'{name}.adversarial_epochs={aft["adversarial_epochs"]} is more than {name}.epochs={aft["epochs"]}.'
@@ -237,34 +259,6 @@ def _validate_aft(config: ml_collections.ConfigDict, name: str) -> None:
         raise UserError(
             f'{name}.cutmix={aft["cutmix"]} leaves clean images without labels, so that it takes {name}.distillation '
             'above 0.'
-        )
-
-
-def _validate_adversarial_training(config: ml_collections.ConfigDict, name: str) -> None:
-    """Checks what AFT and PBE have in common: how adversarial examples are made, and how a model is trained on them."""
-    options = config[name]
-    _one_of(f'{name}.norm', options['norm'], NORMS)
-    for field in ('universal', 'per_image'):
-        for kind in names(options[field]):
-            _one_of(f'{name}.{field}', kind, KINDS)
-    sizes = {'linf': 'eps', 'l2': 'rms_eps', 'sparse': 'sparse_share', 'warp': 'warp_share'}
-    used = [sizes[kind] for kind in names(f'{options["universal"]},{options["per_image"]}')]
-    if not used and options['norm'] == 'linf':
-        used = ['eps', 'step_size']
-    for field in ('eps', 'step_size', 'rms_eps'):
-        if field in used:
-            _in_pixels(f'{name}.{field}', options[field])
-    for field in ('sparse_share', 'warp_share'):
-        if options[field] > 1 or (field in used and options[field] <= 0):
-            raise UserError(f'{name}.{field}={options[field]} is a share: above 0 and at most 1.')
-    lengths = ('epochs', 'adversarial_epochs', 'learning_rate')
-    _positive(config, *(f'{name}.{field}' for field in ('eps', 'step_size', 'pgd_steps', 'renew_every', *lengths)))
-    _not_negative(config, f'{name}.max_grad_norm')
-    _one_of(f'{name}.schedule', options['schedule'], SCHEDULES)
-    if not 0 < options['adversarial_share'] <= 1 or round(options['adversarial_share'] * config.batch_size) == 0:
-        raise UserError(
-            f'{name}.adversarial_share={options["adversarial_share"]} must lie above 0 and at most at 1, and be '
-            'at least one image of a batch.'
         )
 
 
@@ -294,7 +288,8 @@ def _validate_pruning(config: ml_collections.ConfigDict) -> None:
 
 def _validate_pbe(config: ml_collections.ConfigDict) -> None:
     options = config.pbe
-    _validate_adversarial_training(config, 'pbe')
+    _validate_aft(config, 'pbe')
+    _positive(config, 'pbe.first_epochs', 'pbe.first_learning_rate')
     for share in (options.first_share, *options.keep):
         if not 0 < share <= 1:
             raise UserError(f'pbe.first_share and pbe.keep are shares above 0 and at most 1, and one is {share}.')

@@ -19,15 +19,31 @@ def test_consistency_is_the_cosine_of_the_logits():
     np.testing.assert_allclose(pbe.consistency(before, after), expected, rtol=0, atol=1e-6)
 
 
-def test_the_most_consistent_are_kept():
-    scores = np.array([0.1, 0.9, -1.0, 0.9, 0.5], np.float32)
-    np.testing.assert_array_equal(pbe.most_consistent(scores, 3), np.array([1, 3, 4], np.int32), strict=True)
-    np.testing.assert_array_equal(pbe.most_consistent(scores, 1), [1])
+def test_every_label_gives_as_many_of_its_highest_scores():
+    labels = np.array([0, 0, 0, 0, 0, 1, 1, 1, 2], np.int32)
+    scores = np.array([0.1, 0.9, -1.0, 0.9, 0.5, -0.5, -0.2, -0.9, -2.0], np.float32)
+    np.testing.assert_array_equal(pbe.highest_by_label(scores, labels, 3), np.array([1, 6, 8], np.int32), strict=True)
+    # Label 2 has one image, label 1 three: what they lack, label 0 gives.
+    np.testing.assert_array_equal(pbe.highest_by_label(scores, labels, 5), [1, 3, 5, 6, 8])
+    np.testing.assert_array_equal(pbe.highest_by_label(scores, labels, 8), [0, 1, 3, 4, 5, 6, 7, 8])
+    np.testing.assert_array_equal(pbe.highest_by_label(scores, labels, 9), np.arange(9))
+
+
+def test_as_many_are_taken_as_were_asked_for():
+    generator = np.random.default_rng(0)
+    for count in range(1, 40):
+        labels = generator.geometric(0.3, 40)
+        chosen = pbe.highest_by_label(generator.normal(size=40), labels, count)
+        assert len(np.unique(chosen)) == count
+        taken, there = (np.bincount(x, minlength=labels.max() + 1) for x in (labels[chosen], labels))
+        assert all(taken[k] == there[k] or taken[k] >= taken.max() - 1 for k in np.unique(labels))
 
 
 @pytest.fixture
 def options(config):
-    config.pbe.epochs = 1
+    config.pbe.first_epochs = 1
+    config.pbe.epochs = 2
+    config.pbe.adversarial_epochs = 1.0
     config.pbe.pgd_steps = 1
     config.pbe.keep = (0.3, 0.5)
     config.pbe.first_share = 0.2
@@ -39,7 +55,9 @@ def test_rounds_train_on_what_the_round_before_kept(options, make_run, tiny_net,
     fit = aft.fit
 
     def watched(run, stage, state, phases, arrays, *args, **kwargs):
-        seen.append((stage, arrays['images'], arrays['labels'], state.classifier, [phase.until for phase in phases]))
+        model = state.classifier.params['Dense_0']['kernel'], kwargs['fixed']['params']['Dense_0']['kernel']
+        ends = [(phase.until, phase.step.keywords['recipe']) for phase in phases]
+        seen.append((stage, arrays['images'], arrays['labels'], model, ends))
         return fit(run, stage, state, phases, arrays, *args, **kwargs)
 
     monkeypatch.setattr(aft, 'fit', watched)
@@ -52,11 +70,21 @@ def test_rounds_train_on_what_the_round_before_kept(options, make_run, tiny_net,
         np.testing.assert_array_equal(images, dataset.train_images[subset])
         np.testing.assert_array_equal(labels, dataset.train_labels[subset])
     for subset, score in zip(erased.subsets[1:], erased.scores, strict=False):
-        assert score[subset].min() >= np.delete(score, subset).max()
-    # The first round starts at the suspect model and is adversarial throughout; the next goes on from it.
-    np.testing.assert_array_equal(seen[0][3].params['Dense_0']['kernel'], tiny_variables['params']['Dense_0']['kernel'])
-    assert not np.array_equal(seen[1][3].params['Dense_0']['kernel'], tiny_variables['params']['Dense_0']['kernel'])
-    assert seen[0][4] == [2, 2] and seen[1][4] == [3, 3]
+        for label in np.unique(dataset.train_labels):
+            members = np.flatnonzero(dataset.train_labels == label)
+            chosen = np.intersect1d(members, subset)
+            assert score[chosen].min() >= score[np.setdiff1d(members, chosen)].max()
+    # Every round starts at the suspect model, and is held to it.
+    for *_, models, _ in seen:
+        for model in models:
+            np.testing.assert_array_equal(model, tiny_variables['params']['Dense_0']['kernel'])
+    # The first is adversarial throughout, the others are AFT: for an epoch of two.
+    assert [[until for until, _ in ends] for *_, ends in seen] == [[2, 2], [3, 6], [5, 10]]
+    first, *others = ([recipe for _, recipe in ends] for *_, ends in seen)
+    assert (first[0].adversarial_share, first[0].distillation, first[0].cutmix) == (1.0, 0.0, 0.0)
+    for adversarial, clean in others:
+        assert adversarial == aft.recipe_of(options.pbe, options.augment, dataset.image_shape)
+        assert adversarial.distillation > 0 and clean.adversarial_share == 0
 
     # A second start finds everything there, and comes to the same.
     again = pbe.purify(run, 'purify/pbe', holdings, options)

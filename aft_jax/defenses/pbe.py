@@ -1,18 +1,28 @@
 """PBE: progressive backdoor erasing, for a defender who has the suspect training set and no clean images.
 
-    S_1 = a random share of the suspect training set
-    round r:  f_r = AFT of f_{r-1} on S_r (f_0 the suspect model)
-              score(x) = cos(logits of f_0 at x, logits of f_r at x)
-              S_{r+1} = the share keep_r of the suspect set with the highest score
+    S_1 = a random share of the suspect training set, from every label as many
+    f_1 = the suspect model f_0, fine-tuned on adversarial examples of S_1 alone
+    round r:  score(x) = cos(logits of f_0 at x, logits of f_{r-1} at x)
+              S_r = the share keep_r of the suspect set: of every label as many, those with the highest score
+              f_r = AFT (`aft_jax.defenses.aft`) of f_0 on S_r
 
 An image that carries the trigger changes its prediction when the backdoor goes, so that its score falls: each round's
-subset holds fewer poisoned images than the one before. The first round sees adversarial examples alone, the later ones
-for their first epoch. These are AFT's (`aft_jax.defenses.aft`): by PGD alone BadNets' patch is never unlearned, and its
-images, of which the model is surest, come out as the most consistent ones (docs/results).
+subset holds fewer poisoned images than the one before. f_r of the last round is the purified model.
 
-Source: Mu et al., "Progressive Backdoor Erasing via Connecting Backdoor and Adversarial Attacks" (CVPR 2023). Needs:
-the suspect model and its training set, whose labels may be wrong. Costs: AFT on ever larger shares of the training set,
-and after each round a pass over all of it.
+Source: Mu et al., "Progressive Backdoor Erasing via Connecting Backdoor and Adversarial Attacks" (CVPR 2023). Three
+things are not as there (docs/results has what each of them does):
+
+- The paper takes the highest scores whatever their labels. As many of every label do better twice: whole classes of
+  clean images are less consistent than others, and are not lost; and an attacker who gives poisoned images one label
+  makes it the most frequent one, so that fewer of them are taken.
+- A round goes on from the model of the round before there, and trains on hard labels, clean images for the most part:
+  the few poisoned images that are left teach the backdoor again. AFT from the suspect model has adversarial examples in
+  every batch, and changes the predictions on clean images so little that poisoned ones stand out.
+- The adversarial examples are those of our AFT: by PGD alone BadNets' patch is never unlearned, and its images, of
+  which the model is surest, come out as the most consistent ones.
+
+Needs: the suspect model and its training set, whose labels may be wrong. Costs: AFT on ever larger shares of the
+training set, and after each round a pass over all of it.
 """
 
 import time
@@ -24,12 +34,11 @@ import ml_collections
 import numpy as np
 
 from aft_jax.defenses import aft
-from aft_jax.defenses.aft_step import Recipe
 from aft_jax.defenses.defender import Holdings
 from aft_jax.models import logits_function
 from aft_jax.prediction import Batched
 from aft_jax.randomness import generator_for
-from aft_jax.training.loop import Run
+from aft_jax.training.loop import Fitted, Run
 
 
 class Erased(NamedTuple):
@@ -64,20 +73,20 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
     before = logits(holdings.variables, holdings.images)
     scoring = time.monotonic() - started
 
-    order = generator_for(run.seed, f'{stage}/first').permutation(size).astype(np.int32)
-    subset = np.sort(order[: _count(options.first_share, size)])
+    draws = generator_for(run.seed, f'{stage}/first').permutation(size)
+    subset = highest_by_label(draws, holdings.labels, _count(options.first_share, size))
     subsets, scores = [subset], []
     training = 0.0
-    current = holdings
     for number, keep in enumerate((*options.keep, None), start=1):
-        fitted = _round(run, f'{stage}/round{number}', current, subset, config, first=number == 1)
+        part = holdings._replace(images=holdings.images[subset], labels=holdings.labels[subset])
+        erase = _on_adversarial_examples if number == 1 else partial(aft.purify, section='pbe')
+        fitted = erase(run, f'{stage}/round{number}', part, config)
         training += fitted.seconds
-        current = holdings._replace(variables=fitted.state.variables)
         started = time.monotonic()
-        scores.append(consistency(before, logits(current.variables, holdings.images)))
+        scores.append(consistency(before, logits(fitted.state.variables, holdings.images)))
         scoring += time.monotonic() - started
         if keep is not None:
-            subset = most_consistent(scores[-1], _count(keep, size))
+            subset = highest_by_label(scores[-1], holdings.labels, _count(keep, size))
             subsets.append(subset)
     return Erased(fitted.state, training + scoring, tuple(subsets), tuple(scores))
 
@@ -89,9 +98,20 @@ def consistency(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return np.where(lengths > 0, products / np.where(lengths > 0, lengths, 1), 0).astype(np.float32)
 
 
-def most_consistent(scores: np.ndarray, count: int) -> np.ndarray:
-    """Returns the int32 indices, rising, of the `count` highest scores; of equals the first."""
-    return np.sort(np.argsort(-scores, kind='stable')[:count]).astype(np.int32)
+def highest_by_label(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """Returns the int32 indices, rising, of `count` images, from every label as many: those with its highest scores.
+
+    A label that has too few images gives all of them, and the others give more. Of equal scores the first is taken.
+    """
+    present, sizes = np.unique(labels, return_counts=True)
+    taken: list[np.ndarray] = []
+    left = count
+    for i, rarest in enumerate(np.argsort(sizes, kind='stable')):
+        members = np.flatnonzero(labels == present[rarest])
+        best = np.argsort(-scores[members], kind='stable')[: round(left / (len(present) - i))]
+        taken.append(members[best])
+        left -= len(best)
+    return np.sort(np.concatenate(taken)).astype(np.int32)
 
 
 def _count(share: float, size: int) -> int:
@@ -102,18 +122,10 @@ def _logits(holdings: Holdings, variables: dict, images: jax.Array) -> jax.Array
     return logits_function(holdings.module, variables)(images)
 
 
-def _round(
-    run: Run, stage: str, current: Holdings, subset: np.ndarray, config: ml_collections.ConfigDict, first: bool
-) -> Any:
-    """One round of AFT on a subset, from the model as the round before left it."""
-    options = config.pbe
-    recipe = Recipe(
-        aft.pgd_of(options),
-        options.adversarial_share,
-        distillation=0.0,
-        augment=config.augment,
-        families=aft.families_of(options, current.images.shape[1:]),
-        renew_every=options.renew_every,
-    )
-    part = current._replace(images=current.images[subset], labels=current.labels[subset])
-    return aft.train(run, stage, part, options, config, recipe, options.epochs if first else options.adversarial_epochs)
+def _on_adversarial_examples(run: Run, stage: str, part: Holdings, config: ml_collections.ConfigDict) -> Fitted:
+    """The first round. What the suspect predicts for clean images would hold the backdoor: many are poisoned yet."""
+    options = config.pbe.copy_and_resolve_references()
+    options.epochs, options.learning_rate = options.first_epochs, options.first_learning_rate
+    recipe = aft.recipe_of(options, config.augment, part.images.shape[1:])
+    recipe = recipe._replace(adversarial_share=1.0, adversarial_weight=1.0, distillation=0.0, cutmix=0.0)
+    return aft.train(run, stage, part, options, config, recipe, options.epochs)

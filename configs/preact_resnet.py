@@ -1,0 +1,32 @@
+"""A narrow PreActResNet18 and 32x32x3 input, in small what the paper has: Fashion-MNIST padded, for a CPU.
+
+    python -m aft_jax.main --config=configs/preact_resnet.py:blend --workdir=runs/preact-blend
+
+The name after the colon is the attack: badnets, blend, sig, wanet, input_aware or none. The network has a quarter of
+the usual width and sees every image once, which takes a core about five minutes.
+"""
+
+from aft_jax.config import default_config
+
+ATTACKS = ('badnets', 'blend', 'sig', 'wanet', 'input_aware', 'none')
+
+
+def get_config(attack='badnets'):
+    config = default_config()
+    config.attack.name = attack
+    # One epoch alone: each image would be seen with its trigger or without.
+    config.attack.poisoning = 'per_batch'
+    config.attack.input_aware.mask_epochs = 0.25
+    config.dataset = 'fashion_mnist'
+    config.data.pad = 2
+    config.data.rgb = True
+    config.augment.flip = True
+    config.model.name = 'preact_resnet'
+    config.model.depth = 18
+    config.model.width = 16
+    config.model.mean = (0.2189,)
+    config.model.std = (0.3318,)
+    config.train.epochs = 1
+    config.train.learning_rate = 0.05
+    config.run.evaluate_every = 0.5
+    return config

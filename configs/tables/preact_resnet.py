@@ -1,0 +1,23 @@
+"""Five attacks and a benign control, all to one, one seed, on 32x32x3 input with a narrow PreActResNet18; for a CPU.
+
+    python -m aft_jax.sweep --config=configs/tables/preact_resnet.py --workdir=runs/preact-table
+
+The experiments are those of configs/preact_resnet.py. The defenses have half of their usual epochs.
+"""
+
+from aft_jax.grid import table_config
+from configs import preact_resnet
+
+
+def get_config():
+    table = table_config(
+        {attack: preact_resnet.get_config(attack) for attack in preact_resnet.ATTACKS},
+        label_modes='all2one',
+        seeds=(0,),
+        defenses='ft,fp,aft_released,aft',
+    )
+    for experiment in table.experiments.values():
+        for defense in 'ft', 'fp', 'aft':
+            experiment[defense].epochs = 20
+        experiment.aft.adversarial_epochs = 19.0
+    return table
