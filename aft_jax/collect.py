@@ -9,12 +9,13 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from aft_jax.errors import UserError
 
+Row = dict[str, Any]
 COLUMNS = (
     *('dataset', 'model', 'attack', 'label_mode', 'defense', 'seed', 'clean_share'),
     *('acc', 'asr', 'ra', 'der', 'seconds'),
@@ -24,9 +25,14 @@ INFECTED_COLUMNS = (
     *('dataset', 'model', 'attack', 'label_mode', 'seed'),
     *('acc', 'asr', 'ra', 'cross_acc', 'seconds'),
 )
+# How well a defense that holds the suspect training set found the poisoned images, round by round.
+DETECTION_COLUMNS = (
+    *('dataset', 'model', 'attack', 'label_mode', 'defense', 'seed'),
+    *('round', 'poisoned_share', 'auc'),
+)
 
 
-def rows(results: dict[str, Any]) -> Iterable[dict[str, Any]]:
+def rows(results: dict[str, Any]) -> Iterable[Row]:
     """Yields the rows of one results.json, the infected or suspect model first, with the fields of all tables."""
     fields = (*COLUMNS, *INFECTED_COLUMNS)
     shared = {name: results[name] for name in fields if name in results}
@@ -36,7 +42,16 @@ def rows(results: dict[str, Any]) -> Iterable[dict[str, Any]]:
         yield shared | {'defense': defense} | {name: scores[name] for name in fields if name in scores}
 
 
-def to_csv(table: Iterable[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
+def detection_rows(results: dict[str, Any]) -> Iterable[Row]:
+    """Yields a row for each round of each defense of one results.json that looks for the poisoned images."""
+    shared = {name: results[name] for name in DETECTION_COLUMNS if name in results}
+    for defense, scores in results['purified'].items():
+        rounds = zip(scores.get('poisoned_shares', ()), scores.get('aucs', ()), strict=True)
+        for number, (share, auc) in enumerate(rounds, 1):
+            yield shared | {'defense': defense, 'round': number, 'poisoned_share': share, 'auc': auc}
+
+
+def to_csv(table: Iterable[Row], columns: Sequence[str] = COLUMNS) -> str:
     """Returns these columns of the table as CSV with a heading; what was not measured is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction='ignore', lineterminator='\n')
@@ -46,17 +61,21 @@ def to_csv(table: Iterable[dict[str, Any]], columns: Sequence[str] = COLUMNS) ->
     return text.getvalue()
 
 
-def read(workdirs: Iterable[Path]) -> list[dict[str, Any]]:
+def read(workdirs: Iterable[Path], make: Callable[[dict[str, Any]], Iterable[Row]] = rows) -> list[Row]:
     """Returns the rows of all finished runs.
+
+    Args:
+        workdirs: Of the runs.
+        make: `rows` or `detection_rows`.
 
     Raises:
         UserError: A directory holds no results.json, or a damaged one.
     """
-    table: list[dict[str, Any]] = []
+    table: list[Row] = []
     for workdir in workdirs:
         path = workdir / 'results.json'
         try:
-            table += rows(json.loads(path.read_text()))
+            table += make(json.loads(path.read_text()))
         except OSError:
             raise UserError(f'{path} cannot be read: the run has not finished, or {workdir} is not a run.') from None
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -3,8 +3,8 @@
     python -m aft_jax.sweep --config=configs/tables/fashion_mnist.py --workdir=runs/table [--shard=0/2]
 
     --config     a file of configs/tables/, or one of your own like them
-    --workdir    every run gets WORKDIR/runs/NAME; table.csv, table.md, infected.csv, table.png and index.html, a page
-                 that shows them, stand in WORKDIR
+    --workdir    every run gets WORKDIR/runs/NAME; table.csv, table.md, infected.csv, detection.csv (where a defense
+                 looks for poisoned images), table.png and index.html, a page that shows the table, stand in WORKDIR
     --shard      i/n: only every n-th experiment from the i-th, so that n machines that share the folder share the work
     --config.FIELD    such as --config.select=sig,wanet --config.seeds="(0,)" --config.defenses=ft,aft
 
@@ -133,7 +133,7 @@ def is_finished(directory: Path, experiment) -> bool:
 
 
 def gather(root: Path, experiments: list) -> None:
-    """Writes table.csv, table.md and infected.csv of all finished runs; what is drawn too, where that can be done."""
+    """Writes the tables of all finished runs; what is drawn too, where that can be done."""
     from aft_jax import collect, grid, summary, workdir
     from aft_jax.report import bars, pictures, table_page
 
@@ -146,6 +146,9 @@ def gather(root: Path, experiments: list) -> None:
     workdir.write_text(root / 'table.csv', collect.to_csv(rows))
     infected = (row for row in rows if row['defense'] == 'none')
     workdir.write_text(root / 'infected.csv', collect.to_csv(infected, collect.INFECTED_COLUMNS))
+    detections = collect.read(finished, collect.detection_rows)
+    if detections:
+        workdir.write_text(root / 'detection.csv', collect.to_csv(detections, collect.DETECTION_COLUMNS))
     workdir.write_text(root / 'table.md', summary.to_markdown(groups))
     if pictures.available():
         bars.write_bars(root / 'table.png', groups)

@@ -143,6 +143,17 @@ def test_a_grid_is_interrupted_and_resumed(table, tmp_path):
     assert sweep_here(arguments) == 0
     assert [path.stat().st_mtime_ns for path in sorted(root.glob('runs/*/results.json'))] == written
 
+    # A defense that looked for the poisoned images has a table of its finds.
+    assert not (root / 'detection.csv').exists()
+    found = json.loads(kept)
+    found['purified']['pbe'] = found['purified']['ft'] | {'poisoned_shares': [0.1, 0.0], 'aucs': [0.5, 1.0]}
+    first.write_text(json.dumps(found))
+    assert sweep_here(arguments) == 0
+    assert [(row['attack'], row['round'], row['auc']) for row in read(root / 'detection.csv')] == [
+        ('badnets', '1', '0.5'),
+        ('badnets', '2', '1.0'),
+    ]
+
 
 def test_a_failure_stops_nothing_else(table, tmp_path, capsys):
     root = tmp_path / 'sweep'
