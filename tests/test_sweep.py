@@ -275,9 +275,9 @@ def test_cases_are_not_mixed():
 
 def test_every_table_of_ours_can_be_carried_out(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from configs.tables import cifar10, fashion_mnist
+    from configs.tables import cifar10, fashion_mnist, preact_resnet
 
-    for module in (cifar10, fashion_mnist):
+    for module, size in (cifar10, 3 * (2 * 5 + 1)), (fashion_mnist, 3 * (2 * 5 + 1)), (preact_resnet, 5 + 1):
         found = grid.expand(module.get_config())
-        assert len(found) == 3 * (2 * 5 + 1) == len({e.name for e in found})
+        assert len(found) == size == len({e.name for e in found})
         assert json.dumps(found[0].config.to_dict())

@@ -12,12 +12,8 @@ python=${PYTHON:-python}
 workdirs=()
 for attack in badnets blend sig wanet input_aware; do
   workdirs+=("$runs/$attack")
-  "$python" -m aft_jax.main --config="configs/cifar10.py:$attack" --workdir="$runs/$attack" \
-    --config.dataset=fashion_mnist --config.data.pad=2 --config.data.rgb \
-    --config.model.width=16 --config.model.mean='(0.2189,)' --config.model.std='(0.3318,)' --config.dtype=float32 \
-    --config.train.epochs=1 --config.train.learning_rate=0.05 --config.augment.crop=0 \
-    --config.attack.poisoning=per_batch --config.attack.input_aware.mask_epochs=0.25 \
-    --config.run.evaluate_every=0.5 --config.stages="('infect',)" "$@"
+  "$python" -m aft_jax.main --config="configs/preact_resnet.py:$attack" --workdir="$runs/$attack" \
+    --config.stages="('infect',)" "$@"
 done
 "$python" - "${workdirs[@]}" <<'PYTHON' | tee "$runs/progress.csv"
 import json, sys, pathlib
