@@ -7,8 +7,10 @@ from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import NO_INDICES, Poisoned, left_behind
 from aft_jax.config import resolve
 from aft_jax.defenses import Holdings, aft, pbe
+from aft_jax.errors import UserError
 from aft_jax.evaluation import detection
 from aft_jax.experiment import defender_config
+from aft_jax.validation import validate
 
 
 def test_consistency_is_the_cosine_of_the_logits():
@@ -115,3 +117,21 @@ def test_an_attacker_of_the_training_leaves_a_poisoned_set_behind(config, datase
     fixed = whole._replace(indices=np.array([3], np.int32))
     assert left_behind(attack, images, labels, fixed, resolve(config)) is fixed
     assert left_behind(None, images, labels, whole, resolve(config)) is whole
+
+
+@pytest.mark.parametrize(
+    'field, value, match',
+    [
+        ('first_share', 0.0, 'pbe.first_share and pbe.keep are shares above 0'),
+        ('keep', (0.2, 1.5), 'one is 1.5'),
+        ('first_epochs', 0, 'pbe.first_epochs=0 must be positive'),
+        ('first_learning_rate', -0.1, 'pbe.first_learning_rate=-0.1 must be positive'),
+        ('adversarial_epochs', 9.0, 'pbe.adversarial_epochs=9.0 is more than pbe.epochs=4'),
+        ('distillation', 0.0, 'pbe.cutmix=1.0 leaves clean images without labels'),
+        ('universal', 'linf,wrap', "Did you mean 'warp'"),
+    ],
+)
+def test_a_wrong_recipe(config, field, value, match):
+    config.pbe[field] = value
+    with pytest.raises(UserError, match=match):
+        validate(config)
