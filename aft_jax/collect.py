@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ DETECTION_COLUMNS = (
     *('dataset', 'model', 'attack', 'label_mode', 'defense', 'seed'),
     *('round', 'poisoned_share', 'auc'),
 )
+# Where a row has them, one value a round.
+DETECTIONS = ('poisoned_shares', 'aucs')
 
 
 def rows(results: dict[str, Any]) -> Iterable[Row]:
     """Yields the rows of one results.json, the infected or suspect model first, with the fields of all tables."""
-    fields = (*COLUMNS, *INFECTED_COLUMNS)
+    fields = (*COLUMNS, *INFECTED_COLUMNS, *DETECTIONS)
     shared = {name: results[name] for name in fields if name in results}
     # A model that was there already stands in the place of the infected one, its trigger unknown.
     first = results.get('suspect', results['infected'])
@@ -42,13 +44,12 @@ def rows(results: dict[str, Any]) -> Iterable[Row]:
         yield shared | {'defense': defense} | {name: scores[name] for name in fields if name in scores}
 
 
-def detection_rows(results: dict[str, Any]) -> Iterable[Row]:
-    """Yields a row for each round of each defense of one results.json that looks for the poisoned images."""
-    shared = {name: results[name] for name in DETECTION_COLUMNS if name in results}
-    for defense, scores in results['purified'].items():
-        rounds = zip(scores.get('poisoned_shares', ()), scores.get('aucs', ()), strict=True)
+def detection_rows(table: Iterable[Row]) -> Iterable[Row]:
+    """Yields a row for each round of each row whose defense looked for the poisoned images."""
+    for row in table:
+        rounds = zip(*(row.get(name, ()) for name in DETECTIONS), strict=True)
         for number, (share, auc) in enumerate(rounds, 1):
-            yield shared | {'defense': defense, 'round': number, 'poisoned_share': share, 'auc': auc}
+            yield row | {'round': number, 'poisoned_share': share, 'auc': auc}
 
 
 def to_csv(table: Iterable[Row], columns: Sequence[str] = COLUMNS) -> str:
@@ -61,12 +62,8 @@ def to_csv(table: Iterable[Row], columns: Sequence[str] = COLUMNS) -> str:
     return text.getvalue()
 
 
-def read(workdirs: Iterable[Path], make: Callable[[dict[str, Any]], Iterable[Row]] = rows) -> list[Row]:
+def read(workdirs: Iterable[Path]) -> list[Row]:
     """Returns the rows of all finished runs.
-
-    Args:
-        workdirs: Of the runs.
-        make: `rows` or `detection_rows`.
 
     Raises:
         UserError: A directory holds no results.json, or a damaged one.
@@ -75,7 +72,7 @@ def read(workdirs: Iterable[Path], make: Callable[[dict[str, Any]], Iterable[Row
     for workdir in workdirs:
         path = workdir / 'results.json'
         try:
-            table += make(json.loads(path.read_text()))
+            table += rows(json.loads(path.read_text()))
         except OSError:
             raise UserError(f'{path} cannot be read: the run has not finished, or {workdir} is not a run.') from None
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -146,7 +146,7 @@ def gather(root: Path, experiments: list) -> None:
     workdir.write_text(root / 'table.csv', collect.to_csv(rows))
     infected = (row for row in rows if row['defense'] == 'none')
     workdir.write_text(root / 'infected.csv', collect.to_csv(infected, collect.INFECTED_COLUMNS))
-    detections = collect.read(finished, collect.detection_rows)
+    detections = list(collect.detection_rows(rows))
     if detections:
         workdir.write_text(root / 'detection.csv', collect.to_csv(detections, collect.DETECTION_COLUMNS))
     workdir.write_text(root / 'table.md', summary.to_markdown(groups))

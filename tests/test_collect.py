@@ -56,7 +56,7 @@ def test_one_row_a_round_of_a_defense_that_looks_for_poison(tmp_path):
     pbe = {'acc': 0.9, 'poisoned_shares': [0.1, 0.02], 'aucs': [0.7, None]}
     results = RESULTS | {'purified': RESULTS['purified'] | {'pbe': pbe}}
     (tmp_path / 'results.json').write_text(json.dumps(results))
-    found = collect.to_csv(collect.read([tmp_path], collect.detection_rows), collect.DETECTION_COLUMNS)
+    found = collect.to_csv(collect.detection_rows(collect.read([tmp_path])), collect.DETECTION_COLUMNS)
     assert found.splitlines() == [
         'dataset,model,attack,label_mode,defense,seed,round,poisoned_share,auc',
         'mnist5k,mnist_cnn,blend,all2one,pbe,3,1,0.1,0.7',

@@ -14,6 +14,8 @@ def validate_defenses(config: ml_collections.ConfigDict) -> None:
     """Checks the recipe of every defense, whether it is asked for or not."""
     for name in AFT_SECTIONS:
         one_of(f'{name}.preset', config[name].preset, tuple(AFT_PRESETS))
+    # The preset fills what the config leaves open, so that checks see what will be used.
+    config = resolve(config)
     for name in AFT_SECTIONS:
         _validate_aft(config, name)
     positive(config, 'ft.epochs')
@@ -30,8 +32,6 @@ def validate_defenses(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_aft(config: ml_collections.ConfigDict, name: str) -> None:
-    # The preset fills what the config leaves open, so that checks see what will be used.
-    config = resolve(config)
     aft = config[name]
     one_of(f'{name}.norm', aft['norm'], NORMS)
     for field in ('universal', 'per_image'):
