@@ -285,3 +285,24 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if resolved.model.factory:
         resolved.model.name = resolved.model.factory
     return resolved
+
+
+def table_config(
+    experiments: dict[str, ml_collections.ConfigDict],
+    label_modes: str = 'all2one,all2all',
+    seeds: tuple[int, ...] = (0, 1, 2),
+    stages: tuple[str, ...] = ('infect', 'purify', 'report'),
+    defenses: str = 'ft,aft',
+    select: str = '',
+) -> ml_collections.ConfigDict:
+    """Returns the config of a table; without `select` all experiments are in it."""
+    return ml_collections.ConfigDict(
+        {
+            'experiments': experiments,
+            'select': select or ','.join(experiments),
+            'label_modes': label_modes,
+            'seeds': seeds,
+            'stages': stages,
+            'defenses': defenses,
+        }
+    )

@@ -1,5 +1,7 @@
 """Errors that carry a sentence for the user."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -24,3 +26,16 @@ def user_path(text: str, field: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise UserError(f'{field}={text} names the home of a user who does not exist.') from error
+
+
+def suggestion(value: str, allowed: Iterable[str]) -> str:
+    """Returns ' Did you mean ...?' for the nearest allowed value, or '' when none is near."""
+    near = difflib.get_close_matches(value, list(allowed), n=1)
+    return f' Did you mean {near[0]!r}?' if near else ''
+
+
+def check_choice(flag: str, value: str, allowed: Iterable[str]) -> None:
+    """Raises the user's mistake where a flag names what does not exist."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise UserError(f'{flag}={value} does not exist; choose from {", ".join(allowed)}.{suggestion(value, allowed)}')

@@ -23,10 +23,10 @@ import traceback
 from absl import flags
 from ml_collections import config_flags
 
-from aft_jax.allocator import keep_freed_memory
-from aft_jax.command_line import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, complain, parse
+from aft_jax.cli import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR, complain, parse
 from aft_jax.config import default_config
 from aft_jax.errors import UserError, user_path
+from aft_jax.runtime.allocator import keep_freed_memory
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/; any field can be overridden.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where results and checkpoints go; the same one resumes.')
@@ -49,21 +49,21 @@ def main(arguments: list[str]) -> int:
         return complain(error)
     keep_freed_memory()
     # After the flags, so that a wrong one is told at once.
-    from aft_jax import distributed
+    from aft_jax.runtime import processes
 
     joined = False
     try:
         if _DISTRIBUTED.value:
-            distributed.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+            processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
             joined = True
         elif _COORDINATOR.value or _NUM_PROCESSES.value is not None or _PROCESS_ID.value is not None:
             raise UserError('--coordinator, --num_processes and --process_id need --distributed.')
         return run()
     except UserError as error:
-        if distributed.speaks(error):
+        if processes.speaks(error):
             complain(error)
         if joined and not error.shared:
-            distributed.leave(EXIT_USER_ERROR)
+            processes.leave(EXIT_USER_ERROR)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print('aft_jax: interrupted; the same command goes on from the last checkpoint.', file=sys.stderr)
@@ -72,16 +72,16 @@ def main(arguments: list[str]) -> int:
         if not joined:
             raise
         traceback.print_exc()
-        distributed.leave(1)
+        processes.leave(1)
 
 
 def run() -> int:
     """Runs the experiment of the flags; returns the exit status."""
     import jax
 
-    from aft_jax import results
     from aft_jax.experiment import run_experiment
-    from aft_jax.training.preemption import Preempted
+    from aft_jax.results import terminal
+    from aft_jax.runtime.preemption import Preempted
 
     workdir = user_path(str(_WORKDIR.value), '--workdir')
     speaks = jax.process_index() == 0
@@ -92,7 +92,7 @@ def run() -> int:
             print('aft_jax: told to stop; all is saved, and the same command goes on.', file=sys.stderr)
         return EXIT_PREEMPTED
     if speaks:
-        print(results.table(outcome))
+        print(terminal.table(outcome))
         print(f'\nResults, pictures and checkpoints are in {workdir}')
     return 0
 

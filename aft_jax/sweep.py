@@ -24,9 +24,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from aft_jax.allocator import keep_freed_memory
-from aft_jax.command_line import EXIT_FAILURES, EXIT_INTERRUPTED, EXIT_PREEMPTED, complain, parse
+from aft_jax.cli import EXIT_FAILURES, EXIT_INTERRUPTED, EXIT_PREEMPTED, complain, parse
 from aft_jax.errors import UserError, user_path
+from aft_jax.runtime.allocator import keep_freed_memory
 
 FLAGS = flags.FlagValues()
 config_flags.DEFINE_config_file('config', None, 'A file of configs/tables/.', flag_values=FLAGS)
@@ -44,8 +44,8 @@ def main(arguments: list[str]) -> int:
     try:
         parse(arguments, FLAGS)
         keep_freed_memory()
-        from aft_jax import grid
-        from aft_jax.training.preemption import Preempted
+        from aft_jax.pipeline import grid
+        from aft_jax.runtime.preemption import Preempted
     except UserError as error:
         return complain(error)
     try:
@@ -78,9 +78,10 @@ def run(root: Path, experiments: list, mine: list) -> dict[str, str]:
     """
     import jax
 
-    from aft_jax import grid, results
     from aft_jax.experiment import run_experiment
-    from aft_jax.training.preemption import Preempted
+    from aft_jax.pipeline import grid
+    from aft_jax.results import terminal
+    from aft_jax.runtime.preemption import Preempted
 
     failures = {}
     for number, experiment in enumerate(mine, 1):
@@ -90,7 +91,7 @@ def run(root: Path, experiments: list, mine: list) -> dict[str, str]:
             continue
         print(f'[{number}/{len(mine)}] {experiment.name}', flush=True)
         try:
-            print(results.table(run_experiment(experiment.config, directory)), flush=True)
+            print(terminal.table(run_experiment(experiment.config, directory)), flush=True)
             (directory / 'error.txt').unlink(missing_ok=True)
         except Preempted:
             raise
@@ -110,9 +111,9 @@ def run(root: Path, experiments: list, mine: list) -> dict[str, str]:
 
 def measured(directory: Path, experiment) -> set[str] | None:
     """Returns the defenses that a run of this very experiment has measured, or None where there is no such run."""
-    from aft_jax import workdir
     from aft_jax.config import resolve
     from aft_jax.defenses import DEFENSES
+    from aft_jax.results import workdir
 
     try:
         found = json.loads((directory / 'results.json').read_text())['purified']
@@ -134,25 +135,27 @@ def is_finished(directory: Path, experiment) -> bool:
 
 def gather(root: Path, experiments: list) -> None:
     """Writes the tables of all finished runs; what is drawn too, where that can be done."""
-    from aft_jax import collect, grid, summary, workdir
-    from aft_jax.report import bars, pictures, table_page
+    from aft_jax import files
+    from aft_jax.pipeline import grid
+    from aft_jax.report import requirements, score_bars, table_page
+    from aft_jax.results import aggregate, table_rows
 
     directories = [(grid.directory_of(root, experiment), experiment) for experiment in experiments]
     finished = [directory for directory, experiment in directories if measured(directory, experiment) is not None]
     if not finished:
         return
-    rows = collect.read(finished)
-    groups = summary.summarise(rows)
-    workdir.write_text(root / 'table.csv', collect.to_csv(rows))
+    rows = table_rows.read(finished)
+    groups = aggregate.summarise(rows)
+    files.write_text(root / 'table.csv', table_rows.to_csv(rows))
     infected = (row for row in rows if row['defense'] == 'none')
-    workdir.write_text(root / 'infected.csv', collect.to_csv(infected, collect.INFECTED_COLUMNS))
-    detections = list(collect.detection_rows(rows))
+    files.write_text(root / 'infected.csv', table_rows.to_csv(infected, table_rows.INFECTED_COLUMNS))
+    detections = list(table_rows.detection_rows(rows))
     if detections:
-        workdir.write_text(root / 'detection.csv', collect.to_csv(detections, collect.DETECTION_COLUMNS))
-    workdir.write_text(root / 'table.md', summary.to_markdown(groups))
-    if pictures.available():
-        bars.write_bars(root / 'table.png', groups)
-    if not pictures.missing('matplotlib', 'jinja2'):
+        files.write_text(root / 'detection.csv', table_rows.to_csv(detections, table_rows.DETECTION_COLUMNS))
+    files.write_text(root / 'table.md', aggregate.to_markdown(groups))
+    if requirements.available():
+        score_bars.write_bars(root / 'table.png', groups)
+    if not requirements.missing('matplotlib', 'jinja2'):
         table_page.write_table_page(root / 'index.html', groups)
 
 

@@ -32,9 +32,9 @@ from typing import Any
 
 import jax
 
-from aft_jax.allocator import keep_freed_memory
-from aft_jax.command_line import Parser, complain
+from aft_jax.cli import Parser, complain
 from aft_jax.errors import UserError, user_path
+from aft_jax.runtime.allocator import keep_freed_memory
 from benchmarks import agreement, flops, task
 from benchmarks.ours import Ours
 from benchmarks.record import Ceiling, Row, append, table

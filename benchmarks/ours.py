@@ -11,16 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from aft_jax.adversarial import perturb
-from aft_jax.attacks.infection import Learner, plain
+from aft_jax.adversarial.pgd import perturb
+from aft_jax.attacks.training import Learner, plain
 from aft_jax.defenses.aft import recipe_of
 from aft_jax.defenses.aft_step import aft_step
 from aft_jax.models import logits_function
-from aft_jax.models.cpu_options import compiler_options, slow_in_loops, steps_per_call
+from aft_jax.models.cpu_compilation import compiler_options, slow_in_loops, steps_per_call
 from aft_jax.randomness import key_for
+from aft_jax.runtime import sharding as placement
 from aft_jax.training import loop, state
-from aft_jax.training import mesh as placement
-from aft_jax.training.feed import Feed
+from aft_jax.training.data_feed import Feed
 from aft_jax.training.optimiser import sgd
 from benchmarks.task import TRAININGS, Task, first_batch
 from benchmarks.timing import Work

@@ -24,14 +24,14 @@ import ml_collections
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from aft_jax.adversarial import perturb
-from aft_jax.attacks.infection import Learner, plain
+from aft_jax.adversarial.pgd import perturb
+from aft_jax.attacks.training import Learner, plain
 from aft_jax.config import default_config, resolve
 from aft_jax.defenses.aft import recipe_of
 from aft_jax.defenses.aft_step import Recipe, aft_step
 from aft_jax.models import build, logits_function
+from aft_jax.runtime.sharding import along, make_mesh, replicated
 from aft_jax.training import loop, state
-from aft_jax.training.mesh import along, make_mesh, replicated
 from aft_jax.training.optimiser import sgd
 from aft_jax.training.state import Step
 

@@ -7,7 +7,7 @@ import csv
 import sys
 from pathlib import Path
 
-from aft_jax.command_line import complain
+from aft_jax.cli import complain
 from aft_jax.errors import UserError, user_path
 from benchmarks.record import COLUMNS
 

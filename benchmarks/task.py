@@ -13,10 +13,10 @@ import ml_collections
 import numpy as np
 
 from aft_jax import models
-from aft_jax.adversarial import PGD
+from aft_jax.adversarial.pgd import PGD
 from aft_jax.config import default_config, resolve
 from aft_jax.data import npz, transform
-from aft_jax.data.batches import Order, count_steps
+from aft_jax.data.order import Order, count_steps
 from aft_jax.defenses.aft import recipe_of
 from aft_jax.errors import UserError
 from aft_jax.interchange import with_usual_names

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from aft_jax import attacks, data
-from aft_jax.analysis import finished
 from aft_jax.attacks.attack import triggered
-from aft_jax.report.gallery import write_gallery
-from aft_jax.training.mesh import make_mesh
+from aft_jax.pipeline import saved_run
+from aft_jax.report.trigger_gallery import write_gallery
+from aft_jax.runtime.sharding import make_mesh
 from configs import fashion_mnist
 
 ATTACKS = ('badnets', 'blend', 'sig', 'wanet')
@@ -28,7 +28,7 @@ def main(runs: list[str]) -> None:
         for name in ATTACKS
     }
     for run in runs:
-        read = finished.load(Path(run), make_mesh(), finished.Datasets())
+        read = saved_run.load(Path(run), make_mesh(), saved_run.Datasets())
         found[read.config.attack.name] = read.infected.attack
     shown = {name: (images, triggered(attack, images)) for name, attack in found.items() if attack is not None}
     write_gallery(Path(__file__).parent / 'triggers.png', shown)

@@ -12,10 +12,10 @@ import pytest
 
 from aft_jax.config import default_config
 from aft_jax.data.dataset import Dataset
+from aft_jax.runtime.preemption import Watch
+from aft_jax.runtime.sharding import make_mesh
 from aft_jax.training.loop import Run
-from aft_jax.training.mesh import make_mesh
 from aft_jax.training.metrics import MetricWriter
-from aft_jax.training.preemption import Watch
 
 # Before any backend starts. The environment variable is for the processes that tests start.
 os.environ['JAX_PLATFORMS'] = 'cpu'

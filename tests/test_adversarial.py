@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from aft_jax import adversarial
-from aft_jax.adversarial import PGD, direction, project, random_in_ball
+from aft_jax.adversarial import pgd
+from aft_jax.adversarial.pgd import PGD, direction, project, random_in_ball
 
-perturb = jax.jit(adversarial.perturb, static_argnames=('logits', 'pgd'))
+perturb = jax.jit(pgd.perturb, static_argnames=('logits', 'pgd'))
 KEY = jax.random.key(3)
 SHAPE = (6, 3, 4, 2)
 
@@ -201,7 +201,7 @@ def test_the_loop_of_accelerators_equals_the_unrolled_one(monkeypatch):
     images, labels = random_images(), np.arange(6, dtype=np.int32) % 3
     pgd = PGD(eps=0.2, step_size=0.04, steps=4, random_start=True, restarts=2)
     unrolled = perturb(bumpy, images, labels, KEY, pgd)
-    monkeypatch.setattr(adversarial.jax, 'default_backend', lambda: 'gpu')
-    looped = jax.jit(partial(adversarial.perturb, bumpy, pgd=pgd)).trace(images, labels, KEY)
+    monkeypatch.setattr(pgd.jax, 'default_backend', lambda: 'gpu')
+    looped = jax.jit(partial(pgd.perturb, bumpy, pgd=pgd)).trace(images, labels, KEY)
     assert 'scan[' in str(looped.jaxpr) or 'while[' in str(looped.jaxpr)
     np.testing.assert_allclose(looped.lower().compile()(images, labels, KEY), unrolled, atol=1e-5)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from aft_jax import allocator
+from aft_jax.runtime import allocator
 
 # Page faults of the second of two blocks of 64 MiB, of which the first was freed.
 FAULTS = """

@@ -12,19 +12,22 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from aft_jax import relapse
 from aft_jax.analysis import __main__ as command
-from aft_jax.analysis import bootstrap, finished, relapse, table
+from aft_jax.analysis import observation_table
 from aft_jax.analysis.connection import Shown, connection, evaluate
 from aft_jax.analysis.infection_score import Scorer, count_moves, share_moved, shared_changes, suspect
 from aft_jax.analysis.measures import correlations, jaccard, neuron_overlap, target_share
 from aft_jax.analysis.probe import Probe
-from aft_jax.command_line import EXIT_USER_ERROR
+from aft_jax.cli import EXIT_USER_ERROR
 from aft_jax.config import default_config
 from aft_jax.errors import UserError
+from aft_jax.evaluation import bootstrap
+from aft_jax.evaluation.roc import auc
 from aft_jax.experiment import run_experiment
-from aft_jax.prediction import Batched
-from aft_jax.roc import auc
-from aft_jax.training.mesh import make_mesh
+from aft_jax.pipeline import saved_run
+from aft_jax.runtime.sharding import make_mesh
+from aft_jax.training.prediction import Batched
 
 CLASSES, SIDE = 4, 12
 ROWS = SIDE // CLASSES
@@ -318,7 +321,7 @@ def runs(tmp_path_factory):
 
 
 def test_the_command_on_finished_runs(runs, capsys, monkeypatch):
-    monkeypatch.setattr(table, 'Probe', partial(Probe, steps=1))  # the fewer, the less to compile
+    monkeypatch.setattr(observation_table, 'Probe', partial(Probe, steps=1))  # the fewer, the less to compile
     before = sorted((path, path.stat().st_mtime_ns) for path in runs.glob('blend/**/*') if path.is_file())
     out = runs / 'table.csv'
     flags = ['--norms=linf', '--eps=16', '--images=16', f'--out={out}', '--benign', str(runs / 'none')]
@@ -365,7 +368,7 @@ def test_the_relapse_of_finished_runs(runs):
 
 def test_training_that_has_not_ended_is_never_taken_up(tmp_path):
     with pytest.raises(UserError, match='infect of .* has not finished .*step 7'):
-        finished.NothingToWrite(tmp_path).rewind('infect', 7)
+        saved_run.NothingToWrite(tmp_path).rewind('infect', 7)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aft_jax.models.batch_norm import BatchNorm, normalised_by_batch
+from aft_jax.ops.batch_norm import BatchNorm, normalised_by_batch
 
 
 @pytest.fixture

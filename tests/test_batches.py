@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from aft_jax.data.batches import Order, count_steps
+from aft_jax.data.order import Order, count_steps
 
 
 def stream(order, steps):

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from aft_jax import collect
 from aft_jax.errors import UserError
+from aft_jax.results import table_rows
 
 RESULTS = {
     'schema': 1,
@@ -27,7 +27,7 @@ def test_one_row_a_run_and_defense(tmp_path, capsys):
     for name in ('a', 'b'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'results.json').write_text(json.dumps(RESULTS | {'attack': name}))
-    assert collect.main([str(tmp_path / 'a'), str(tmp_path / 'b')]) == 0
+    assert table_rows.main([str(tmp_path / 'a'), str(tmp_path / 'b')]) == 0
     table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [(row['attack'], row['defense']) for row in table] == [
         ('a', 'none'),
@@ -56,7 +56,7 @@ def test_one_row_a_round_of_a_defense_that_looks_for_poison(tmp_path):
     pbe = {'acc': 0.9, 'poisoned_shares': [0.1, 0.02], 'aucs': [0.7, None]}
     results = RESULTS | {'purified': RESULTS['purified'] | {'pbe': pbe}}
     (tmp_path / 'results.json').write_text(json.dumps(results))
-    found = collect.to_csv(collect.detection_rows(collect.read([tmp_path])), collect.DETECTION_COLUMNS)
+    found = table_rows.to_csv(table_rows.detection_rows(table_rows.read([tmp_path])), table_rows.DETECTION_COLUMNS)
     assert found.splitlines() == [
         'dataset,model,attack,label_mode,defense,seed,round,poisoned_share,auc',
         'mnist5k,mnist_cnn,blend,all2one,pbe,3,1,0.1,0.7',
@@ -69,4 +69,4 @@ def test_a_run_without_results(tmp_path, content):
     if content is not None:
         (tmp_path / 'results.json').write_text(content)
     with pytest.raises(UserError, match='not finished' if content is None else 'damaged'):
-        collect.read([tmp_path])
+        table_rows.read([tmp_path])

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aft_jax.models import convolution
-from aft_jax.models.convolution import cpu_gradients, nearest_divisor, plain_gradients
+from aft_jax.ops import convolution
+from aft_jax.ops.convolution import cpu_gradients, nearest_divisor, plain_gradients
 
 # (batch, height, width, channels in, channels out, kernel, stride, padding)
 CASES = {

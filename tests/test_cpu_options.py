@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from aft_jax.models import MnistCNN, PreActResNet, cpu_options
-from aft_jax.models.cpu_options import compiler_options, slow_in_loops, steps_per_call
+from aft_jax.models import MnistCNN, PreActResNet, cpu_compilation
+from aft_jax.models.cpu_compilation import compiler_options, slow_in_loops, steps_per_call
 
 CNN, RESNET = MnistCNN(10), PreActResNet(10)
 
@@ -14,9 +14,9 @@ CNN, RESNET = MnistCNN(10), PreActResNet(10)
 def one_device(monkeypatch):
     """The suite has four."""
     monkeypatch.setattr(jax, 'device_count', lambda: 1)
-    cpu_options._known.cache_clear()
+    cpu_compilation._known.cache_clear()
     yield
-    cpu_options._known.cache_clear()
+    cpu_compilation._known.cache_clear()
 
 
 @pytest.mark.parametrize('module, products', [(CNN, True), (RESNET, False)])
@@ -45,7 +45,7 @@ def test_several_devices_have_the_defaults(monkeypatch):
 
 
 def test_a_version_that_does_not_know_the_option_has_the_defaults(monkeypatch):
-    monkeypatch.setattr(cpu_options, 'OPTION', 'xla_of_another_time')
+    monkeypatch.setattr(cpu_compilation, 'OPTION', 'xla_of_another_time')
     assert compiler_options(CNN) is None
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import scipy.special
 
-from aft_jax.adversarial import PGD
-from aft_jax.changes import Change, Family
+from aft_jax.adversarial.perturbations import Change, Family
+from aft_jax.adversarial.pgd import PGD
 from aft_jax.config import default_config, resolve
 from aft_jax.data.augment import cut_mix
 from aft_jax.defenses import DEFENSES, Holdings, aft, aft_step, defender

@@ -15,7 +15,7 @@ import pytest
 from checkpoint_files import final_arrays
 from command import ROOT, start
 
-from aft_jax.command_line import EXIT_PREEMPTED, EXIT_USER_ERROR
+from aft_jax.cli import EXIT_PREEMPTED, EXIT_USER_ERROR
 
 LONGEST = 240
 NO_PICTURES = "--config.stages=('infect', 'purify')"

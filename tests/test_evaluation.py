@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from aft_jax.evaluation import Scores, defense_effectiveness, score
-from aft_jax.prediction import Predictor
-from aft_jax.training.mesh import make_mesh
+from aft_jax.evaluation.scores import Scores, defense_effectiveness, score
+from aft_jax.runtime.sharding import make_mesh
+from aft_jax.training.prediction import Predictor
 
 LABELS = np.array([0, 0, 1, 1, 1, 2, 2, 2], np.int32)
 CLEAN = np.array([0, 1, 1, 1, 2, 2, 2, 2], np.int32)  # right, wrong, right, right, wrong, right, right, right

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from command import ROOT, run_here
 
-from aft_jax import exhibition
+from aft_jax.analysis import observe
+from aft_jax.report import experiment_report
 
 NO_REPORT = '--config.stages=("infect","purify")'
 
@@ -14,8 +15,8 @@ NO_REPORT = '--config.stages=("infect","purify")'
 @pytest.fixture(autouse=True)
 def few_exhibits(monkeypatch):
     """Adversarial examples of 12 images and two sizes are enough to see that they are shown."""
-    monkeypatch.setattr(exhibition, 'IMAGES', 16)
-    monkeypatch.setattr(exhibition, 'SWEPT_EPS', (4 / 255, exhibition.EPS))
+    monkeypatch.setattr(experiment_report, 'IMAGES', 16)
+    monkeypatch.setattr(experiment_report, 'SWEPT_EPS', (4 / 255, observe.EPS))
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aft_jax.data.batches import Order
+from aft_jax.data.order import Order
 from aft_jax.errors import UserError
-from aft_jax.training import feed, state
+from aft_jax.runtime.preemption import Preempted, Watch
+from aft_jax.runtime.sharding import make_mesh
+from aft_jax.training import data_feed, state
 from aft_jax.training.loop import Phase, fit
-from aft_jax.training.mesh import make_mesh
 from aft_jax.training.optimiser import sgd
-from aft_jax.training.preemption import Preempted, Watch
 
 STEPS = 11
 
@@ -58,7 +58,7 @@ def test_host_placement_equals_device_placement(train, make_run, assert_trees_cl
 def test_a_host_feed_hands_over_the_shares_of_the_devices(dataset):
     arrays = {'images': dataset.train_images, 'labels': dataset.train_labels}
     order = Order(0, 'x', len(dataset.train_labels), 8)
-    fed = feed.Feed(make_mesh(), arrays, [order], 'host')
+    fed = data_feed.Feed(make_mesh(), arrays, [order], 'host')
     assert fed.data is None
     with fed.calls([(0, 2), (2, 3)]) as calls:
         first, second = calls
@@ -74,14 +74,14 @@ def test_an_error_while_gathering_ahead_is_raised():
             raise OSError('the disk is gone')
         return span
 
-    with feed.ahead(make, [(i, i + 1) for i in range(9)]) as made:
+    with data_feed.ahead(make, [(i, i + 1) for i in range(9)]) as made:
         assert [next(made), next(made)] == [(0, 1), (1, 2)]
         with pytest.raises(OSError, match='disk'):
             next(made)
 
 
 def test_gathering_ahead_ends_when_nobody_takes_it():
-    with feed.ahead(lambda span: span, [(i, i + 1) for i in range(1000)]) as made:
+    with data_feed.ahead(lambda span: span, [(i, i + 1) for i in range(1000)]) as made:
         assert next(made) == (0, 1)  # leaving joins the thread, or this test hangs
 
 

@@ -9,15 +9,15 @@ import aft_jax
 
 ROOT = Path(aft_jax.__file__).parent
 # What lies below everything: modules that import nothing of the house but each other.
-GROUND = {'aft_jax', 'aft_jax.errors', 'aft_jax.randomness', 'aft_jax.sampling'}
+GROUND = {'aft_jax', 'aft_jax.errors', 'aft_jax.randomness', 'aft_jax.ops.resampling'}
 # Each part, and what it may reach beside itself.
 BELOW = {
-    'aft_jax.adversarial': set(),
+    'aft_jax.adversarial.pgd': set(),
     'aft_jax.models': set(),
     'aft_jax.data': set(),
     'aft_jax.errors': set(),
     'aft_jax.randomness': set(),
-    'aft_jax.sampling': set(),
+    'aft_jax.ops.resampling': set(),
 }
 ONLY_IMPORTER = {
     'orbax': 'aft_jax.training.checkpoint',
@@ -104,14 +104,25 @@ def test_defenses_never_reach_attacks(graph):
 
 def test_defenses_never_reach_the_judge(graph):
     """The scores know the trigger's success: a defense that saw them would have an oracle."""
-    judges = ('aft_jax.evaluation', 'aft_jax.judge', 'aft_jax.experiment', 'aft_jax.results')
+    judges = (
+        'aft_jax.evaluation.scores',
+        'aft_jax.evaluation.evaluator',
+        'aft_jax.experiment',
+        'aft_jax.results.record',
+    )
     assert path_between(graph, 'aft_jax.defenses', lambda module: module in judges) is None
 
 
 def test_the_infection_score_has_no_oracle(graph):
     start = 'aft_jax.analysis.infection_score'
     assert start in graph
-    above = ('aft_jax.attacks', 'aft_jax.evaluation', 'aft_jax.judge', 'aft_jax.experiment', 'aft_jax.results')
+    above = (
+        'aft_jax.attacks',
+        'aft_jax.evaluation.scores',
+        'aft_jax.evaluation.evaluator',
+        'aft_jax.experiment',
+        'aft_jax.results.record',
+    )
     assert path_between(graph, start, lambda module: any(inside(module, part) for part in above)) is None
 
 

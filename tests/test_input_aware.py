@@ -13,9 +13,9 @@ from aft_jax.attacks import input_aware
 from aft_jax.attacks.input_aware_networks import SMALL_WIDTHS, WIDTHS, max_pool, networks_for
 from aft_jax.attacks.poison import poison
 from aft_jax.errors import UserError
+from aft_jax.runtime.sharding import along, make_mesh, replicated
 from aft_jax.training import state
 from aft_jax.training.loop import Phase, fit
-from aft_jax.training.mesh import along, make_mesh, replicated
 from aft_jax.training.steps import cross_entropy
 
 GENERATOR = np.random.default_rng(0)

@@ -12,10 +12,10 @@ import pytest
 import scipy.special
 
 from aft_jax.defenses import DEFENSES, Holdings, defender, mcr
-from aft_jax.defenses.statistics import Statistics
+from aft_jax.defenses.batch_norm_statistics import Statistics
 from aft_jax.errors import UserError
+from aft_jax.runtime.sharding import make_mesh
 from aft_jax.training import state
-from aft_jax.training.mesh import make_mesh
 from aft_jax.training.optimiser import sgd
 from aft_jax.validation import validate
 

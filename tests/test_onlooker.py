@@ -9,7 +9,7 @@ import pytest
 
 from aft_jax import experiment
 from aft_jax.errors import UserError
-from aft_jax.evaluation import score
+from aft_jax.evaluation.scores import score
 from aft_jax.training import loop, state
 from aft_jax.training.loop import Onlooker, Phase, fit
 from aft_jax.training.optimiser import sgd

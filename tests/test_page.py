@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from page_reader import BROWSER, Reader, look
 
-from aft_jax import attacks, exhibition, summary
-from aft_jax.analysis.bootstrap import NOTHING, Estimate
+from aft_jax import attacks
+from aft_jax.analysis import observe as observe_module
+from aft_jax.analysis.observation import Observation, Seen
 from aft_jax.attacks.poison import NO_INDICES, Poisoned, write_manifest
-from aft_jax.judge import Judge
-from aft_jax.report import curves, page, panels, table_page, verdict
-from aft_jax.report.observation import Observation, Seen
-from aft_jax.victim import Infected, Victim
+from aft_jax.evaluation.bootstrap import NOTHING, Estimate
+from aft_jax.pipeline.scenario import Infected, Victim
+from aft_jax.pipeline.stages import evaluator_for
+from aft_jax.report import observation_figures, page, purification_curves, table_page, verdict
+from aft_jax.results import aggregate
 
 NAMES = ('zero', '<one> & $two$', 'three')
 
@@ -141,9 +143,11 @@ def test_the_curves_are_those_of_the_models_of_the_table(whole, tmp_path):
     assert 'ft: 99.0 % at first, 98.0 % after 5 epochs. aft: 99.0 % at first, 1.0 % after 5 epochs.' in asr
     lines = whole[0] / 'metrics.jsonl'
     # What was watched is not the model of the table, or its trigger is not known.
-    assert not curves.read(lines, {'ft': scores(0.9, 0.5), 'mcr': scores(0.94, 0.01)})
-    unknown = curves.read(lines, {'aft': scores(0.94, None)})
-    assert [panel.name for panel in curves.draw(tmp_path, unknown, scores(0.95, None))] == ['purification_acc']
+    assert not purification_curves.read(lines, {'ft': scores(0.9, 0.5), 'mcr': scores(0.94, 0.01)})
+    unknown = purification_curves.read(lines, {'aft': scores(0.94, None)})
+    assert [panel.name for panel in purification_curves.draw(tmp_path, unknown, scores(0.95, None))] == [
+        'purification_acc'
+    ]
 
 
 def test_the_numbers_are_there(whole):
@@ -227,20 +231,20 @@ def test_the_other_defenses_are_told_beside_it():
 def test_landings_are_counted(tmp_path):
     labels = np.array([1, 1, 2, 2, 1, 2, 1, 1])
     said = {'infected': np.array([0, 0, 0, 1, 1, 2, 1, 1]), 'aft': labels}
-    panel = panels.landing(tmp_path, said, labels, np.zeros(3, int), NAMES)
+    panel = observation_figures.landing(tmp_path, said, labels, np.zeros(3, int), NAMES)
     assert panel.alt.replace('\u00a0', ' ') == (
         'Bars, a row a class. infected: 50.0 % leave their class, most of them to zero (75.0 % of these); '
         '75.0 % of these go where the trigger commands. aft: none leaves its class.'
     )
     many = tuple(f'class {k}' for k in range(40))
-    panel = panels.landing(tmp_path, {'infected': np.arange(40)[::-1] // 3}, np.full(40, 39), None, many)
-    assert panel.svg.count('class ') == panels.MOST_CLASSES and '>others<' in panel.svg
+    panel = observation_figures.landing(tmp_path, {'infected': np.arange(40)[::-1] // 3}, np.full(40, 39), None, many)
+    assert panel.svg.count('class ') == observation_figures.MOST_CLASSES and '>others<' in panel.svg
 
 
 def test_the_components_are_those_of_the_singular_values(tmp_path):
     generator = np.random.default_rng(0)
     channels = {kind: generator.normal(size=(20, 4)).astype(np.float32) for kind in ('clean', 'adversarial')}
-    panel = panels.features(tmp_path, 'aft', Seen({}, channels))
+    panel = observation_figures.features(tmp_path, 'aft', Seen({}, channels))
     stacked = np.concatenate(list(channels.values())).astype(np.float64)
     centred = stacked - stacked.mean(axis=0)
     _, singular, axes = np.linalg.svd(centred, full_matrices=False)
@@ -249,7 +253,7 @@ def test_the_components_are_those_of_the_singular_values(tmp_path):
     assert f'{100 * share:.1f}\u00a0% of the variance' in panel.alt
     assert f'is {np.linalg.norm(moved):.2f} from that of the clean ones.' in panel.alt
     channels['clean'][0, 0] = np.nan
-    assert panels.features(tmp_path, 'aft', Seen({}, channels)) is None
+    assert observation_figures.features(tmp_path, 'aft', Seen({}, channels)) is None
 
 
 class Linear(nn.Module):
@@ -276,7 +280,9 @@ def observe(module, dataset, config, make_run, attack_name, outcome):
     nobody = Poisoned(dataset.train_images, dataset.train_labels, NO_INDICES, NO_INDICES)
     victim = Victim(dataset, attack, nobody, np.arange(8, dtype=np.int32), module)
     run = make_run()
-    found = exhibition.observe(run, victim, Infected(infected, attack, 1.0), {'aft': aft}, Judge(victim, run), outcome)
+    found = observe_module.observe(
+        run, victim, Infected(infected, attack, 1.0), {'aft': aft}, evaluator_for(run, victim), outcome
+    )
     return found, infected['params']['Dense_0']
 
 
@@ -323,7 +329,7 @@ def test_in_a_browser(whole, tmp_path):
         for defense in ('none', 'a_defense_with_a_long_name', 'aft')
         for seed in (0, 1)
     ]
-    table_page.write_table_page(tmp_path / 'table.html', summary.summarise(rows))
+    table_page.write_table_page(tmp_path / 'table.html', aggregate.summarise(rows))
     question = """Object.entries(pages).map(([name, page]) => {
         const root = page.document.documentElement, resources = page.performance.getEntriesByType("resource")
         const shown = () => [...page.document.querySelectorAll(".case h3, .nothing")]

@@ -8,8 +8,8 @@ from aft_jax.attacks.poison import NO_INDICES, Poisoned, left_behind
 from aft_jax.config import resolve
 from aft_jax.defenses import Holdings, aft, pbe
 from aft_jax.errors import UserError
-from aft_jax.evaluation import detection
-from aft_jax.experiment import defender_config
+from aft_jax.evaluation.scores import detection
+from aft_jax.pipeline.stages import defender_config
 from aft_jax.validation import validate
 
 

@@ -14,10 +14,10 @@ from aft_jax import models
 from aft_jax.config import resolve
 from aft_jax.defenses import DEFENSES, Holdings, anp, defender, fp
 from aft_jax.errors import UserError
-from aft_jax.experiment import defender_config
+from aft_jax.models.channel_pruning import blind_logits, reader, readings, without
 from aft_jax.models.mnist_cnn import MnistCNN
 from aft_jax.models.preact_resnet import PreActResNet
-from aft_jax.models.reader import blind_logits, reader, readings, without
+from aft_jax.pipeline.stages import defender_config
 from aft_jax.training.optimiser import sgd
 from aft_jax.validation import validate
 

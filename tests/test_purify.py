@@ -12,9 +12,11 @@ from command import ROOT, run_here, start
 from PIL import Image
 from test_bad_input import assert_one_sentence
 
-from aft_jax import collect, interchange, models, results, suspect, validation
+from aft_jax import interchange, models, validation
 from aft_jax.config import resolve
 from aft_jax.errors import UserError
+from aft_jax.pipeline import given_model
+from aft_jax.results import table_rows, terminal
 from configs import purify
 
 torch = pytest.importorskip('torch')
@@ -149,10 +151,10 @@ def test_a_model_of_torch_is_scanned_purified_and_given_back(infected, done):
     assert given['asr'] is None and aft['asr'] is None and aft['ra'] is None and aft['der'] is None
     assert not (out / 'poison.npz').exists()
 
-    table = results.table(outcome)
+    table = terminal.table(outcome)
     assert table in (folder / 'log').read_text()
     assert 'ASR %' not in table and 'RA %' not in table and 'cannot be known without the trigger' in table
-    rows = {row['defense']: row for row in collect.read([out])}
+    rows = {row['defense']: row for row in table_rows.read([out])}
     assert rows['none']['acc'] == given['acc'] and rows['aft']['acc'] == aft['acc']
 
     card = json.loads((out / 'export' / 'aft.json').read_text())
@@ -182,7 +184,7 @@ def test_a_clearly_worse_normalisation_is_a_warning():
     import flax.linen as nn
 
     from aft_jax.data.dataset import Dataset
-    from aft_jax.training.mesh import make_mesh
+    from aft_jax.runtime.sharding import make_mesh
 
     class Brightness(nn.Module):
         mean: float
@@ -197,17 +199,17 @@ def test_a_clearly_worse_normalisation_is_a_warning():
     dataset = Dataset('mine', images[:100], labels[:100], images[100:], labels[100:], ('dark', 'bright'))
     config = purify.get_config()
     config.init_from = 'mine.pt'
-    found = suspect.Suspect({'params': {}, 'batch_stats': {}}, imported=object())
+    found = given_model.Suspect({'params': {}, 'batch_stats': {}}, imported=object())
     config.model.mean = (0.3,)
-    told = suspect.look_over(found, Brightness(0.3), resolve(config), dataset, make_mesh()).warning
+    told = given_model.look_over(found, Brightness(0.3), resolve(config), dataset, make_mesh()).warning
     assert re.search(r'gets 80.0 % of 200 clean .* 100.0 %: --config.model.mean="\(0.5,\)"', told)
     config.model.mean = (0.5,)
-    assert suspect.look_over(found, Brightness(0.5), resolve(config), dataset, make_mesh()).warning == ''
+    assert given_model.look_over(found, Brightness(0.5), resolve(config), dataset, make_mesh()).warning == ''
 
 
 @pytest.mark.parametrize(('classes', 'expected'), [(2, 0.6), (10, 0.2), (100, 0.02)])
 def test_near_chance(classes, expected):
-    assert math.isclose(suspect.near_chance(classes), expected)
+    assert math.isclose(given_model.near_chance(classes), expected)
 
 
 class Evil:
@@ -318,7 +320,7 @@ def test_the_walk_through_makes_a_module_of_ones_own(clean, tmp_path, capsys, mo
     assert_one_sentence(*run_here(asked, capsys), 'near chance; check model.mean')
     assert_one_sentence(*run_here([*asked, '--config.defenses=nad'], capsys), "'nad' looks into feature maps")
 
-    monkeypatch.setattr(suspect, 'near_chance', lambda classes: 0.0)  # a fresh network will do
+    monkeypatch.setattr(given_model, 'near_chance', lambda classes: 0.0)  # a fresh network will do
     status, text = run_here([*asked, *SHORT], capsys)
     assert status == 0, text
     exported = load_file(tmp_path / 'out' / 'export' / 'ft.safetensors')
@@ -360,7 +362,7 @@ def test_a_finished_run_is_scanned_and_exported(clean, tmp_path, capsys):
     outcome = json.loads((out / 'results.json').read_text())
     ended = json.loads((run / 'results.json').read_text())
     assert outcome['suspect']['acc'] == ended['infected']['acc'] and 'scan' not in outcome['suspect']
-    assert 'score' not in results.table(outcome).split('What cannot')[0]
+    assert 'score' not in terminal.table(outcome).split('What cannot')[0]
     exported = interchange.load(out / 'export' / 'suspect.safetensors')
     assert exported.architecture.name == 'mnist_cnn' and exported.architecture.flat_side == 2
     names = sorted(path.name for path in (out / 'export').iterdir())

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from aft_jax.analysis import relapse
+from aft_jax import relapse
+from aft_jax.analysis import retuning
 from aft_jax.attacks.attack import Attack
 
 
@@ -12,7 +13,7 @@ def test_few_triggered_images_of_each_class_over_and_over(dataset, target_map):
     target_map = np.array(target_map, np.int32)
     attack = Attack('stamp', target_map, {}, lambda arrays, images: images * 0 + 1.0, None)
     clean, poisoned = np.arange(0, 30), np.arange(30, 50)
-    arrays = relapse.retuning_set(attack, dataset, clean, poisoned, per_class=2, seed=0)
+    arrays = retuning.retuning_set(attack, dataset, clean, poisoned, per_class=2, seed=0)
     np.testing.assert_array_equal(arrays['images'][:30], dataset.train_images[:30])
     np.testing.assert_array_equal(arrays['labels'][:30], dataset.train_labels[:30])
     assert (arrays['images'][30:] == 255).all() and arrays['labels'].dtype == np.int32
@@ -21,7 +22,7 @@ def test_few_triggered_images_of_each_class_over_and_over(dataset, target_map):
 
     # With a trigger that leaves the image to be seen: which ones, and how often.
     visible = attack._replace(trigger=lambda arrays, images: images)
-    shown = relapse.retuning_set(visible, dataset, clean, poisoned, per_class=2, seed=0)['images'][30:]
+    shown = retuning.retuning_set(visible, dataset, clean, poisoned, per_class=2, seed=0)['images'][30:]
     places = [int(np.flatnonzero((dataset.train_images == image).all((1, 2, 3)))[0]) for image in shown]
     assert min(places) >= 50
     true = dataset.train_labels[sorted(set(places))]

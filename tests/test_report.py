@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from aft_jax import exhibition
+from aft_jax.analysis.observation import Observation
 from aft_jax.errors import UserError
-from aft_jax.report import gallery, pictures
-from aft_jax.report.observation import Observation
+from aft_jax.report import before_after, experiment_report, requirements, trigger_gallery
 from aft_jax.training import metrics
 from aft_jax.training.metrics import Progress
 
@@ -31,7 +30,7 @@ def test_the_picture_is_drawn(tmp_path, channels, attacked):
     attack = 'sig' if attacked else 'none'
     outcome = {'dataset': 'tiny', 'attack': attack, 'label_mode': 'all2one', 'infected': scores(0.9, 1.0)}
     outcome['purified'] = {'aft': scores(0.8, 0.1)}
-    pictures.write_before_after(
+    before_after.write_before_after(
         tmp_path / 'report' / 'picture.png',
         rows,
         labels,
@@ -46,26 +45,28 @@ def test_the_picture_is_drawn(tmp_path, channels, attacked):
 
 def test_one_image_a_class_that_the_trigger_would_change():
     labels = np.array([0, 0, 2, 1, 2, 1])
-    np.testing.assert_array_equal(pictures.choose(labels, np.zeros(3, int), 8), [3, 2])
-    np.testing.assert_array_equal(pictures.choose(labels, None, 2), [0, 3])
+    np.testing.assert_array_equal(before_after.choose(labels, np.zeros(3, int), 8), [3, 2])
+    np.testing.assert_array_equal(before_after.choose(labels, None, 2), [0, 3])
 
 
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(UserError, match=r'aft_jax\[report\]'):
-        pictures.check_available()
+        requirements.check_available()
 
 
 def test_the_difference_is_magnified_about_grey():
     clean = np.array([[[100], [0]], [[10], [255]]], np.uint8)
     triggered = np.array([[[110], [0]], [[0], [0]]], np.uint8)
-    np.testing.assert_array_equal(gallery.magnified_difference(clean, triggered)[..., 0], [[178, 128], [78, 0]])
+    np.testing.assert_array_equal(trigger_gallery.magnified_difference(clean, triggered)[..., 0], [[178, 128], [78, 0]])
 
 
 def test_the_gallery_shows_every_attack(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 9, 9, 1), np.uint8)
     for attacks in (('sig',), ('sig', 'blend', 'badnets')):
-        gallery.write_gallery(tmp_path / f'{len(attacks)}.png', {name: (images, 255 - images) for name in attacks})
+        trigger_gallery.write_gallery(
+            tmp_path / f'{len(attacks)}.png', {name: (images, 255 - images) for name in attacks}
+        )
     with Image.open(tmp_path / '1.png') as one, Image.open(tmp_path / '3.png') as three:
         assert three.width == one.width and three.height > 2 * one.height
 
@@ -83,11 +84,11 @@ def events(directory):
 def test_the_pictures_are_in_tensorboard(tmp_path, make_run):
     run, before = make_run(), set(sys.modules)
     images = np.random.default_rng(0).integers(0, 256, (3, 9, 9, 1), np.uint8)
-    gallery.write_gallery(tmp_path / 'triggers.png', {'sig': (images, 255 - images)})
+    trigger_gallery.write_gallery(tmp_path / 'triggers.png', {'sig': (images, 255 - images)})
     kinds = {'clean': images, 'adversarial': 255 - images}
     labels = np.array([0, 1, 2], np.int32)
     seen = Observation(labels, None, 0.1, kinds, {}, {}, (), {}, None)
-    exhibition.show_in_tensorboard(run, tmp_path, seen)
+    experiment_report.show_in_tensorboard(run, tmp_path, seen)
     run.writer.close()
     assert 'tensorflow' not in set(sys.modules) - before
     found = {}
@@ -95,7 +96,7 @@ def test_the_pictures_are_in_tensorboard(tmp_path, make_run):
         for value in event.summary.value:
             found[value.tag] = np.asarray(Image.open(io.BytesIO(value.image.encoded_image_string)))
     assert found.keys() == {'triggers', 'clean_adversarial'}
-    np.testing.assert_array_equal(found['triggers'], gallery.read(tmp_path / 'triggers.png'))
+    np.testing.assert_array_equal(found['triggers'], trigger_gallery.read(tmp_path / 'triggers.png'))
     # Two rows of three images, each pixel 8 x 8, with white between them.
     mosaic = found['clean_adversarial'][..., 0]
     assert mosaic.shape == (2 * 72 + 4, 3 * 72 + 2 * 4)

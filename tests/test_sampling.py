@@ -3,7 +3,7 @@
 import numpy as np
 import scipy.ndimage
 
-from aft_jax.sampling import sample_bilinear
+from aft_jax.ops.resampling import sample_bilinear
 
 GENERATOR = np.random.default_rng(0)
 IMAGES = GENERATOR.random((3, 5, 7, 2)).astype(np.float32)

@@ -3,10 +3,10 @@
 import jax
 import pytest
 
-from aft_jax import adversarial
+from aft_jax.adversarial import pgd
 from aft_jax.config import resolve
 from aft_jax.models import build
-from aft_jax.training.mesh import make_mesh
+from aft_jax.runtime.sharding import make_mesh
 from benchmarks import scaling
 
 BATCH = 16
@@ -60,7 +60,7 @@ def test_training_sends_gradients_and_batch_statistics_and_nothing_else(mesh, no
 
 @pytest.mark.parametrize('backend', ['cpu', 'tpu'])
 def test_pgd_sends_nothing(mesh, config, tiny_net, monkeypatch, backend):
-    monkeypatch.setattr(adversarial.jax, 'default_backend', lambda: backend)  # a loop everywhere but on a CPU
+    monkeypatch.setattr(pgd.jax, 'default_backend', lambda: backend)  # a loop everywhere but on a CPU
     on = scaling.describe(resolve(config), tiny_net, (8, 8, 1))
     programs = scaling.attack(mesh, on, BATCH)
     copies = on.config.aft.pgd_steps if backend == 'cpu' else 1

@@ -18,10 +18,12 @@ from command import ROOT
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from page_reader import Reader
 
-from aft_jax import command_line, grid, summary, sweep
+from aft_jax import cli, config, sweep
 from aft_jax.config import default_config
 from aft_jax.errors import UserError
-from aft_jax.training.preemption import Preempted
+from aft_jax.pipeline import grid
+from aft_jax.results import aggregate
+from aft_jax.runtime.preemption import Preempted
 
 TABLE = """
 from aft_jax.config import default_config
@@ -162,19 +164,19 @@ def test_a_failure_stops_nothing_else(table, tmp_path, capsys):
     # What another config has left there is none of this table.
     (root / 'runs/badnets-all2one-0/results.json').write_text('{"infected": {}, "purified": {"ft": {}}}')
     arguments = [f'--config={table}', f'--workdir={root}', '--config.seeds=(0,)']
-    assert sweep_here(arguments) == command_line.EXIT_FAILURES
+    assert sweep_here(arguments) == cli.EXIT_FAILURES
     assert 'badnets-all2one-0 failed: --workdir=' in capsys.readouterr().err
     assert [row['attack'] for row in read(root / 'table.csv')] == ['blend', 'blend']
 
     with mock.patch('aft_jax.experiment.run_experiment', side_effect=RuntimeError('out of luck')):
         arguments[1] = f'--workdir={tmp_path / "other"}'
-        assert sweep_here(arguments) == command_line.EXIT_FAILURES
+        assert sweep_here(arguments) == cli.EXIT_FAILURES
     assert 'RuntimeError: out of luck' in (tmp_path / 'other/runs/blend-all2one-0/error.txt').read_text()
 
 
 def test_the_sign_to_stop_stops_the_whole_sweep(table, tmp_path, capsys):
     with mock.patch('aft_jax.experiment.run_experiment', side_effect=Preempted) as run:
-        assert sweep_here([f'--config={table}', f'--workdir={tmp_path / "sweep"}']) == command_line.EXIT_PREEMPTED
+        assert sweep_here([f'--config={table}', f'--workdir={tmp_path / "sweep"}']) == cli.EXIT_PREEMPTED
     assert run.call_count == 1 and 'told to stop' in capsys.readouterr().err
 
 
@@ -187,7 +189,7 @@ def experiments(*names: str) -> dict:
 
 
 def test_what_a_table_stands_for():
-    table = grid.table_config(experiments('sig', 'none'), seeds=(3, 4), defenses='ft')
+    table = config.table_config(experiments('sig', 'none'), seeds=(3, 4), defenses='ft')
     found = grid.expand(table)
     assert [e.name for e in found] == [
         *('sig-all2one-3', 'sig-all2all-3', 'none-3'),
@@ -228,7 +230,7 @@ def test_a_wrong_shard(shard):
     ],
 )
 def test_a_wrong_table(field, value, match):
-    table = grid.table_config(experiments('sig'))
+    table = config.table_config(experiments('sig'))
     table[field] = value
     with pytest.raises(UserError, match=match):
         grid.expand(table)
@@ -245,7 +247,7 @@ def test_a_wrong_table(field, value, match):
 )
 def test_a_mistake_gets_a_sentence(arguments, said, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert sweep_here(arguments) == command_line.EXIT_USER_ERROR
+    assert sweep_here(arguments) == cli.EXIT_USER_ERROR
     error = capsys.readouterr().err
     assert said in error and error.count('\n') == 1
 
@@ -257,7 +259,7 @@ def row(defense: str, seed: int, **scores) -> dict:
 
 def test_mean_and_deviation_are_numpys():
     accuracies = [0.91, 0.92, 0.96]
-    groups = summary.summarise([row('ft', seed, acc=acc, asr=None) for seed, acc in enumerate(accuracies)])
+    groups = aggregate.summarise([row('ft', seed, acc=acc, asr=None) for seed, acc in enumerate(accuracies)])
     assert [group.seeds for group in groups] == [(0, 1, 2)]
     assert groups[0].scores.keys() == {'acc'}
     assert groups[0].scores['acc'].mean == pytest.approx(np.mean(accuracies))
@@ -266,10 +268,10 @@ def test_mean_and_deviation_are_numpys():
 
 def test_cases_are_not_mixed():
     rows = [row('ft', 0, acc=0.5), row('aft', 0, acc=0.6), row('ft', 0, acc=0.7) | {'clean_share': 0.01}]
-    groups = summary.summarise(rows)
+    groups = aggregate.summarise(rows)
     assert [group.scores['acc'].mean for group in groups] == [0.5, 0.6, 0.7]
     assert all(group.scores['acc'].deviation is None for group in groups)
-    text = summary.to_markdown(groups)
+    text = aggregate.to_markdown(groups)
     assert '| sig | all2one | ft | 0.01 | 1 | 70.00 |' in text and 'clean_share' in text.splitlines()[0]
 
 

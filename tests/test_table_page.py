@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from page_reader import Reader
 
-from aft_jax import collect, summary
-from aft_jax.command_line import EXIT_USER_ERROR
+from aft_jax.cli import EXIT_USER_ERROR
 from aft_jax.report import table_page
+from aft_jax.results import aggregate, table_rows
 
 DEFENSES = ('none', 'ft', 'pbe', 'aft')
 CASES = (('none', 'all2one'), ('blend', 'all2one'), ('blend', 'all2all'), ('<sig>', 'all2one'))
@@ -40,7 +40,7 @@ def rows():
 @pytest.fixture(scope='module')
 def text(rows, tmp_path_factory):
     directory = tmp_path_factory.mktemp('table')
-    (directory / 'table.csv').write_text(collect.to_csv(rows))
+    (directory / 'table.csv').write_text(table_rows.to_csv(rows))
     assert table_page.main([str(directory / 'table.csv'), '--out', str(directory / 'page.html')]) == 0
     return (directory / 'page.html').read_text()
 
@@ -122,8 +122,8 @@ def test_those_that_read_the_same_share_the_mark():
 
 
 def test_a_table_is_read_as_it_was_written(rows, tmp_path):
-    (tmp_path / 'table.csv').write_text(collect.to_csv(rows))
-    assert summary.read(tmp_path / 'table.csv') == [{name: row[name] for name in collect.COLUMNS} for row in rows]
+    (tmp_path / 'table.csv').write_text(table_rows.to_csv(rows))
+    assert aggregate.read(tmp_path / 'table.csv') == [{name: row[name] for name in table_rows.COLUMNS} for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_table_is_read_as_it_was_written(rows, tmp_path):
     ],
 )
 def test_a_table_that_is_none(rows, tmp_path, capsys, old, new, said):
-    good = collect.to_csv(rows)
+    good = table_rows.to_csv(rows)
     content = good.replace(old, new, 1) if old else new
     assert content != good
     (tmp_path / 'table.csv').write_bytes(content.encode('latin-1'))
@@ -151,7 +151,7 @@ def test_a_table_that_is_none(rows, tmp_path, capsys, old, new, said):
 
 
 def test_mistakes_on_the_command_line(tmp_path, capsys, monkeypatch):
-    (tmp_path / 'empty.csv').write_text(','.join(collect.COLUMNS) + '\n')
+    (tmp_path / 'empty.csv').write_text(','.join(table_rows.COLUMNS) + '\n')
     for arguments, said in (
         (['table.csv'], '--out'),
         (['table.csv', '--out', 'x', '--dark'], '--dark'),

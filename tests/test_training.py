@@ -12,10 +12,10 @@ import pytest
 
 from aft_jax import models
 from aft_jax.errors import UserError
+from aft_jax.runtime.sharding import check_batch_size, make_mesh, place
 from aft_jax.training import loop, state
 from aft_jax.training.checkpoint import Checkpoints, checksum
 from aft_jax.training.loop import Phase, fit
-from aft_jax.training.mesh import check_batch_size, make_mesh, place
 from aft_jax.training.optimiser import sgd
 from aft_jax.training.steps import accuracy, classification_step, cross_entropy
 

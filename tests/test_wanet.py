@@ -10,7 +10,7 @@ from aft_jax.attacks import wanet
 from aft_jax.attacks.attack import crossed
 from aft_jax.attacks.poison import NO_INDICES, Poisoned, poison, poison_batch, write_manifest
 from aft_jax.errors import UserError
-from aft_jax.training.mesh import along, make_mesh, replicated
+from aft_jax.runtime.sharding import along, make_mesh, replicated
 
 GENERATOR = np.random.default_rng(0)
 SHAPES = [(28, 28, 1), (32, 32, 3), (64, 64, 3), (20, 30, 1)]

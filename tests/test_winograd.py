@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 
-from aft_jax.models import convolution, winograd
+from aft_jax.ops import convolution, winograd
 
 # (batch, height, width, channels in, channels out, padding)
 CASES = {

@@ -21,9 +21,9 @@ Exit status: 0 done, 2 something that you can put right.
 import argparse
 import sys
 
-from aft_jax.allocator import keep_freed_memory
-from aft_jax.command_line import Parser, check_choice, complain
-from aft_jax.errors import UserError, user_path
+from aft_jax.cli import Parser, complain
+from aft_jax.errors import UserError, check_choice, user_path
+from aft_jax.runtime.allocator import keep_freed_memory
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -32,8 +32,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     Raises:
         UserError: One is wrong or missing.
     """
-    from aft_jax.adversarial import NORMS
-    from aft_jax.analysis.finished import read_defenses
+    from aft_jax.adversarial.pgd import NORMS
+    from aft_jax.pipeline.saved_run import read_defenses
 
     parser = Parser(prog='aft_jax.analysis', add_help=False)
     parser.add_argument('--runs', nargs='+', required=True)
@@ -74,18 +74,19 @@ def main(arguments: list[str]) -> int:
     try:
         flags = parse(arguments)
         keep_freed_memory()
-        from aft_jax import collect, workdir
-        from aft_jax.analysis import table
+        from aft_jax import files
+        from aft_jax.analysis import observation_table
+        from aft_jax.results import table_rows
 
         rows: list[dict] = []
         asked = flags.norms, flags.eps, flags.images, flags.defenses
-        for row in table.measure(flags.runs, flags.benign, *asked):
+        for row in observation_table.measure(flags.runs, flags.benign, *asked):
             rows.append(row)
             # After every row, so that a long measurement shows what it has.
-            workdir.write_text(flags.out, collect.to_csv(rows, table.COLUMNS))
+            files.write_text(flags.out, table_rows.to_csv(rows, observation_table.COLUMNS))
     except UserError as error:
         return complain(error)
-    print(table.summary(rows))
+    print(observation_table.summary(rows))
     return 0
 
 

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aft_jax.adversarial import Norm
-from aft_jax.analysis import bootstrap
-from aft_jax.analysis.bootstrap import RESAMPLES, Estimate
+from aft_jax.adversarial.pgd import Norm
 from aft_jax.analysis.measures import Overlap, neuron_overlap, target_share
 from aft_jax.analysis.probe import Probe
+from aft_jax.evaluation import bootstrap
+from aft_jax.evaluation.bootstrap import RESAMPLES, Estimate
 
 
 class Shown(NamedTuple):

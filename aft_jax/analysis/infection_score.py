@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 
 from aft_jax.analysis.probe import Probe
 from aft_jax.models import logits_function
-from aft_jax.prediction import Batched
+from aft_jax.training.prediction import Batched
 
 # Of the changes that are averaged, as a root mean square over the image.
 EPS = 8 / 255

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aft_jax.analysis import bootstrap
-from aft_jax.analysis.bootstrap import Estimate
+from aft_jax.evaluation import bootstrap
+from aft_jax.evaluation.bootstrap import Estimate
 
 
 class Overlap(NamedTuple):

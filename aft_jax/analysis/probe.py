@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from aft_jax.adversarial import NORMS, PGD, Norm, perturb
+from aft_jax.adversarial.pgd import NORMS, PGD, Norm, perturb
 from aft_jax.models import logits_function
-from aft_jax.models.cpu_options import slow_in_loops
-from aft_jax.prediction import Batched, Predictor, pixels
+from aft_jax.models.cpu_compilation import slow_in_loops
+from aft_jax.training.prediction import Batched, Predictor, pixels
 
 STEPS = 10
 # Steps go this much further, together, than the radius.

@@ -8,9 +8,9 @@ training, because its trigger is trained along with the classifier; `poisoning` 
 import ml_collections
 import numpy as np
 
-from aft_jax.attacks import badnets, blend, infection, input_aware, sig, wanet
+from aft_jax.attacks import badnets, blend, input_aware, sig, training, wanet
 from aft_jax.attacks.attack import LABEL_MODES, Attack, target_map
-from aft_jax.attacks.infection import Infection, Learner
+from aft_jax.attacks.training import Infection, Learner
 from aft_jax.training.loop import Run
 
 __all__ = ['LABEL_MODES', 'NAMES', 'POISONINGS', 'Attack', 'Infection', 'Learner', 'begin', 'build', 'target_map']
@@ -62,4 +62,4 @@ def begin(
     """
     if attack is not None and attack.joint:
         return input_aware.begin(run, attack, arrays, learner, config)
-    return infection.plain(attack, learner, config)
+    return training.plain(attack, learner, config)

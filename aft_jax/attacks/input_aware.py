@@ -30,11 +30,11 @@ from flax import struct
 
 from aft_jax import models
 from aft_jax.attacks.attack import Attack
-from aft_jax.attacks.infection import Infection, Learner
 from aft_jax.attacks.input_aware_networks import EncoderDecoder, networks_for
 from aft_jax.attacks.poison import cross_count
+from aft_jax.attacks.training import Infection, Learner
 from aft_jax.data.augment import augment
-from aft_jax.data.batches import count_steps
+from aft_jax.data.order import count_steps
 from aft_jax.randomness import key_for
 from aft_jax.training import state
 from aft_jax.training.loop import Phase, Run, fit

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from aft_jax.models.layers import conv
-from aft_jax.sampling import upsample_bilinear
+from aft_jax.ops.resampling import upsample_bilinear
 
 SMALL_WIDTHS = (16, 32)
 WIDTHS = (32, 64, 128)

@@ -10,8 +10,8 @@ import numpy as np
 
 from aft_jax.attacks.attack import Attack, crossed, triggered
 from aft_jax.errors import UserError
+from aft_jax.files import flatten, write_npz
 from aft_jax.randomness import generator_for, key_for
-from aft_jax.workdir import flatten, write_npz
 
 
 class Poisoned(NamedTuple):

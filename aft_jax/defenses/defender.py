@@ -12,10 +12,10 @@ import optax
 from jax.sharding import Mesh
 
 from aft_jax.errors import UserError
-from aft_jax.prediction import Predictor
 from aft_jax.randomness import generator_for
 from aft_jax.training import optimiser, state
 from aft_jax.training.loop import Fitted, Run
+from aft_jax.training.prediction import Predictor
 
 
 class Holdings(NamedTuple):

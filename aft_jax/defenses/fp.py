@@ -29,11 +29,11 @@ import optax
 from flax import struct
 
 from aft_jax.data.augment import augment
-from aft_jax.data.batches import count_steps
+from aft_jax.data.order import count_steps
 from aft_jax.defenses.defender import Holdings, begin, choose, hold_out, strongest
-from aft_jax.models.reader import blind_logits, reader, readings, without
-from aft_jax.prediction import Batched
+from aft_jax.models.channel_pruning import blind_logits, reader, readings, without
 from aft_jax.training.loop import Fitted, Phase, Run, fit
+from aft_jax.training.prediction import Batched
 from aft_jax.training.state import Batch, Metrics, TrainState
 from aft_jax.training.steps import classification_step
 

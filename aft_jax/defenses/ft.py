@@ -10,7 +10,7 @@ from functools import partial
 import ml_collections
 
 from aft_jax.data.augment import augment
-from aft_jax.data.batches import count_steps
+from aft_jax.data.order import count_steps
 from aft_jax.defenses.defender import Holdings, begin, tune
 from aft_jax.training.loop import Fitted, Phase, Run, fit
 from aft_jax.training.steps import classification_step

@@ -28,13 +28,13 @@ import ml_collections
 import optax
 
 from aft_jax.data.augment import augment
-from aft_jax.data.batches import count_steps
+from aft_jax.data.order import count_steps
 from aft_jax.defenses import defender
+from aft_jax.defenses.batch_norm_statistics import Statistics
 from aft_jax.defenses.defender import Holdings
 from aft_jax.defenses.ft import fine_tune
-from aft_jax.defenses.statistics import Statistics
+from aft_jax.runtime.sharding import place
 from aft_jax.training.loop import Fitted, Phase, Run, fit
-from aft_jax.training.mesh import place
 from aft_jax.training.state import Batch, Metrics, TrainState
 from aft_jax.training.steps import accuracy, advance, apply_training, cross_entropy
 

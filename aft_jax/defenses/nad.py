@@ -26,7 +26,7 @@ import ml_collections
 import optax
 
 from aft_jax.data.augment import augment
-from aft_jax.data.batches import count_steps
+from aft_jax.data.order import count_steps
 from aft_jax.defenses.defender import Holdings, begin, tune
 from aft_jax.defenses.ft import fine_tune
 from aft_jax.training.loop import Fitted, Phase, Run, fit

@@ -36,9 +36,9 @@ import numpy as np
 from aft_jax.defenses import aft
 from aft_jax.defenses.defender import Holdings
 from aft_jax.models import logits_function
-from aft_jax.prediction import Batched
 from aft_jax.randomness import generator_for
 from aft_jax.training.loop import Fitted, Run
+from aft_jax.training.prediction import Batched
 
 
 class Erased(NamedTuple):

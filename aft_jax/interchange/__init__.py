@@ -17,9 +17,9 @@ import numpy as np
 
 from aft_jax.errors import UserError
 from aft_jax.interchange.architecture import Architecture, detect, match
-from aft_jax.interchange.convert import by_path, nested, to_flax, to_torch
-from aft_jax.interchange.files import BFLOAT16, StateFile, read, write
-from aft_jax.interchange.names import COUNTER, namings
+from aft_jax.interchange.convert import BFLOAT16, by_path, nested, to_flax, to_torch
+from aft_jax.interchange.state_file import StateFile, read, write
+from aft_jax.interchange.torch_names import COUNTER, namings
 
 DTYPES = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64))
 

@@ -15,7 +15,7 @@ from aft_jax import models
 from aft_jax.config import default_config
 from aft_jax.errors import UserError
 from aft_jax.interchange.convert import by_path, torch_shape
-from aft_jax.interchange.names import COUNTER, Naming, namings
+from aft_jax.interchange.torch_names import COUNTER, Naming, namings
 from aft_jax.models.vgg_bn import SMALLEST_SIDE
 
 # How many keys an error names of each kind.

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from aft_jax.errors import UserError
-from aft_jax.interchange.files import checksum
-from aft_jax.workdir import write_json, write_text
+from aft_jax.files import write_json, write_text
+from aft_jax.interchange.state_file import checksum
 
 TITLE = 'Model card'
 

@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
 def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

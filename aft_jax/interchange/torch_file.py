@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from aft_jax.errors import UserError
-from aft_jax.interchange.files import BFLOAT16
+from aft_jax.interchange.convert import BFLOAT16
 
 try:
     import torch

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from aft_jax.models import factory
+from aft_jax.models import custom
 from aft_jax.models.mnist_cnn import MnistCNN
 from aft_jax.models.preact_resnet import BLOCKS, PreActResNet
 from aft_jax.models.resnet import ResNet
@@ -35,7 +35,7 @@ def build(config: ml_collections.ConfigDict, num_classes: int) -> nn.Module:
     """
     options = config.model
     if options.factory:
-        return factory.make(options.factory, num_classes, tuple(options.mean), tuple(options.std))
+        return custom.make(options.factory, num_classes, tuple(options.mean), tuple(options.std))
     common = {
         'num_classes': num_classes,
         'mean': tuple(options.mean),

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from aft_jax.models.batch_norm import BatchNorm
-from aft_jax.models.convolution import convolve
+from aft_jax.ops.batch_norm import BatchNorm
+from aft_jax.ops.convolution import convolve
 
 
 def batch_norm(x: jax.Array, *, train: bool, dtype: Any, name: str | None = None) -> jax.Array:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from aft_jax.report import curves, facts, panels, template, verdict
-from aft_jax.report.gallery import MAGNIFICATION, magnified_difference
-from aft_jax.report.observation import ADVERSARIAL, CLEAN, TRIGGERED, Observation
-from aft_jax.report.pictures import choose
-from aft_jax.report.verdict import featured, first_model, percent
-from aft_jax.workdir import write_text
+from aft_jax.analysis.observation import ADVERSARIAL, CLEAN, TRIGGERED, Observation
+from aft_jax.files import write_text
+from aft_jax.report import observation_figures, purification_curves, run_facts, template, verdict
+from aft_jax.report.before_after import choose
+from aft_jax.report.trigger_gallery import MAGNIFICATION, magnified_difference
+from aft_jax.results.record import featured, first_model, percent
 
 EXAMPLES, TRIGGERS = 6, 3
 # Larger images are made smaller for the page, in pixels.
@@ -33,7 +33,7 @@ def write_page(
         observation: What the models make of test images; without one the page has its numbers alone.
         class_names: K names.
     """
-    watched = curves.read(directory.parent / 'metrics.jsonl', outcome['purified'])
+    watched = purification_curves.read(directory.parent / 'metrics.jsonl', outcome['purified'])
     content = {
         'outcome': outcome,
         'first': first_model(outcome),
@@ -43,12 +43,12 @@ def write_page(
         'columns': columns(outcome),
         'rows': {first_model(outcome): outcome['infected']} | outcome['purified'],
         'scanned': bool(outcome['infected'].get('scan')),
-        'purification': curves.draw(directory, watched, outcome['infected']),
+        'purification': purification_curves.draw(directory, watched, outcome['infected']),
         'connection': connection_rows(outcome),
         'marks': MARKS,
         'magnification': MAGNIFICATION,
-        'manifest': facts.manifest_rows(directory.parent / 'poison.npz', class_names),
-        'config': facts.config_rows(directory.parent / 'config.json'),
+        'manifest': run_facts.manifest_rows(directory.parent / 'poison.npz', class_names),
+        'config': run_facts.config_rows(directory.parent / 'config.json'),
     }
     content |= _seen(directory, observation, class_names)
     directory.mkdir(parents=True, exist_ok=True)
@@ -124,11 +124,17 @@ def _seen(directory: Path, observation: Observation | None, class_names: tuple[s
         'images': len(observation.labels),
         'triggers': _triggers(observation, chosen[:TRIGGERS], class_names) if TRIGGERED in observation.images else [],
         'examples': [_example(observation, int(i), shown, class_names) for i in chosen],
-        'landing': panels.landing(directory, adversarial, observation.labels, observation.target_map, class_names),
-        'activations': [panels.activations(directory, name, found) for name, found in inside.items()],
-        'features': [p for name, found in inside.items() if (p := panels.features(directory, name, found))],
+        'landing': observation_figures.landing(
+            directory, adversarial, observation.labels, observation.target_map, class_names
+        ),
+        'activations': [observation_figures.activations(directory, name, found) for name, found in inside.items()],
+        'features': [
+            p for name, found in inside.items() if (p := observation_figures.features(directory, name, found))
+        ],
         'target_share': (
-            panels.target_share(directory, observation.swept_eps, observation.swept) if observation.swept else None
+            observation_figures.target_share(directory, observation.swept_eps, observation.swept)
+            if observation.swept
+            else None
         ),
     }
 

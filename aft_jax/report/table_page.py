@@ -2,7 +2,7 @@
 
     python -m aft_jax.report.table_page docs/results/fashion_mnist/table.csv --out page.html
 
-    TABLE.csv   as a sweep or aft_jax.collect wrote it
+    TABLE.csv   as a sweep or aft_jax.results.table_rows wrote it
     --out       the page
 
 Needs Matplotlib and Jinja2: pip install 'aft_jax[report]'.
@@ -14,13 +14,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aft_jax import summary
-from aft_jax.command_line import Parser, complain
+from aft_jax.cli import Parser, complain
 from aft_jax.errors import UserError, user_path
-from aft_jax.report import bars, pictures, template
-from aft_jax.report.verdict import ERASED, featured, percent
-from aft_jax.summary import Group, Spread
-from aft_jax.workdir import write_text
+from aft_jax.files import write_text
+from aft_jax.report import requirements, score_bars, template
+from aft_jax.report.verdict import ERASED
+from aft_jax.results import aggregate
+from aft_jax.results.aggregate import Group, Spread
+from aft_jax.results.record import featured, percent
 
 COLUMNS = {'acc': 'ACC', 'asr': 'ASR', 'ra': 'RA', 'der': 'DER', 'seconds': 'seconds'}
 # Which end of a column is the better one; to take long is not judged.
@@ -201,7 +202,7 @@ def _shown(number: int, case: Case, attacks: list[str], modes: list[str], cases:
             for name, scores in rows.items()
         ],
         'columns': measured(rows.values()),
-        'panel': bars.case(f'case{number}', rows, first),
+        'panel': score_bars.case(f'case{number}', rows, first),
     }
 
 
@@ -225,9 +226,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument('--out', required=True)
     try:
         flags = parser.parse_args(arguments)
-        if missing := pictures.missing('matplotlib', 'jinja2'):
+        if missing := requirements.missing('matplotlib', 'jinja2'):
             raise UserError(f"the page needs {missing}, not installed here: pip install 'aft_jax[report]'.")
-        groups = summary.summarise(summary.read(user_path(flags.table, 'TABLE.csv')))
+        groups = aggregate.summarise(aggregate.read(user_path(flags.table, 'TABLE.csv')))
         out = user_path(flags.out, '--out')
         try:
             write_table_page(out, groups)

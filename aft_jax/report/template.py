@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from aft_jax.report.figure import Panel
-from aft_jax.report.verdict import percent
+from aft_jax.results.record import percent
 
 
 def render(name: str, content: dict[str, Any]) -> str:

@@ -1,23 +1,13 @@
 """The verdict on an experiment in one sentence, from what results.json holds."""
 
-from collections.abc import Iterable
 from typing import Any
+
+from aft_jax.results.record import featured, first_model, percent
 
 # An attack success rate up to this counts as erased; clean accuracy lost beyond the other is called a price.
 ERASED, PRICE = 0.05, 0.02
 # Below this success rate there was hardly a backdoor to erase.
 TOOK = 0.5
-
-
-def first_model(outcome: dict[str, Any]) -> str:
-    """Returns what to call the model that all starts from: infected, benign, or suspect (trigger unknown)."""
-    return {'none': 'benign', 'unknown': 'suspect'}.get(outcome['attack'], 'infected')
-
-
-def featured(defenses: Iterable[str]) -> str:
-    """Returns the defense that the verdict is about, chosen without a look at its scores: AFT, or the last one."""
-    names = list(defenses)
-    return 'aft' if 'aft' in names else names[-1]
 
 
 def sentence(outcome: dict[str, Any]) -> str:
@@ -62,11 +52,6 @@ def others(outcome: dict[str, Any]) -> str:
     shown = featured(rates)
     told = [f'{name.upper()} leaves {percent(rate)}' for name, rate in rates.items() if name != shown]
     return f'For comparison, {", ".join(told)} of triggered images obeying.'
-
-
-def percent(share: float | None) -> str:
-    """Returns '97.1 %' with a space that does not break, or a dash for what does not exist."""
-    return '–' if share is None else f'{100 * share:.1f}\u00a0%'
 
 
 def _alone(before: dict[str, Any], first: str) -> str:

@@ -13,14 +13,14 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from aft_jax.data.batches import Order
+from aft_jax.data.order import Order
 from aft_jax.errors import UserError
 from aft_jax.randomness import key_for
-from aft_jax.training import mesh as placement
+from aft_jax.runtime import sharding as placement
+from aft_jax.runtime.preemption import Preempted, Watch
 from aft_jax.training.checkpoint import Checkpoints
-from aft_jax.training.feed import Feed, read, shardings
+from aft_jax.training.data_feed import Feed, read, shardings
 from aft_jax.training.metrics import MetricWriter, Progress
-from aft_jax.training.preemption import Preempted, Watch
 from aft_jax.training.state import Step
 
 # Long enough to hide the cost of a call on an accelerator, short enough to log often.

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from aft_jax.workdir import write_text
+from aft_jax.files import write_text
 
 log = logging.getLogger(__name__)
 PLAIN_LINE_SECONDS = 10.0

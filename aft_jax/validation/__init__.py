@@ -8,7 +8,7 @@ from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
 from aft_jax.errors import UserError
 from aft_jax.models.resnet import STEMS
 from aft_jax.models.vgg_bn import SMALLEST_SIDE
-from aft_jax.training.feed import PLACEMENTS
+from aft_jax.training.data_feed import PLACEMENTS
 from aft_jax.training.optimiser import SCHEDULES
 from aft_jax.validation.attack import validate_attack
 from aft_jax.validation.checks import names, not_negative, one_of, positive, share, value

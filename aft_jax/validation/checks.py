@@ -5,8 +5,7 @@ from typing import Any
 
 import ml_collections
 
-from aft_jax.command_line import suggestion
-from aft_jax.errors import UserError
+from aft_jax.errors import UserError, suggestion
 
 # The largest budget that still makes sense for images in [0, 1].
 LARGEST_LINF = 1.0

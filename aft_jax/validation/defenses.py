@@ -2,8 +2,8 @@
 
 import ml_collections
 
-from aft_jax.adversarial import NORMS
-from aft_jax.changes import KINDS
+from aft_jax.adversarial.perturbations import KINDS
+from aft_jax.adversarial.pgd import NORMS
 from aft_jax.config import AFT_PRESETS, AFT_SECTIONS, resolve
 from aft_jax.errors import UserError
 from aft_jax.training.optimiser import SCHEDULES

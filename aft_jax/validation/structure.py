@@ -5,10 +5,9 @@ from typing import Any
 
 import ml_collections
 
-from aft_jax.command_line import suggestion
 from aft_jax.config import default_config
-from aft_jax.errors import UserError
-from aft_jax.workdir import flatten
+from aft_jax.errors import UserError, suggestion
+from aft_jax.files import flatten
 
 
 def validate_structure(config: ml_collections.ConfigDict) -> None:

@@ -5,7 +5,7 @@
 The experiments are those of configs/cifar10.py.
 """
 
-from aft_jax.grid import table_config
+from aft_jax.config import table_config
 from configs import cifar10
 
 

@@ -7,7 +7,7 @@ input-aware attack, and 130 to purify, of which PBE takes 45; --shard=0/2 and 1/
 those with which any recipe was looked for.
 """
 
-from aft_jax.grid import table_config
+from aft_jax.config import table_config
 from configs import fashion_mnist
 
 

@@ -6,7 +6,7 @@ The experiments are those of configs/preact_resnet.py. FT and AFT have half of t
 AFT takes a core ten minutes, and FT has one learning rate, the one that shakes a model most.
 """
 
-from aft_jax.grid import table_config
+from aft_jax.config import table_config
 from configs import preact_resnet
 
 

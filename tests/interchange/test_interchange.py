@@ -15,8 +15,9 @@ from aft_jax import interchange
 from aft_jax.errors import UserError
 from aft_jax.interchange.architecture import Architecture, check_data, check_model
 from aft_jax.interchange.card import write_card
-from aft_jax.interchange.files import BFLOAT16, checksum, read
-from aft_jax.interchange.names import namings
+from aft_jax.interchange.convert import BFLOAT16
+from aft_jax.interchange.state_file import checksum, read
+from aft_jax.interchange.torch_names import namings
 
 MNIST = Architecture('mnist_cnn', {'conv_bias': False}, 10, 1, 4)
 

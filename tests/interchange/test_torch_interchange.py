@@ -15,7 +15,7 @@ from torch_state import MNIST_SHAPES, assert_same_state, mnist_state
 
 from aft_jax import interchange
 from aft_jax.errors import UserError
-from aft_jax.interchange.files import read
+from aft_jax.interchange.state_file import read
 
 torch = pytest.importorskip('torch')
 from torch_models import CLASSES, MnistCNN, nchw, randomised  # noqa: E402

@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from aft_jax.attacks import input_aware, wanet
 from aft_jax.models import logits_function
-from aft_jax.sampling import sample_field, upsample_bicubic, upsample_bilinear
+from aft_jax.ops.resampling import sample_field, upsample_bicubic, upsample_bilinear
 
 TOLERANCE = 1e-5
 HAS_TORCH = importlib.util.find_spec('torch') is not None

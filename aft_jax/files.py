@@ -1,0 +1,49 @@
+"""Writes files that are whole or absent."""
+
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader finds the old content or the new one, never a part."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
+
+
+def write_text(path: Path, content: str) -> None:
+    """Writes text as `write_bytes` does."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON as `write_bytes` does."""
+    write_text(path, json.dumps(value, indent=2) + '\n')
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a compressed .npz as `write_bytes` does."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]  # names are not options
+    write_bytes(path, buffer.getvalue())
+
+
+def flatten(tree: dict, prefix: str = '') -> dict[str, Any]:
+    """Returns {'a.b': value} for {'a': {'b': value}}."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f'{prefix}{name}.') if isinstance(value, dict) else {f'{prefix}{name}': value}
+    return flat
