@@ -1,12 +1,13 @@
 """The defaults of every config field, in one place. A config file starts from these and changes what it needs."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_collections
 from ml_collections import config_dict
 
 from aft_jax.models import COMBINED
 
+Options = TypeVar('Options', bound=tuple)
 # The defenses that are AFT: the configured one, and the authors' own beside it.
 AFT_SECTIONS = ('aft', 'aft_released')
 # What an AFT preset stands for; a field that the config leaves empty is taken from here.
@@ -306,3 +307,14 @@ def table_config(
             'defenses': defenses,
         }
     )
+
+
+def as_options(kind: type[Options], section: ml_collections.ConfigDict) -> Options:
+    """Converts a section of a resolved config to a NamedTuple, which is hashable and typed.
+
+    Args:
+        kind: NamedTuple whose fields are all fields of the section. The section may have more.
+        section: Section of the config.
+    """
+    values = {name: section[name] for name in kind._fields}  # type: ignore[attr-defined]
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -17,15 +17,15 @@ from aft_jax.analysis.backdoor_scan import Scanner
 from aft_jax.analysis.observe import observe
 from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import write_manifest
-from aft_jax.config import resolve
+from aft_jax.config import as_options, resolve
 from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
-from aft_jax.evaluation.evaluator import Judge, on_test_set
+from aft_jax.evaluation.evaluator import Evaluator, test_metrics
 from aft_jax.evaluation.scores import detection
 from aft_jax.models.cpu_compilation import compiler_options, steps_per_call
 from aft_jax.pipeline import export, given_model, stages
 from aft_jax.pipeline.given_model import Suspect
-from aft_jax.pipeline.scenario import Infected, Victim
-from aft_jax.pipeline.stages import defender_config, holdings_of, infect, prepare, suspect_set
+from aft_jax.pipeline.scenario import InfectedModel, Scenario
+from aft_jax.pipeline.stages import defender_config, defender_data, infect, prepare, untrusted_training_set
 from aft_jax.report import requirements
 from aft_jax.report.experiment_report import draw, show_in_tensorboard
 from aft_jax.results import record, workdir
@@ -33,7 +33,7 @@ from aft_jax.runtime import compile_cache, processes
 from aft_jax.runtime.preemption import Watch
 from aft_jax.runtime.sharding import make_mesh
 from aft_jax.training.checkpoint import checksum
-from aft_jax.training.loop import Onlooker, Run
+from aft_jax.training.loop import EvalHook, EvalPoint, Run, RunOptions
 from aft_jax.training.metrics import MetricWriter
 
 
@@ -59,63 +59,63 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
     mesh = make_mesh()
     given = None
     if config.init_from:
-        config, given = processes.together(lambda: given_model.load(asked, mesh))
+        config, given = processes.raise_everywhere(lambda: given_model.load(asked, mesh))
     # Process 0 prepares what is not there yet.
-    dataset = processes.first_alone(lambda: data.load(config.dataset, config.data))
-    victim = processes.together(lambda: prepare(config, dataset, mesh))
+    dataset = processes.process_zero_first(lambda: data.load(config.dataset, config.data))
+    scenario = processes.raise_everywhere(lambda: prepare(config, dataset, mesh))
     contents: Any = dataset.arrays
     if given is not None:
-        processes.together(partial(given_model.check_fits, given, victim.module, config, dataset))
-        given = given_model.look_over(given, victim.module, config, dataset, mesh)
+        processes.raise_everywhere(partial(given_model.check_fits, given, scenario.module, config, dataset))
+        given = given_model.check_normalisation(given, scenario.module, config, dataset, mesh)
         contents = dataset.arrays, given.variables
     # Only now: a config that cannot be carried out must not take the directory.
     content = checksum(contents)
     writes = jax.process_index() == 0
-    processes.first_alone(lambda: workdir.claim(directory, asked, content, writes, DEFENSES))
+    processes.process_zero_first(lambda: workdir.claim(directory, asked, content, writes, DEFENSES))
     with contextlib.closing(MetricWriter(directory)) as writer, Watch() as watch:
-        on_cpu = compiler_options(victim.module), steps_per_call(victim.module)
-        run = Run(config.seed, directory, mesh, writer, config.run, watch, *on_cpu)
-        return carry_out(run, victim, config, given)
+        on_cpu = compiler_options(scenario.module), steps_per_call(scenario.module)
+        run = Run(config.seed, directory, mesh, writer, as_options(RunOptions, config.run), watch, *on_cpu)
+        return carry_out(run, scenario, config, given)
 
 
 def carry_out(
-    run: Run, victim: Victim, config: ml_collections.ConfigDict, given: Suspect | None = None
+    run: Run, scenario: Scenario, config: ml_collections.ConfigDict, given: Suspect | None = None
 ) -> dict[str, Any]:
     """Infects, scans, purifies, measures and draws, as the config's stages say; returns what results.json holds.
 
     Args:
         run: The experiment.
-        victim: What it is about.
+        scenario: What it is about.
         config: The resolved config.
         given: The model that is there already, or None.
     """
     writes = jax.process_index() == 0
-    judge = stages.evaluator_for(run, victim)
+    evaluator = stages.evaluator_for(run, scenario)
     outcome = record.begin(config, run.mesh, run.workdir / 'results.json')
-    scan = Scanner(victim, run) if 'scan' in config.stages else None
+    scan = Scanner(scenario, run) if 'scan' in config.stages else None
     if given is None:
-        infected = infect(run, victim, config, judge)
+        infected = infect(run, scenario, config, evaluator)
         if writes:
-            write_manifest(run.workdir / 'poison.npz', infected.attack, victim.poisoned, victim.clean)
+            write_manifest(run.workdir / 'poison.npz', infected.attack, scenario.poisoned, scenario.clean)
     else:
-        infected = Infected(given.variables, None, 0.0)
+        infected = InfectedModel(given.variables, None, 0.0)
     attack = infected.attack
-    before = judge(infected.variables, attack)
+    before = evaluator(infected.variables, attack)
     if given is None:
         record.add_infected(outcome, before, infected.seconds)
     else:
-        facts = {'init_from': config.init_from, 'class_names': victim.dataset.class_names, 'warning': given.warning}
+        facts = {'init_from': config.init_from, 'class_names': scenario.dataset.class_names, 'warning': given.warning}
         record.add_suspect(outcome, before, facts | ({'scan': scan(infected.variables)} if scan else {}))
     purified = {}
     if 'purify' in config.stages:
         for name in validation.names(config.defenses):
-            suspects = suspect_set(attack, victim, config) if name in FROM_SUSPECT_SET else None
-            holdings = holdings_of(victim, infected, suspects)
+            suspects = untrusted_training_set(attack, scenario, config) if name in FROM_SUSPECT_SET else None
+            held_data = defender_data(scenario, infected, suspects)
             cleansed = DEFENSES[name](
-                watched(run, judge, attack), f'purify/{name}', holdings, defender_config(config, name)
+                with_eval_hook(run, evaluator, attack), f'purify/{name}', held_data, defender_config(config, name)
             )
             purified[name] = cleansed.state.variables
-            record.add_purified(outcome, name, before, judge(purified[name], attack), cleansed.seconds)
+            record.add_purified(outcome, name, before, evaluator(purified[name], attack), cleansed.seconds)
             if suspects is not None:
                 poison_found = detection(cleansed.scores, cleansed.subsets, suspects.indices)
                 record.add_detection(outcome, name, poison_found)
@@ -126,23 +126,21 @@ def carry_out(
         if given is not None and purified:
             export.write(run.workdir / 'export', given, purified, config, outcome)
     if 'report' in config.stages:
-        observation = observe(run, victim, infected, purified, judge, record.as_shown(outcome))
+        observation = observe(run, scenario, infected, purified, evaluator, record.as_shown(outcome))
         if observation is not None and observation.connection is not None:
             outcome['connection'] = observation.connection
             if writes:
                 files.write_json(run.workdir / 'results.json', outcome)
-        draw(run.workdir / 'report', victim, infected, purified, judge, record.as_shown(outcome), observation)
+        draw(run.workdir / 'report', scenario, infected, purified, evaluator, record.as_shown(outcome), observation)
         show_in_tensorboard(run, run.workdir / 'report', observation)
     return outcome
 
 
-def watched(run: Run, judge: Judge, attack: Attack | None) -> Run:
-    """Returns the run with the judge looking on, who writes down how the model in training does on the test set."""
+def with_eval_hook(run: Run, evaluator: Evaluator, attack: Attack | None) -> Run:
+    """Returns a run whose stages write test scores to metrics.jsonl, `run.purify_points` times each, for the report."""
 
-    def look(stage: str, step: int, epochs: float, state: Any) -> None:
-        # Some states, such as masks, are not a model.
-        if hasattr(state, 'variables'):
-            run.writer.write(stage, step, {'epoch': epochs} | on_test_set(judge(state.variables, attack)))
+    def evaluate(point: EvalPoint) -> dict[str, float]:
+        return {'epoch': point.epochs} | test_metrics(evaluator(point.state.variables, attack))
 
     points = run.options.purify_points
-    return run._replace(onlooker=Onlooker(look, points)) if points else run
+    return run._replace(eval_hook=EvalHook(evaluate, points=points, at_start=True)) if points else run

@@ -60,10 +60,10 @@ def main(arguments: list[str]) -> int:
             raise UserError('--coordinator, --num_processes and --process_id need --distributed.')
         return run()
     except UserError as error:
-        if processes.speaks(error):
+        if processes.should_print(error):
             complain(error)
         if joined and not error.shared:
-            processes.leave(EXIT_USER_ERROR)
+            processes.hard_exit(EXIT_USER_ERROR)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print('aft_jax: interrupted; the same command goes on from the last checkpoint.', file=sys.stderr)
@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
         if not joined:
             raise
         traceback.print_exc()
-        processes.leave(1)
+        processes.hard_exit(1)
 
 
 def run() -> int:

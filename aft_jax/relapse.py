@@ -31,6 +31,7 @@ from aft_jax import files
 from aft_jax.analysis.observation_table import control_of
 from aft_jax.analysis.retuning import COLUMNS, Retuning, retune
 from aft_jax.cli import Parser, complain
+from aft_jax.config import as_options
 from aft_jax.errors import UserError, user_path
 from aft_jax.models.cpu_compilation import compiler_options
 from aft_jax.pipeline import saved_run, stages
@@ -39,7 +40,7 @@ from aft_jax.results import table_rows
 from aft_jax.runtime.allocator import keep_freed_memory
 from aft_jax.runtime.preemption import Watch
 from aft_jax.runtime.sharding import make_mesh
-from aft_jax.training.loop import Run
+from aft_jax.training.loop import Run, RunOptions
 from aft_jax.training.metrics import MetricWriter
 
 
@@ -97,12 +98,14 @@ def relapse(flags: argparse.Namespace) -> list[dict[str, Any]]:
         directory = flags.workdir / f'{source.directory.name}-{way}'
         directory.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(MetricWriter(directory)) as writer, Watch() as watch:
-            options = compiler_options(source.victim.module)
-            run = Run(source.config.seed, directory, mesh, writer, source.config.run, watch, options)
+            options = compiler_options(source.scenario.module)
+            run = Run(
+                source.config.seed, directory, mesh, writer, as_options(RunOptions, source.config.run), watch, options
+            )
             # One for all models: triggers are put on, and predictions compiled, once.
-            dataset, count = source.victim.dataset, retuning.images
+            dataset, count = source.scenario.dataset, retuning.images
             few = replace(dataset, test_images=dataset.test_images[:count], test_labels=dataset.test_labels[:count])
-            judge = stages.evaluator_for(run, source.victim._replace(dataset=few))
+            evaluator = stages.evaluator_for(run, source.scenario._replace(dataset=few))
             for model, variables in models.items():
                 for per_class in flags.per_class:
                     shared = {
@@ -114,7 +117,7 @@ def relapse(flags: argparse.Namespace) -> list[dict[str, Any]]:
                         'per_class': per_class,
                     }
                     stage = f'relapse/{model}-{per_class}'
-                    points = retune(run, stage, source, judge, variables, per_class, retuning)
+                    points = retune(run, stage, source, evaluator, variables, per_class, retuning)
                     rows += [shared | point for point in points]
                     files.write_text(flags.workdir / 'relapse.csv', table_rows.to_csv(rows, COLUMNS))
     return rows

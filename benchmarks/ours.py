@@ -105,12 +105,12 @@ class Training:
         """Begins at a state; `fixed` is what every step finds unchanged. The whole training would take `epochs`."""
         options = task.config.run
         self._feed, self._fixed, self._log_every = feed, fixed, options.log_every
-        self._program = Program(loop._compile(mesh, step, compiler_options(task.module)))
+        self._program = Program(loop.compile_steps(mesh, step, compiler_options(task.module)))
         self._key = placement.place(mesh, key_for(task.config.seed, 'benchmarks'))
         self.state = placement.copy(mesh, before)
         length = loop.steps_per_call(options, steps_per_call(task.module), [epochs * task.steps], [self._log_every])
         # The first epoch, over and over: calls that end where the loop writes metrics.
-        self._epoch = list(loop._spans(0, [task.steps], [self._log_every], length))
+        self._epoch = list(loop.plan_calls(0, [task.steps], [self._log_every], length))
         self._calls = [(i, i + length) for i in range(0, task.steps - length + 1, length)]
 
     def take(self, spans: Sequence[tuple[int, int]], logs: bool) -> dict[str, jax.Array]:

@@ -30,7 +30,7 @@ from aft_jax.config import default_config, resolve
 from aft_jax.defenses.aft import recipe_of
 from aft_jax.defenses.aft_step import Recipe, aft_step
 from aft_jax.models import build, logits_function
-from aft_jax.runtime.sharding import along, make_mesh, replicated
+from aft_jax.runtime.sharding import batch_sharding, make_mesh, replicated
 from aft_jax.training import loop, state
 from aft_jax.training.optimiser import sgd
 from aft_jax.training.state import Step
@@ -165,7 +165,7 @@ def compile_step(mesh: Mesh, on: Subject, step: Step, before: Any, batch: int, f
         'labels': jax.ShapeDtypeStruct((TRAIN_IMAGES,), jnp.int32),
     }
     indices = jax.ShapeDtypeStruct((1, 1, batch), jnp.int32)
-    return compiled(loop._compile(mesh, step, None), before, data, fixed, indices, abstract_key())
+    return compiled(loop.compile_steps(mesh, step, None), before, data, fixed, indices, abstract_key())
 
 
 def training(mesh: Mesh, on: Subject, batch: int) -> Programs:
@@ -197,7 +197,7 @@ def attack(mesh: Mesh, on: Subject, batch: int) -> Programs:
         model = logits_function(on.module, variables)
         return perturb(model, images, labels, key, recipe(on.config, on.shape).pgd)
 
-    whole, cut = replicated(mesh), along(mesh, 0)
+    whole, cut = replicated(mesh), batch_sharding(mesh, 0)
     images = jax.ShapeDtypeStruct((batch, *on.shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
     function = jax.jit(run, in_shardings=(whole, cut, cut, whole), out_shardings=cut)

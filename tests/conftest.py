@@ -10,11 +10,11 @@ import ml_collections
 import numpy as np
 import pytest
 
-from aft_jax.config import default_config
+from aft_jax.config import as_options, default_config
 from aft_jax.data.dataset import Dataset
 from aft_jax.runtime.preemption import Watch
 from aft_jax.runtime.sharding import make_mesh
-from aft_jax.training.loop import Run
+from aft_jax.training.loop import Run, RunOptions
 from aft_jax.training.metrics import MetricWriter
 
 # Before any backend starts. The environment variable is for the processes that tests start.
@@ -112,7 +112,14 @@ def make_run(tmp_path: Path, config: ml_collections.ConfigDict):
         changed = config.run.copy_and_resolve_references()
         changed.update(options)
         writers.append(MetricWriter(workdir))
-        return Run(config.seed, workdir, make_mesh(jax.devices()[:devices]), writers[-1], changed, Watch())
+        return Run(
+            config.seed,
+            workdir,
+            make_mesh(jax.devices()[:devices]),
+            writers[-1],
+            as_options(RunOptions, changed),
+            Watch(),
+        )
 
     yield make
     for writer in writers:

@@ -271,8 +271,8 @@ def test_shared_changes_are_the_best_of_their_norms():
 def test_a_planted_backdoor_is_found_and_named():
     images, labels = striped(120, 12)
     found = scorer_for(Planted(weight=400.0))({}, images, labels, CLASSES, (8 / 255, 16 / 255))
-    assert found.suspicion.kind == 'all2one' and set(found.suspicion.target_map) == {0}
-    assert found.suspicion.score > 0.9
+    assert found.hypothesis.kind == 'all2one' and set(found.hypothesis.target_map) == {0}
+    assert found.hypothesis.score > 0.9
     assert found.crowding.kind == 'all2one' and found.crowding.score > 0.9
     assert found.landing.shape == (2, CLASSES, CLASSES) and found.landing[1, 1:, 0].sum() > 80
     # What the scorer found is the trigger.
@@ -284,8 +284,8 @@ def test_a_planted_backdoor_is_found_and_named():
 def test_a_planted_permutation_is_found_and_named():
     images, labels = striped(120, 13)
     found = scorer_for(Planted(weight=400.0, all2all=True))({}, images, labels, CLASSES, (16 / 255,))
-    assert found.suspicion.kind == 'all2all' and list(found.suspicion.target_map) == [1, 2, 3, 0]
-    assert found.suspicion.score > 0.9
+    assert found.hypothesis.kind == 'all2all' and list(found.hypothesis.target_map) == [1, 2, 3, 0]
+    assert found.hypothesis.score > 0.9
 
 
 def test_a_benign_model_scores_low():
@@ -293,7 +293,7 @@ def test_a_benign_model_scores_low():
     images, labels = striped(120, 14)
     found = scorer_for(Planted(weight=0.0))({}, images, labels, CLASSES, (24 / 255,))
     assert found.landing.sum() > 100  # it is fooled all the same
-    assert found.suspicion.score < 0.1
+    assert found.hypothesis.score < 0.1
 
 
 # --- the command

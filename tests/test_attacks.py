@@ -240,8 +240,8 @@ def test_the_defender_gets_images_that_nobody_changed(dataset, config):
     clean = clean_indices(poisoned, config)
     np.testing.assert_array_equal(clean, np.setdiff1d(np.arange(80), poisoned.indices))  # all 40 that are left
     assert clean.dtype == np.int32
-    crossed = poisoned._replace(indices=poisoned.indices[:20], cross_indices=poisoned.indices[20:])
-    np.testing.assert_array_equal(clean_indices(crossed, config), clean)
+    cross_images = poisoned._replace(indices=poisoned.indices[:20], cross_indices=poisoned.indices[20:])
+    np.testing.assert_array_equal(clean_indices(cross_images, config), clean)
     config.clean_share = 0.25
     few = clean_indices(poisoned, config)
     assert len(set(few)) == 20 and set(few) < set(clean)

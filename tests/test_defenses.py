@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import scipy.special
 
-from aft_jax.adversarial.perturbations import Change, Family
+from aft_jax.adversarial.perturbations import Perturbation, PerturbationSpec
 from aft_jax.adversarial.pgd import PGD
 from aft_jax.config import default_config, resolve
 from aft_jax.data.augment import cut_mix
-from aft_jax.defenses import DEFENSES, Holdings, aft, aft_step, defender
+from aft_jax.defenses import DEFENSES, DefenderData, aft, aft_step, defender
 from aft_jax.errors import UserError
 from aft_jax.training import state
 from aft_jax.training.optimiser import sgd
@@ -69,7 +69,7 @@ def step(recipe):
 def steps(recipe, seeds):
     """The same step with one key after another, each from the same state."""
     optimiser = sgd(RATE, 'constant', 10, weight_decay=0.0)
-    batch = {'images': jnp.asarray(IMAGES), 'labels': jnp.asarray(LABELS), 'fixed': SUSPECT | {'batch_stats': {}}}
+    batch = {'images': jnp.asarray(IMAGES), 'labels': jnp.asarray(LABELS), 'constants': SUSPECT | {'batch_stats': {}}}
     before = state.create(jax.tree.map(jnp.asarray, MODEL), optimiser)
     taken = jax.jit(partial(aft_step.aft_step, module=Linear(), optimiser=optimiser, recipe=recipe))
     results = []
@@ -135,7 +135,7 @@ def divergence(images):
     return scipy.special.rel_entr(p, q).sum(axis=1).mean()
 
 
-FAMILIES = (Family('linf', 0.1), Family('l2', 0.4))
+FAMILIES = (PerturbationSpec('linf', 0.1), PerturbationSpec('l2', 0.4))
 
 
 def shared_state(optimiser, changes):
@@ -146,13 +146,13 @@ def test_universal_examples_go_on_where_the_last_step_left_them_until_they_begin
     """Images of one class and two classes: the gradient is the same at all of them, but for how long it is."""
     optimiser = sgd(RATE, 'constant', 10, weight_decay=0.0)
     labels = np.zeros(8, np.int32)
-    batch = {'images': jnp.asarray(IMAGES), 'labels': jnp.asarray(labels), 'fixed': SUSPECT | {'batch_stats': {}}}
-    recipe = RECIPE._replace(adversarial_share=0.5, distillation=2.0, families=FAMILIES, renew_every=3)
+    batch = {'images': jnp.asarray(IMAGES), 'labels': jnp.asarray(labels), 'constants': SUSPECT | {'batch_stats': {}}}
+    recipe = RECIPE._replace(adversarial_share=0.5, distillation=2.0, specs=FAMILIES, renew_every=3)
     taken = jax.jit(partial(aft_step.families_step, module=Linear(), optimiser=optimiser, recipe=recipe))
     kernel = MODEL['params']['Dense_0']['kernel']
     uphill = (kernel[:, 1] - kernel[:, 0]).reshape(1, 4, 4, 1)
     begin = (0.03 * np.ones((1, 4, 4, 1), np.float32), np.zeros((1, 4, 4, 1), np.float32))
-    changes = tuple(Change(jnp.asarray(values), jnp.ones(())) for values in begin)
+    changes = tuple(Perturbation(jnp.asarray(values), jnp.ones(())) for values in begin)
     before = shared_state(optimiser, changes)
     before = before.replace(classifier=before.classifier.replace(step=jnp.int32(1)))
     after, metrics = taken(before, batch, jax.random.key(0))
@@ -180,10 +180,10 @@ def test_changes_of_each_images_own_are_made_and_not_carried():
     """Beside shared ones; the labels that move the shared change here are those of its own images alone."""
     optimiser = sgd(RATE, 'constant', 10, weight_decay=0.0)
     labels = np.zeros(8, np.int32)
-    batch = {'images': jnp.asarray(IMAGES), 'labels': jnp.asarray(labels), 'fixed': SUSPECT | {'batch_stats': {}}}
-    families = (Family('sparse', 2, shared=False), Family('linf', 0.1))
-    recipe = RECIPE._replace(adversarial_share=0.5, families=families, renew_every=3)
-    change = Change(jnp.zeros((1, 4, 4, 1), jnp.float32), jnp.ones(()))
+    batch = {'images': jnp.asarray(IMAGES), 'labels': jnp.asarray(labels), 'constants': SUSPECT | {'batch_stats': {}}}
+    specs = (PerturbationSpec('sparse', 2, shared=False), PerturbationSpec('linf', 0.1))
+    recipe = RECIPE._replace(adversarial_share=0.5, specs=specs, renew_every=3)
+    change = Perturbation(jnp.zeros((1, 4, 4, 1), jnp.float32), jnp.ones(()))
     before = shared_state(optimiser, (change,))
     before = before.replace(classifier=before.classifier.replace(step=jnp.int32(1)))
     taken = jax.jit(partial(aft_step.families_step, module=Linear(), optimiser=optimiser, recipe=recipe))
@@ -206,21 +206,21 @@ def test_changes_of_each_images_own_are_made_and_not_carried():
 def test_the_changes_of_a_config_are_as_large_as_it_says():
     config = resolve(default_config())
     config.aft.update({'eps': 0.1, 'rms_eps': 0.2, 'sparse_share': 0.5, 'warp_share': 0.25, 'pgd_steps': 3})
-    assert aft.families_of(config.aft, (6, 6, 1)) == (
-        Family('linf', 0.1),
-        Family('l2', pytest.approx(1.2)),
-        Family('sparse', 6),  # in each of three steps
-        Family('warp', 1.5),
-        Family('linf', 0.1, shared=False),
-        Family('l2', pytest.approx(1.2), shared=False),
-        Family('sparse', 6, shared=False),
+    assert aft.specs_of(config.aft, (6, 6, 1)) == (
+        PerturbationSpec('linf', 0.1),
+        PerturbationSpec('l2', pytest.approx(1.2)),
+        PerturbationSpec('sparse', 6),  # in each of three steps
+        PerturbationSpec('warp', 1.5),
+        PerturbationSpec('linf', 0.1, shared=False),
+        PerturbationSpec('l2', pytest.approx(1.2), shared=False),
+        PerturbationSpec('sparse', 6, shared=False),
     )
     config.aft.update({'universal': 'warp, linf', 'per_image': ''})
-    assert [family.kind for family in aft.families_of(config.aft, (6, 6, 1))] == ['warp', 'linf']
+    assert [family.kind for family in aft.specs_of(config.aft, (6, 6, 1))] == ['warp', 'linf']
     config.aft.rms_eps = 2.0
     validate(config)  # nobody asks for it
     config.aft.update({'universal': 'l2', 'per_image': 'sparse'})
-    assert aft.families_of(config.aft, (6, 6, 1))[1] == Family('sparse', 6, shared=False)
+    assert aft.specs_of(config.aft, (6, 6, 1))[1] == PerturbationSpec('sparse', 6, shared=False)
     with pytest.raises(UserError, match=r'aft.rms_eps=2 is in units of \[0, 1\] pixels'):
         validate(config)
     config.aft.update({'rms_eps': 0.1, 'cutmix': 0.5, 'distillation': 0.0})
@@ -261,40 +261,40 @@ def test_the_key_decides_augmentation_and_start():
 
 
 @pytest.fixture
-def holdings(dataset, tiny_net, tiny_variables):
+def held_data(dataset, tiny_net, tiny_variables):
     """24 clean images and a fresh network as the suspect model."""
-    return Holdings(tiny_net, tiny_variables, dataset.train_images[:24], dataset.train_labels[:24])
+    return DefenderData(tiny_net, tiny_variables, dataset.train_images[:24], dataset.train_labels[:24])
 
 
 @pytest.fixture
-def purify(make_run, config, holdings):
+def purify(make_run, config, held_data):
     """Returns a function that purifies with the given options of a defense; returns the state and the record."""
 
     def call(defense, name='run', devices=4, **options):
         config[defense].update(options)
         run = make_run(name, devices=devices)
-        fitted = DEFENSES[defense](run, f'purify/{defense}', holdings, resolve(config))
+        fitted = DEFENSES[defense](run, f'purify/{defense}', held_data, resolve(config))
         return fitted.state, [json.loads(line) for line in (run.workdir / 'metrics.jsonl').read_text().splitlines()]
 
     return call
 
 
-def assert_left_alone(holdings, before, after):
+def assert_left_alone(held_data, before, after):
     """Asserts that the suspect is what it was, and that the purified model is another."""
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, holdings.variables), before)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, held_data.variables), before)
     assert not np.allclose(after.params['Dense_0']['kernel'], before['params']['Dense_0']['kernel'])
     assert not np.allclose(after.batch_stats['BatchNorm_0']['mean'], before['batch_stats']['BatchNorm_0']['mean'])
 
 
-def test_aft_switches_phases_at_the_right_step_and_leaves_the_suspect_alone(purify, holdings):
+def test_aft_switches_phases_at_the_right_step_and_leaves_the_suspect_alone(purify, held_data):
     """24 images in batches of 8 are 3 steps an epoch: 2 adversarial epochs of 3 are 6 steps of 9."""
-    before = jax.tree.map(np.array, holdings.variables)
+    before = jax.tree.map(np.array, held_data.variables)
     after, record = purify('aft', epochs=3, adversarial_epochs=2.0, pgd_steps=1)
     assert int(after.step) == 9
     assert {line['stage'] for line in record} == {'purify/aft'}
     assert [line['step'] for line in record] == list(range(1, 10))
     assert ['fooled' in line for line in record] == [True] * 6 + [False] * 3
-    assert_left_alone(holdings, before, after)
+    assert_left_alone(held_data, before, after)
 
 
 def test_aft_on_four_devices_equals_one(purify, assert_trees_close):
@@ -318,7 +318,7 @@ def test_the_teacher_of_distillation_is_the_suspect_in_every_step(make_run, conf
         nearly_none | {'epochs': 2, 'learning_rate': RATE, 'schedule': 'constant', 'distillation': weight}
     )
     run = make_run()
-    held = Holdings(Linear(), suspect | {'batch_stats': {}}, images, labels)
+    held = DefenderData(Linear(), suspect | {'batch_stats': {}}, images, labels)
     DEFENSES['aft'](run, 'purify/aft', held, resolve(config))
     first, second = [json.loads(line)['loss'] for line in (run.workdir / 'metrics.jsonl').read_text().splitlines()]
 
@@ -338,18 +338,18 @@ def test_the_teacher_of_distillation_is_the_suspect_in_every_step(make_run, conf
     assert weight * divergence > 0.1
 
 
-def test_fine_tuning_lowers_the_loss_and_leaves_the_suspect_alone(purify, holdings, tiny_net):
-    given = jax.tree.map(np.array, holdings.variables)
+def test_fine_tuning_lowers_the_loss_and_leaves_the_suspect_alone(purify, held_data, tiny_net):
+    given = jax.tree.map(np.array, held_data.variables)
     after, record = purify('ft', epochs=10, learning_rates=(0.05,))
     assert int(after.step) == 30 == len(record)
-    images = holdings.images.astype(np.float32) / 255
+    images = held_data.images.astype(np.float32) / 255
     before, now = (
-        cross_entropy(np.asarray(tiny_net.apply(v, images)), holdings.labels)
-        for v in (holdings.variables, after.variables)
+        cross_entropy(np.asarray(tiny_net.apply(v, images)), held_data.labels)
+        for v in (held_data.variables, after.variables)
     )
     assert now < 0.5 * before
     assert np.mean([line['loss'] for line in record[-3:]]) < 0.5 * np.mean([line['loss'] for line in record[:3]])
-    assert_left_alone(holdings, given, after)
+    assert_left_alone(held_data, given, after)
 
 
 @pytest.mark.parametrize(
@@ -362,12 +362,12 @@ def test_the_strongest_candidate_within_the_budget_is_taken(accuracies, expected
 
 def test_held_out_images_are_of_every_class_and_train_nothing():
     labels = np.array([0] * 10 + [1] * 3 + [2] * 2 + [3], np.int32)
-    holdings = Holdings(Linear(), {}, np.arange(16, dtype=np.uint8)[:, None, None, None], labels)
-    kept, held = defender.hold_out(holdings, 0.2, seed=0)
+    held_data = DefenderData(Linear(), {}, np.arange(16, dtype=np.uint8)[:, None, None, None], labels)
+    kept, held = defender.hold_out(held_data, 0.2, seed=0)
     np.testing.assert_array_equal(np.bincount(held.labels, minlength=4), [2, 1, 1, 0])
     np.testing.assert_array_equal(np.bincount(kept.labels, minlength=4), [8, 2, 1, 1])
     np.testing.assert_array_equal(np.sort(np.concatenate([kept.images, held.images]).ravel()), np.arange(16))
     for part in (kept, held):
         np.testing.assert_array_equal(labels[part.images.ravel()], part.labels)
-    other = defender.hold_out(holdings, 0.2, seed=1)[1]
+    other = defender.hold_out(held_data, 0.2, seed=1)[1]
     assert not np.array_equal(held.images, other.images)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from aft_jax.defenses import DEFENSES, Holdings, defender, nad
+from aft_jax.defenses import DEFENSES, DefenderData, defender, nad
 from aft_jax.errors import UserError
 from aft_jax.training import state
 from aft_jax.training.optimiser import sgd
@@ -97,7 +97,7 @@ def test_a_step_equals_numpy():
     rate = 1e-5
     optimiser = sgd(rate, 'constant', 1, weight_decay=0.0)
     step = partial(nad.nad_step, module=Looking(), optimiser=optimiser, betas=(3.0, 50.0), augmentation=NOTHING)
-    batch = {'images': jnp.asarray(images), 'labels': jnp.asarray(labels), 'fixed': teacher}
+    batch = {'images': jnp.asarray(images), 'labels': jnp.asarray(labels), 'constants': teacher}
     after, metrics = jax.jit(step)(state.create(student, optimiser), batch, jax.random.key(0))
     assert int(after.step) == 1
     np.testing.assert_allclose(metrics['distance'], distance, rtol=1e-4)
@@ -109,10 +109,10 @@ def test_a_step_equals_numpy():
 
 
 @pytest.fixture
-def holdings(dataset):
+def held_data(dataset):
     """32 clean images and a fresh network as the suspect model."""
     variables = Looking().init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
-    return Holdings(Looking(), variables, dataset.train_images[:32], dataset.train_labels[:32])
+    return DefenderData(Looking(), variables, dataset.train_images[:32], dataset.train_labels[:32])
 
 
 @pytest.fixture
@@ -131,19 +131,19 @@ def purify(make_run, config, monkeypatch):
     monkeypatch.setattr(nad, 'fit', remember(nad.fit))
     monkeypatch.setattr(nad, 'fine_tune', remember(nad.fine_tune))
 
-    def call(holdings, name='run', **tuning):
+    def call(held_data, name='run', **tuning):
         config.tuning.update(tuning)
         left.clear()
-        fitted = DEFENSES['nad'](make_run(name), 'purify/nad', holdings, config)
+        fitted = DEFENSES['nad'](make_run(name), 'purify/nad', held_data, config)
         return fitted, dict(left)
 
     return call
 
 
-def test_a_run_resumes_and_trains_on_nothing_that_is_held_out(purify, holdings, monkeypatch, assert_trees_close):
-    suspect = as_numpy(holdings.variables)
+def test_a_run_resumes_and_trains_on_nothing_that_is_held_out(purify, held_data, monkeypatch, assert_trees_close):
+    suspect = as_numpy(held_data.variables)
     started = time.monotonic()
-    fitted, left = purify(holdings, budget=1.0)
+    fitted, left = purify(held_data, budget=1.0)
     took = time.monotonic() - started
     assert list(left) == [f'purify/nad/{rate}/{part}' for rate in (0.05, 0.1) for part in ('teacher', 'student')]
     teacher, weak, _, strong = left.values()
@@ -152,7 +152,7 @@ def test_a_run_resumes_and_trains_on_nothing_that_is_held_out(purify, holdings, 
     assert_trees_close(as_numpy(fitted.state.variables), as_numpy(strong.state.variables))
     kernels = [np.array(part.state.params['Dense_0']['kernel']) for part in (teacher, weak, strong)]
     assert not np.allclose(kernels[1], kernels[2], atol=1e-4)
-    assert_trees_close(as_numpy(holdings.variables), suspect)
+    assert_trees_close(as_numpy(held_data.variables), suspect)
     assert sum(part.seconds for part in left.values()) < fitted.seconds < took
 
     # Again in the same directory: everything is loaded, and its time counted.
@@ -161,31 +161,31 @@ def test_a_run_resumes_and_trains_on_nothing_that_is_held_out(purify, holdings, 
 
     with monkeypatch.context() as patch:
         patch.setattr(nad, 'nad_step', never)
-        again, loaded = purify(holdings, budget=1.0)
+        again, loaded = purify(held_data, budget=1.0)
     assert_trees_close(as_numpy(again.state), as_numpy(fitted.state))
     assert_trees_close(as_numpy(loaded['purify/nad/0.05/teacher'].state), as_numpy(teacher.state))
     assert again.seconds > sum(part.seconds for part in left.values())
 
     # Elsewhere, with held-out images that show nothing: the same students.
-    kept, held = defender.hold_out(holdings, 0.2, seed=0)
+    kept, held = defender.hold_out(held_data, 0.2, seed=0)
     training = {image.tobytes() for image in kept.images}
-    black = np.array([image if image.tobytes() in training else 0 * image for image in holdings.images])
+    black = np.array([image if image.tobytes() in training else 0 * image for image in held_data.images])
     assert np.sum(~black.any(axis=(1, 2, 3))) == len(held.labels) > 0
-    other, _ = purify(holdings._replace(images=black), 'other', budget=1.0)
+    other, _ = purify(held_data._replace(images=black), 'other', budget=1.0)
     assert_trees_close(as_numpy(other.state.variables), as_numpy(fitted.state.variables))
 
 
 @pytest.mark.parametrize(('accuracies', 'chosen'), [([0.89, 0.885], 0.1), ([0.89, 0.7], 0.05)])
-def test_the_strongest_student_within_the_budget_is_taken(accuracies, chosen, monkeypatch, purify, holdings):
+def test_the_strongest_student_within_the_budget_is_taken(accuracies, chosen, monkeypatch, purify, held_data):
     measured = {}
 
     def accuracy(run, held, variables):
-        np.testing.assert_array_equal(held.labels, defender.hold_out(holdings, 0.2, seed=0)[1].labels)
+        np.testing.assert_array_equal(held.labels, defender.hold_out(held_data, 0.2, seed=0)[1].labels)
         measured[len(measured)] = variables
         return accuracies[len(measured) - 1]
 
     monkeypatch.setattr(defender, 'accuracy', accuracy)
-    fitted, left = purify(holdings, budget=0.02)
+    fitted, left = purify(held_data, budget=0.02)
     assert fitted.state is left[f'purify/nad/{chosen}/student'].state
     assert len(measured) == 2
 

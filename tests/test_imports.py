@@ -8,17 +8,22 @@ import pytest
 import aft_jax
 
 ROOT = Path(aft_jax.__file__).parent
-# What lies below everything: modules that import nothing of the house but each other.
-GROUND = {'aft_jax', 'aft_jax.errors', 'aft_jax.randomness', 'aft_jax.ops.resampling'}
-# Each part, and what it may reach beside itself.
-BELOW = {
-    'aft_jax.adversarial.pgd': set(),
-    'aft_jax.models': set(),
-    'aft_jax.data': set(),
-    'aft_jax.errors': set(),
-    'aft_jax.randomness': set(),
-    'aft_jax.ops.resampling': set(),
-}
+# The layers of README.md, highest first. A module imports from its own folder and from lower layers only.
+LAYERS = (
+    ('main', 'sweep'),
+    ('experiment', 'relapse'),
+    ('report',),
+    ('analysis',),
+    ('pipeline',),
+    ('results',),
+    ('evaluation', 'validation'),
+    ('attacks', 'defenses', 'interchange'),
+    ('training', 'config'),
+    ('adversarial', 'models', 'data', 'runtime', 'cli'),
+    ('ops', 'files', 'errors', 'randomness'),
+)
+# A defense that reached one of these could see the trigger, or the test scores.
+ORACLES = ('attacks', 'evaluation', 'pipeline', 'results', 'experiment')
 ONLY_IMPORTER = {
     'orbax': 'aft_jax.training.checkpoint',
     'tensorflow_datasets': 'aft_jax.data',
@@ -72,9 +77,12 @@ def inside(module: str, part: str) -> bool:
     return module == part or module.startswith(part + '.')
 
 
-def path_between(graph: dict[str, set[str]], start: str, forbidden) -> list[str] | None:
-    """Returns the modules on a way from those in `start` to one that is `forbidden`, or None where there is no way."""
-    ways = [[module] for module in sorted(graph) if inside(module, start)]
+def path_between(graph: dict[str, set[str]], start: str, forbidden, alone: bool = False) -> list[str] | None:
+    """Returns the modules on a way from those in `start` to one that is `forbidden`, or None where there is no way.
+
+    With `alone`, the way begins at the module `start` itself and not at those below it.
+    """
+    ways = [[module] for module in sorted(graph) if (module == start if alone else inside(module, start))]
     seen = {way[0] for way in ways}
     while ways:
         way = ways.pop(0)
@@ -91,50 +99,67 @@ def importers(graph: dict[str, set[str]], library: str) -> set[str]:
     return {module for module, imported in graph.items() if any(inside(name, library) for name in imported)}
 
 
+def room(module: str) -> str:
+    """Returns the folder or top-level file of the package that a module belongs to; '' for the package itself."""
+    return module.split('.')[1] if '.' in module else ''
+
+
+def upward_imports(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
+    """Returns the imports that do not go to a lower layer, within a folder excepted."""
+    height = {name: -i for i, layer in enumerate(LAYERS) for name in layer}
+    pairs = ((module, imported) for module in graph for imported in graph[module] if imported in graph)
+    return sorted(
+        (module, imported)
+        for module, imported in pairs
+        if room(module) and room(imported) and room(module) != room(imported)
+        if height[room(module)] <= height[room(imported)]
+    )
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Returns the modules that import themselves by way of others. A package counts only where it is named."""
+    named = {
+        module: {other for other in imported & set(graph) if not inside(module, other)}
+        for module, imported in graph.items()
+    }
+    return sorted(module for module in named if path_between(named, module, module.__eq__, alone=True))
+
+
 @pytest.fixture(scope='module')
 def graph() -> dict[str, set[str]]:
     return import_graph(ROOT)
 
 
-def test_defenses_never_reach_attacks(graph):
-    assert any(inside(module, 'aft_jax.defenses') for module in graph)
-    assert any(inside(module, 'aft_jax.attacks') for module in graph)
-    assert path_between(graph, 'aft_jax.defenses', lambda module: inside(module, 'aft_jax.attacks')) is None
+def test_layers_name_every_folder_and_file(graph):
+    names = [name for layer in LAYERS for name in layer]
+    assert sorted(names) == sorted({room(module) for module in graph} - {''})
 
 
-def test_defenses_never_reach_the_judge(graph):
-    """The scores know the trigger's success: a defense that saw them would have an oracle."""
-    judges = (
-        'aft_jax.evaluation.scores',
-        'aft_jax.evaluation.evaluator',
-        'aft_jax.experiment',
-        'aft_jax.results.record',
-    )
-    assert path_between(graph, 'aft_jax.defenses', lambda module: module in judges) is None
+def test_imports_go_to_lower_layers(graph):
+    assert upward_imports(graph) == []
 
 
-def test_the_infection_score_has_no_oracle(graph):
-    start = 'aft_jax.analysis.infection_score'
-    assert start in graph
-    above = (
-        'aft_jax.attacks',
-        'aft_jax.evaluation.scores',
-        'aft_jax.evaluation.evaluator',
-        'aft_jax.experiment',
-        'aft_jax.results.record',
-    )
-    assert path_between(graph, start, lambda module: any(inside(module, part) for part in above)) is None
+def test_imports_have_no_circle(graph):
+    assert circles(graph) == []
 
 
-@pytest.mark.parametrize('part', BELOW)
-def test_what_lies_below_knows_nothing_above(graph, part):
-    assert any(inside(module, part) for module in graph)
-    allowed = GROUND | BELOW[part]
+def test_readme_lists_the_layers():
+    text = (ROOT.parent / 'README.md').read_text()
+    places = [text.find(f'\n    {", ".join(layer)}') for layer in LAYERS]
+    assert -1 not in places and places == sorted(places)
 
-    def above(module):
-        return inside(module, 'aft_jax') and not inside(module, part) and module not in allowed
 
-    assert path_between(graph, part, above) is None
+@pytest.mark.parametrize('oracle', ORACLES)
+def test_defenses_never_reach_an_oracle(graph, oracle):
+    forbidden = f'aft_jax.{oracle}'
+    assert any(inside(module, forbidden) for module in graph)
+    assert path_between(graph, 'aft_jax.defenses', lambda module: inside(module, forbidden)) is None
+
+
+@pytest.mark.parametrize('module', ['aft_jax.analysis.infection_score'])
+def test_scores_without_a_trigger_never_reach_an_attack(graph, module):
+    assert module in graph
+    assert path_between(graph, module, lambda found: inside(found, 'aft_jax.attacks')) is None
 
 
 @pytest.mark.parametrize('library', ONLY_IMPORTER)
@@ -185,6 +210,48 @@ def test_the_checker_finds_a_violation(tmp_path, statement):
     graph = import_graph(write(tmp_path / 'violating' / 'aft_jax', violating))
     way = path_between(graph, 'aft_jax.defenses', lambda module: inside(module, 'aft_jax.attacks'))
     assert way is not None and way[0] == 'aft_jax.defenses.mine'
+
+
+LAYERED = {
+    '__init__': '',
+    'errors': '',
+    'ops/__init__': '',
+    'ops/tiling': 'import numpy',
+    'training/__init__': '',
+    'training/loop': 'from aft_jax.ops import tiling\nfrom aft_jax.training import state',
+    'training/state': '',
+    'attacks/__init__': 'from aft_jax.attacks import sig',
+    'attacks/sig': 'from aft_jax.training.loop import fit',
+}
+
+
+@pytest.mark.parametrize(
+    ('module', 'statement', 'imported'),
+    [
+        ('errors', 'from aft_jax.ops import tiling', 'aft_jax.ops.tiling'),  # of the same layer
+        ('ops/tiling', 'import aft_jax.training.state', 'aft_jax.training.state'),
+        ('training/state', 'def late():\n    from aft_jax import attacks', 'aft_jax.attacks'),
+        ('training/state', 'from ..attacks.sig import build', 'aft_jax.attacks.sig'),
+    ],
+)
+def test_upward_imports_finds_one(tmp_path, module, statement, imported):
+    clean = import_graph(write(tmp_path / 'clean' / 'aft_jax', LAYERED))
+    assert upward_imports(clean) == [] and circles(clean) == []
+    graph = import_graph(write(tmp_path / 'wrong' / 'aft_jax', LAYERED | {module: statement}))
+    assert (f'aft_jax.{module.replace("/", ".")}', imported) in upward_imports(graph)
+
+
+@pytest.mark.parametrize(
+    'sources',
+    [
+        {'training/state': 'from aft_jax.training import loop'},
+        {'training/state': 'def late():\n    from aft_jax.training.loop import fit'},
+        {'ops/tiling': 'from aft_jax.attacks import sig'},
+    ],
+)
+def test_circles_finds_one(tmp_path, sources):
+    found = circles(import_graph(write(tmp_path / 'aft_jax', LAYERED | sources)))
+    assert 'aft_jax.training.loop' in found or 'aft_jax.attacks.sig' in found
 
 
 def test_the_checker_finds_importers(tmp_path):

@@ -13,7 +13,7 @@ from aft_jax.attacks import input_aware
 from aft_jax.attacks.input_aware_networks import SMALL_WIDTHS, WIDTHS, max_pool, networks_for
 from aft_jax.attacks.poison import poison
 from aft_jax.errors import UserError
-from aft_jax.runtime.sharding import along, make_mesh, replicated
+from aft_jax.runtime.sharding import batch_sharding, make_mesh, replicated
 from aft_jax.training import state
 from aft_jax.training.loop import Phase, fit
 from aft_jax.training.steps import cross_entropy
@@ -60,8 +60,8 @@ def joint(attack, config, learner):
     batch = {
         'images': images[0],
         'labels': labels[0],
-        'paired': {'images': images[1], 'labels': labels[1]},
-        'fixed': attack.arrays['mask'],
+        'second': {'images': images[1], 'labels': labels[1]},
+        'constants': attack.arrays['mask'],
     }
     return bound, before, batch
 
@@ -127,14 +127,14 @@ def test_joint_step_takes_this_batchs_gradient_of_both_networks(joint, assert_tr
     @jax.jit
     def gradients(current):
         """Written out for a batch of 8, of which two are attacked, towards label 1, and two cross."""
-        x, other = batch['images'], batch['paired']['images']
+        x, other = batch['images'], batch['second']['images']
         labels = jnp.concatenate([jnp.ones(2, jnp.int32), batch['labels'][2:]])
 
         def loss(generator_params, classifier_params):
             sources = jnp.stack([x[0], x[1], other[2], other[3]])
             variables = {'params': generator_params, 'batch_stats': current.generator.batch_stats}
             p, _ = networks.generator.apply(variables, sources, train=True, mutable=['batch_stats'])
-            m = jnp.tanh(20 * networks.mask.apply(batch['fixed'], sources) - 10) / 2 + 0.5
+            m = jnp.tanh(20 * networks.mask.apply(batch['constants'], sources) - 10) / 2 + 0.5
             mixed = jnp.concatenate([(1 - m) * x[:4] + m * p, x[4:]])
             variables = {'params': classifier_params, 'batch_stats': current.classifier.batch_stats}
             logits, _ = module.apply(
@@ -162,9 +162,9 @@ def test_joint_step_takes_this_batchs_gradient_of_both_networks(joint, assert_tr
     assert {'attacked_accuracy', 'cross_accuracy', 'accuracy', 'diversity'} <= metrics.keys()
 
     mesh = make_mesh()
-    cut = {name: jax.device_put(batch[name], along(mesh, 0)) for name in ('images', 'labels', 'paired')}
-    whole = jax.device_put((before, batch['fixed']), replicated(mesh))
-    sharded, _ = step(whole[0], cut | {'fixed': whole[1]}, key)
+    cut = {name: jax.device_put(batch[name], batch_sharding(mesh, 0)) for name in ('images', 'labels', 'paired')}
+    whole = jax.device_put((before, batch['constants']), replicated(mesh))
+    sharded, _ = step(whole[0], cut | {'constants': whole[1]}, key)
     alone, _ = step(before, batch, key)
     assert len(sharded.step.sharding.device_set) == 4
     assert_trees_close(sharded, alone, atol=1e-4)
@@ -179,7 +179,7 @@ def test_the_mask_shrinks(attack, arrays, config):
     images = jnp.asarray(arrays['images'][:8].astype(np.float32) / 255)
     current, call, areas = state.create(attack.arrays['mask'], adam), jax.jit(step), []
     for i in range(20):
-        current, metrics = call(current, {'images': images, 'paired': {'images': images}}, jax.random.key(i))
+        current, metrics = call(current, {'images': images, 'second': {'images': images}}, jax.random.key(i))
         areas.append(float(metrics['mask_area']))
     assert areas[-1] < 0.5 * areas[0]
 
@@ -189,7 +189,7 @@ def test_the_masks_loss_is_that_of_normalised_images(attack, arrays, config):
     networks = input_aware.Networks(*networks_for((8, 8, 1)))
     adam = input_aware.adam(0.01)
     images, others = (arrays['images'][i : i + 8].astype(np.float32) / 255 for i in (0, 8))
-    batch = {'images': jnp.asarray(images), 'paired': {'images': jnp.asarray(others)}}
+    batch = {'images': jnp.asarray(images), 'second': {'images': jnp.asarray(others)}}
     before = state.create(attack.arrays['mask'], adam)
     step = jax.jit(partial(input_aware.mask_step, networks=networks, optimiser=adam, config=config))
     _, metrics = step(before, batch, jax.random.key(0))
@@ -210,7 +210,7 @@ def test_begin_and_resume_bit_for_bit(attack, make_run, arrays, learner, config,
     def go(run, until):
         infection = attacks.begin(run, attack, arrays, learner, config)
         phases = [Phase(infection.step, until)]
-        options = {'fixed': infection.fixed, 'streams': infection.streams}
+        options = {'constants': infection.fixed, 'streams': infection.streams}
         fitted = fit(run, 'infect', infection.state, phases, arrays, config.batch_size, **options)
         return fitted.state, infection.attack_of(fitted.state)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from aft_jax.defenses import DEFENSES, Holdings, defender, mcr
+from aft_jax.defenses import DEFENSES, DefenderData, defender, mcr
 from aft_jax.defenses.batch_norm_statistics import Statistics
 from aft_jax.errors import UserError
 from aft_jax.runtime.sharding import make_mesh
@@ -82,7 +82,7 @@ def test_a_step_moves_theta_by_its_share_of_the_slope_at_a_random_place():
     start, theta, end = (weights(seed) for seed in (1, 2, 3))
     optimiser = sgd(0.5, 'constant', 1, weight_decay=0.0)
     step = jax.jit(partial(mcr.mcr_step, module=Linear(), optimiser=optimiser, augmentation=NOTHING))
-    batch = {'images': jnp.asarray(images), 'labels': jnp.asarray(labels), 'fixed': (start, end)}
+    batch = {'images': jnp.asarray(images), 'labels': jnp.asarray(labels), 'constants': (start, end)}
     before = state.create({'params': jax.tree.map(jnp.asarray, theta)}, optimiser)
     places = []
     for seed in range(20):
@@ -129,9 +129,9 @@ def test_statistics_equal_numpy():
 
 
 @pytest.fixture
-def holdings(dataset, tiny_net, tiny_variables):
+def held_data(dataset, tiny_net, tiny_variables):
     """32 clean images and a fresh network as the suspect model."""
-    return Holdings(tiny_net, tiny_variables, dataset.train_images[:32], dataset.train_labels[:32])
+    return DefenderData(tiny_net, tiny_variables, dataset.train_images[:32], dataset.train_labels[:32])
 
 
 @pytest.fixture
@@ -150,32 +150,32 @@ def purify(make_run, config, monkeypatch):
     monkeypatch.setattr(mcr, 'fit', remember(mcr.fit))
     monkeypatch.setattr(mcr, 'fine_tune', remember(mcr.fine_tune))
 
-    def call(holdings, name='run', **tuning):
+    def call(held_data, name='run', **tuning):
         config.tuning.update(tuning)
         left.clear()
-        fitted = DEFENSES['mcr'](make_run(name), 'purify/mcr', holdings, config)
+        fitted = DEFENSES['mcr'](make_run(name), 'purify/mcr', held_data, config)
         return fitted, dict(left)
 
     return call
 
 
-def test_a_run_resumes_and_trains_on_nothing_that_is_held_out(purify, holdings, monkeypatch, assert_trees_close):
-    suspect = as_numpy(holdings.variables)
+def test_a_run_resumes_and_trains_on_nothing_that_is_held_out(purify, held_data, monkeypatch, assert_trees_close):
+    suspect = as_numpy(held_data.variables)
     started = time.monotonic()
-    fitted, left = purify(holdings, budget=1.0)
+    fitted, left = purify(held_data, budget=1.0)
     took = time.monotonic() - started
     assert list(left) == ['purify/mcr/endpoint', 'purify/mcr/curve']
     endpoint, curve = (as_numpy(part.state) for part in left.values())
     # 26 images in batches of 8.
     assert (int(endpoint.step), int(curve.step)) == (3, 6)
-    assert_trees_close(as_numpy(holdings.variables), suspect)
+    assert_trees_close(as_numpy(held_data.variables), suspect)
     assert_close(fitted.state.params, between(suspect['params'], curve.params, endpoint.params, 0.7), 1e-6)
     middle = jax.tree.map(lambda a, b: (a + b) / 2, suspect['params'], endpoint.params)
     assert not np.allclose(curve.params['Dense_0']['kernel'], middle['Dense_0']['kernel'], atol=1e-3)
     assert sum(part.seconds for part in left.values()) < fitted.seconds < took
 
     # The statistics are those of the images that are not held out, as the chosen parameters see them.
-    kept, held = defender.hold_out(holdings, 0.2, seed=0)
+    kept, held = defender.hold_out(held_data, 0.2, seed=0)
     dense = as_numpy(fitted.state.params['Dense_0'])
     inputs = (kept.images.reshape(len(kept.images), -1) / 255 - 0.5) @ dense['kernel'] + dense['bias']
     expected = {'mean': inputs.mean(axis=0), 'var': inputs.var(axis=0)}
@@ -187,33 +187,33 @@ def test_a_run_resumes_and_trains_on_nothing_that_is_held_out(purify, holdings, 
 
     with monkeypatch.context() as patch:
         patch.setattr(mcr, 'mcr_step', never)
-        again, _ = purify(holdings, budget=1.0)
+        again, _ = purify(held_data, budget=1.0)
     assert_trees_close(as_numpy(again.state), as_numpy(fitted.state))
     assert again.seconds > sum(part.seconds for part in left.values())
 
     # Elsewhere, with held-out images that show nothing: the same model.
     training = {image.tobytes() for image in kept.images}
-    black = np.array([image if image.tobytes() in training else 0 * image for image in holdings.images])
+    black = np.array([image if image.tobytes() in training else 0 * image for image in held_data.images])
     assert np.sum(~black.any(axis=(1, 2, 3))) == len(held.labels) > 0
-    other, _ = purify(holdings._replace(images=black), 'other', budget=1.0)
+    other, _ = purify(held_data._replace(images=black), 'other', budget=1.0)
     assert_trees_close(as_numpy(other.state.variables), as_numpy(fitted.state.variables))
 
 
 @pytest.mark.parametrize(('accuracies', 'chosen'), [((0.89, 0.885, 0.7), 0.5), ((0.7, 0.6, 0.5), 0.2)])
-def test_the_strongest_place_within_the_budget_is_taken(accuracies, chosen, monkeypatch, purify, holdings):
+def test_the_strongest_place_within_the_budget_is_taken(accuracies, chosen, monkeypatch, purify, held_data):
     measured = []
 
     def accuracy(run, held, variables):
-        np.testing.assert_array_equal(held.labels, defender.hold_out(holdings, 0.2, seed=0)[1].labels)
+        np.testing.assert_array_equal(held.labels, defender.hold_out(held_data, 0.2, seed=0)[1].labels)
         measured.append(variables)
         return accuracies[len(measured) - 1]
 
     monkeypatch.setattr(mcr.defender, 'accuracy', accuracy)
-    fitted, left = purify(holdings, budget=0.02)
+    fitted, left = purify(held_data, budget=0.02)
     endpoint, curve = (as_numpy(part.state.params) for part in left.values())
     assert len(measured) == 3
     for variables, t in zip(measured, (0.2, 0.5, 0.7), strict=True):
-        expected = between(as_numpy(holdings.variables['params']), curve, endpoint, t)
+        expected = between(as_numpy(held_data.variables['params']), curve, endpoint, t)
         assert_close(variables['params'], expected, 1e-6)
         if t == chosen:
             assert_close(fitted.state.params, expected, 1e-6)

@@ -16,7 +16,7 @@ from aft_jax.analysis import observe as observe_module
 from aft_jax.analysis.observation import Observation, Seen
 from aft_jax.attacks.poison import NO_INDICES, Poisoned, write_manifest
 from aft_jax.evaluation.bootstrap import NOTHING, Estimate
-from aft_jax.pipeline.scenario import Infected, Victim
+from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.pipeline.stages import evaluator_for
 from aft_jax.report import observation_figures, page, purification_curves, table_page, verdict
 from aft_jax.results import aggregate
@@ -78,7 +78,7 @@ def write(directory, outcome, seen):
 
 
 def watched():
-    """What a judge writes who looks on: FT tried two learning rates and took the second; AFT dips; ANP is no model."""
+    """What a evaluator writes who looks on: FT tried two learning rates and took the second; AFT dips; ANP is no model."""
     stages = {
         'infect': [(0.2, 0.1), (0.95, 0.99)],
         'purify/ft/0.01': [(0.95, 0.99), (0.96, 0.985)],
@@ -278,10 +278,10 @@ def observe(module, dataset, config, make_run, attack_name, outcome):
     attack = attacks.build(config, dataset.image_shape, dataset.num_classes)
     infected, aft = (module.init(jax.random.key(k), jnp.zeros((1, 8, 8, 1))) for k in (0, 1))
     nobody = Poisoned(dataset.train_images, dataset.train_labels, NO_INDICES, NO_INDICES)
-    victim = Victim(dataset, attack, nobody, np.arange(8, dtype=np.int32), module)
+    scenario = Scenario(dataset, attack, nobody, np.arange(8, dtype=np.int32), module)
     run = make_run()
     found = observe_module.observe(
-        run, victim, Infected(infected, attack, 1.0), {'aft': aft}, evaluator_for(run, victim), outcome
+        run, scenario, InfectedModel(infected, attack, 1.0), {'aft': aft}, evaluator_for(run, scenario), outcome
     )
     return found, infected['params']['Dense_0']
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from aft_jax.attacks.attack import Attack
-from aft_jax.attacks.poison import NO_INDICES, Poisoned, left_behind
+from aft_jax.attacks.poison import NO_INDICES, Poisoned, published_training_set
 from aft_jax.config import resolve
-from aft_jax.defenses import Holdings, aft, pbe
+from aft_jax.defenses import DefenderData, aft, pbe
 from aft_jax.errors import UserError
 from aft_jax.evaluation.scores import detection
 from aft_jax.pipeline.stages import defender_config
@@ -57,15 +57,15 @@ def test_rounds_train_on_what_the_round_before_kept(options, make_run, tiny_net,
     fit = aft.fit
 
     def watched(run, stage, state, phases, arrays, *args, **kwargs):
-        model = state.classifier.params['Dense_0']['kernel'], kwargs['fixed']['params']['Dense_0']['kernel']
+        model = state.classifier.params['Dense_0']['kernel'], kwargs['constants']['params']['Dense_0']['kernel']
         ends = [(phase.until, phase.step.keywords['recipe']) for phase in phases]
         seen.append((stage, arrays['images'], arrays['labels'], model, ends))
         return fit(run, stage, state, phases, arrays, *args, **kwargs)
 
     monkeypatch.setattr(aft, 'fit', watched)
-    holdings = Holdings(tiny_net, tiny_variables, dataset.train_images, dataset.train_labels)
+    held_data = DefenderData(tiny_net, tiny_variables, dataset.train_images, dataset.train_labels)
     run = make_run(devices=1)
-    erased = pbe.purify(run, 'purify/pbe', holdings, options)
+    erased = pbe.purify(run, 'purify/pbe', held_data, options)
     assert [stage for stage, *_ in seen] == [f'purify/pbe/round{i}' for i in (1, 2, 3)]
     assert [len(subset) for subset in erased.subsets] == [16, 24, 40] and len(erased.scores) == 3
     for subset, (_, images, labels, *_) in zip(erased.subsets, seen, strict=True):
@@ -89,7 +89,7 @@ def test_rounds_train_on_what_the_round_before_kept(options, make_run, tiny_net,
         assert adversarial.distillation > 0 and clean.adversarial_share == 0
 
     # A second start finds everything there, and comes to the same.
-    again = pbe.purify(run, 'purify/pbe', holdings, options)
+    again = pbe.purify(run, 'purify/pbe', held_data, options)
     for first, second in zip(erased.scores + erased.subsets, again.scores + again.subsets, strict=True):
         np.testing.assert_array_equal(first, second)
 
@@ -109,14 +109,14 @@ def test_an_attacker_of_the_training_leaves_a_poisoned_set_behind(config, datase
     attack = Attack('badnets', np.zeros(4, np.int32), {}, lambda arrays, images: images * 0 + 1.0, None, joint=True)
     images, labels = dataset.train_images, dataset.train_labels
     whole = Poisoned(images, labels, NO_INDICES, NO_INDICES)
-    left = left_behind(attack, images, labels, whole, resolve(config))
+    left = published_training_set(attack, images, labels, whole, resolve(config))
     assert len(left.indices) == 8
     assert (left.images[left.indices] == 255).all() and (left.labels[left.indices] == 0).all()
     others = np.setdiff1d(np.arange(80), left.indices)
     np.testing.assert_array_equal(left.images[others], images[others])
     fixed = whole._replace(indices=np.array([3], np.int32))
-    assert left_behind(attack, images, labels, fixed, resolve(config)) is fixed
-    assert left_behind(None, images, labels, whole, resolve(config)) is whole
+    assert published_training_set(attack, images, labels, fixed, resolve(config)) is fixed
+    assert published_training_set(None, images, labels, whole, resolve(config)) is whole
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import scipy.special
 
 from aft_jax import models
 from aft_jax.config import resolve
-from aft_jax.defenses import DEFENSES, Holdings, anp, defender, fp
+from aft_jax.defenses import DEFENSES, DefenderData, anp, defender, fp
 from aft_jax.errors import UserError
-from aft_jax.models.channel_pruning import blind_logits, reader, readings, without
+from aft_jax.models.channel_pruning import head_inputs, masked_logits, reader, without
 from aft_jax.models.mnist_cnn import MnistCNN
 from aft_jax.models.preact_resnet import PreActResNet
 from aft_jax.pipeline.stages import defender_config
@@ -42,10 +42,10 @@ CNN_VARIABLES = random_variables(CNN, (16, 16, 1), 0)
 
 
 @pytest.fixture(scope='module')
-def holdings(dataset):
+def held_data(dataset):
     """40 clean images of 16x16 and a random network, whose accuracy depends on what is pruned, as the suspect."""
     images = dataset.train_images[:40].repeat(2, axis=1).repeat(2, axis=2)
-    return Holdings(CNN, CNN_VARIABLES, images, dataset.train_labels[:40])
+    return DefenderData(CNN, CNN_VARIABLES, images, dataset.train_labels[:40])
 
 
 def last_map(module, variables, images):
@@ -63,7 +63,7 @@ def cnn_head(variables, feature_map):
 
 @pytest.fixture
 def purify(make_run, config):
-    """Returns a function that purifies holdings by a defense with the given options; the fitted and the record."""
+    """Returns a function that purifies held_data by a defense with the given options; the fitted and the record."""
 
     def call(defense, held, devices=4, **options):
         config[defense].update(options)
@@ -74,10 +74,10 @@ def purify(make_run, config):
     return call
 
 
-def test_fine_pruning_prunes_what_numpy_does_and_it_stays_pruned(purify, config, holdings, monkeypatch):
+def test_fine_pruning_prunes_what_numpy_does_and_it_stays_pruned(purify, config, held_data, monkeypatch):
     """From the feature maps on all is NumPy: the ranking, each candidate's accuracy and the choice."""
     config.tuning.budget = 0.1
-    training, held = defender.hold_out(holdings, config.tuning.held_out_share, config.seed)
+    training, held = defender.hold_out(held_data, config.tuning.held_out_share, config.seed)
     activities = np.abs(last_map(CNN, CNN_VARIABLES, training.images)).mean(axis=(0, 1, 2))
     order = np.argsort(activities)
     held_map = last_map(CNN, CNN_VARIABLES, held.images)
@@ -91,7 +91,7 @@ def test_fine_pruning_prunes_what_numpy_does_and_it_stays_pruned(purify, config,
 
     seen, fit = [], fp.fit
     monkeypatch.setattr(fp, 'fit', lambda *given: seen.append(given[4]['images']) or fit(*given))
-    fitted, record = purify('fp', holdings, epochs=2, learning_rates=(0.02,))
+    fitted, record = purify('fp', held_data, epochs=2, learning_rates=(0.02,))
     assert fitted.seconds > 0
     assert [line['pruned_share'] for line in record] == [count / 64] * 8  # 32 images, batches of 8, 2 epochs
     kernel = np.asarray(fitted.state.variables['params']['Dense_0']['kernel']).reshape(4, 64, 512)
@@ -122,8 +122,8 @@ def test_channels_of_a_map_that_a_batch_norm_follows():
     @jax.jit
     def compute(variables, images):
         pruned = variables | {'params': without(variables['params'], name, kept)}
-        blind = blind_logits(module, name, variables, images, kept)
-        return readings(module, name, variables, images), module.apply(pruned, images), blind
+        blind = masked_logits(module, name, variables, images, kept)
+        return head_inputs(module, name, variables, images), module.apply(pruned, images), blind
 
     read, *both = compute(variables, images.astype(np.float32) / 255)
     params, statistics = (variables[kind]['final_norm_layer'] for kind in ('params', 'batch_stats'))
@@ -145,7 +145,7 @@ def test_every_network_has_a_reader(config, name):
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), image)
     first = reader(module, variables, image.shape[1:])
-    read = jax.eval_shape(partial(readings, module, first), variables, image)
+    read = jax.eval_shape(partial(head_inputs, module, first), variables, image)
     positions, channels = {'mnist_cnn': (16, 64), 'vgg_bn': (49, 512)}.get(name, (1, 512))
     assert read.shape == (1, positions, channels)
     assert len(variables['params'][first]['kernel']) == positions * channels
@@ -187,7 +187,7 @@ def test_two_iterations_of_anp_equal_numpy(config, monkeypatch):
     optimiser = sgd(0.5, 'constant', 2, weight_decay=0.0)
     recipe = anp.Recipe(eps=0.4, clean_weight=0.2, augment=config.augment)
     step = jax.jit(partial(anp.mask_step, module=NormNet(), optimiser=optimiser, recipe=recipe))
-    batch = {'images': images, 'labels': labels, 'fixed': variables}
+    batch = {'images': images, 'labels': labels, 'constants': variables}
     state = anp.begin_masks(variables, optimiser)
     loss = partial(norm_net_loss, variables, images, labels)
     masks, travelled = np.ones(5), np.zeros(5)
@@ -262,7 +262,7 @@ def planted(dataset):
         },
         'batch_stats': {'BatchNorm_0': {'mean': inputs.mean(axis=0), 'var': inputs.var(axis=0)}},
     }
-    return Holdings(PlantedNet(), variables, dataset.train_images, dataset.train_labels)
+    return DefenderData(PlantedNet(), variables, dataset.train_images, dataset.train_labels)
 
 
 def test_anp_prunes_the_planted_channel_alone(purify, planted, dataset):
@@ -300,12 +300,12 @@ def test_anp_takes_the_threshold_by_the_rule(purify, config, planted, monkeypatc
     assert record[-1]['threshold'] == 0.75
 
 
-def test_anp_on_a_real_network_keeps_masks_between_0_and_1(purify, holdings, monkeypatch):
+def test_anp_on_a_real_network_keeps_masks_between_0_and_1(purify, held_data, monkeypatch):
     """A rate that throws masks far beyond both ends."""
     seen = []
     prune = anp.prune
     monkeypatch.setattr(anp, 'prune', lambda *given: seen.append(given[1]) or prune(*given))
-    fitted, _ = purify('anp', holdings, devices=1, iterations=4, learning_rate=50.0)
+    fitted, _ = purify('anp', held_data, devices=1, iterations=4, learning_rate=50.0)
     assert {norm: len(mask) for norm, mask in seen[0].items()} == {'BatchNorm_0': 32, 'BatchNorm_1': 64}
     masks = np.concatenate(list(seen[0].values()))
     assert masks.min() == 0 and masks.max() == 1

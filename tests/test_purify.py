@@ -201,10 +201,10 @@ def test_a_clearly_worse_normalisation_is_a_warning():
     config.init_from = 'mine.pt'
     found = given_model.Suspect({'params': {}, 'batch_stats': {}}, imported=object())
     config.model.mean = (0.3,)
-    told = given_model.look_over(found, Brightness(0.3), resolve(config), dataset, make_mesh()).warning
+    told = given_model.check_normalisation(found, Brightness(0.3), resolve(config), dataset, make_mesh()).warning
     assert re.search(r'gets 80.0 % of 200 clean .* 100.0 %: --config.model.mean="\(0.5,\)"', told)
     config.model.mean = (0.5,)
-    assert given_model.look_over(found, Brightness(0.5), resolve(config), dataset, make_mesh()).warning == ''
+    assert given_model.check_normalisation(found, Brightness(0.5), resolve(config), dataset, make_mesh()).warning == ''
 
 
 @pytest.mark.parametrize(('classes', 'expected'), [(2, 0.6), (10, 0.2), (100, 0.02)])

@@ -127,7 +127,7 @@ def test_a_grid_is_interrupted_and_resumed(table, tmp_path):
     page = Reader((root / 'index.html').read_text())
     page.check_stands_by_itself()
     assert 'FT leaves' in page.said and 'badnets, all2one' in page.said and 'blend, all2one' in page.said
-    # The judge looked on at the beginning, in the middle and at the end, where it saw what stands in the results.
+    # The evaluator looked on at the beginning, in the middle and at the end, where it saw what stands in the results.
     for path in sorted((root / 'runs').iterdir()):
         written = [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
         looked = [line for line in written if line['stage'] == 'purify/ft' and 'test_acc' in line]

@@ -12,10 +12,10 @@ import pytest
 
 from aft_jax import models
 from aft_jax.errors import UserError
-from aft_jax.runtime.sharding import check_batch_size, make_mesh, place
+from aft_jax.runtime.sharding import check_batch_size, make_mesh, replicate
 from aft_jax.training import loop, state
 from aft_jax.training.checkpoint import Checkpoints, checksum
-from aft_jax.training.loop import Phase, fit
+from aft_jax.training.loop import EvalHook, Phase, TrainingStage, fit
 from aft_jax.training.optimiser import sgd
 from aft_jax.training.steps import accuracy, classification_step, cross_entropy
 
@@ -47,18 +47,19 @@ def train(dataset, tiny_net, tiny_variables):
         step = step or partial(classification_step, module=module, optimiser=optimiser, transform=add_noise)
         arrays = {'images': dataset.train_images, 'labels': dataset.train_labels}
         options = {'phases': [Phase(step, steps)], 'arrays': arrays, 'batch_size': 8} | options
-        return fit(run, stage, state.create(variables, optimiser), **options)
+        return fit(run, TrainingStage(stage, state.create(variables, optimiser), **options))
 
     return call
 
 
-def probe_that_fails_at(step):
-    def probe(current):
-        if int(current.step) == step:
+def hook_that_fails_at(step, every_steps):
+    def evaluate(point):
+        assert int(point.state.step) == point.step
+        if point.step == step:
             raise Interrupted
-        return {'probed': float(current.step)}
+        return {'probed': float(point.step)}
 
-    return probe
+    return EvalHook(evaluate, every_steps=every_steps)
 
 
 def lines(run):
@@ -125,15 +126,15 @@ def test_many_steps_a_call_equal_one(train, make_run, assert_trees_close):
 
 
 def test_calls_have_two_lengths_and_end_at_every_mark():
-    spans = list(loop._spans(0, [23, 31], [10, 14], 4))
-    assert [last for _, last in spans] == [4, 8, 9, 10, 14, 18, 19, 20, 21, 22, 23, 27, 28, 29, 30, 31]
-    assert [first for first, _ in spans] == [0, *(last for _, last in spans[:-1])]
+    calls = list(loop.plan_calls(0, [23, 31], [10, 14], 4))
+    assert [last for _, last in calls] == [4, 8, 9, 10, 14, 18, 19, 20, 21, 22, 23, 27, 28, 29, 30, 31]
+    assert [first for first, _ in calls] == [0, *(last for _, last in calls[:-1])]
 
 
 @pytest.mark.parametrize('call', [0, 3, 7, 12])
 def test_a_run_that_goes_on_cuts_its_calls_where_it_would_have(call):
-    spans = list(loop._spans(0, [23, 31], [10, 14], 4))
-    assert list(loop._spans(spans[call][0], [23, 31], [10, 14], 4)) == spans[call:]
+    calls = list(loop.plan_calls(0, [23, 31], [10, 14], 4))
+    assert list(loop.plan_calls(calls[call][0], [23, 31], [10, 14], 4)) == calls[call:]
 
 
 @pytest.mark.parametrize(
@@ -170,8 +171,8 @@ def record(current, batch, key):
         'labels': jnp.sum(batch['labels'].astype(jnp.float32) * places),
         'images': jnp.sum(batch['images'][:, 0, 0, 0] * 255 * places),
         'extra': jnp.sum(batch['extra'] * places),
-        'paired': jnp.sum(batch['paired']['labels'].astype(jnp.float32) * places),
-        'fixed': batch['fixed']['w'][0],
+        'second': jnp.sum(batch['second']['labels'].astype(jnp.float32) * places),
+        'constants': batch['constants']['w'][0],
         'key': jax.random.uniform(key),
     }
     return current.replace(step=current.step + 1), metrics
@@ -189,19 +190,20 @@ def test_what_a_step_is_given(make_run, tiny_variables):
         'extra': np.arange(10, dtype=np.float32),
     }
     start = state.create(tiny_variables, sgd(0.1, 'constant', 1))
+    constants = {'w': np.full(3, 7.5, np.float32)}
     run = make_run()
-    fit(run, 'x', start, [Phase(record, 10)], arrays, 4, fixed={'w': np.full(3, 7.5, np.float32)}, streams=2)
+    fit(run, TrainingStage('x', start, [Phase(record, 10)], arrays, 4, constants, num_streams=2))
     columns = {name: [line[name] for line in lines(run)] for name in lines(run)[0]}
     rows = digits(columns['labels'])
     for name in ('images', 'extra'):
         np.testing.assert_array_equal(digits(columns[name]), rows)
-    for stream in (rows, digits(columns['paired'])):
+    for stream in (rows, digits(columns['second'])):
         np.testing.assert_array_equal(np.sort(stream.reshape(4, 10), axis=1), np.tile(np.arange(10), (4, 1)))
-    assert (rows != digits(columns['paired'])).mean() > 0.5
-    assert columns['fixed'] == [7.5] * 10
+    assert (rows != digits(columns['second'])).mean() > 0.5
+    assert columns['constants'] == [7.5] * 10
     assert len(set(columns['key'])) == 10
     other = make_run('other')
-    fit(other, 'y', start, [Phase(record, 10)], arrays, 4, fixed={'w': np.full(3, 7.5, np.float32)}, streams=2)
+    fit(other, TrainingStage('y', start, [Phase(record, 10)], arrays, 4, constants, num_streams=2))
     assert not set(columns['key']) & {line['key'] for line in lines(other)}
 
 
@@ -215,7 +217,7 @@ def test_phases_may_report_different_metrics(make_run, tiny_variables, dataset):
     run = make_run(log_every=4)
     start = state.create(tiny_variables, sgd(0.1, 'constant', 1))
     arrays = {'images': dataset.train_images, 'labels': dataset.train_labels}
-    fit(run, 'x', start, [Phase(first, 3), Phase(second, 8)], arrays, 8)
+    fit(run, TrainingStage('x', start, [Phase(first, 3), Phase(second, 8)], arrays, 8))
     assert [{k: v for k, v in line.items() if k != 'stage'} for line in lines(run)] == [
         {'step': 4, 'loss': 0.75, 'early': 5.0, 'late': 7.0},
         {'step': 8, 'loss': 0.0, 'late': 7.0},
@@ -226,20 +228,20 @@ def test_phases_may_report_different_metrics(make_run, tiny_variables, dataset):
 def test_resumed_equals_uninterrupted_bit_for_bit(train, make_run, assert_trees_close, every):
     step = wander if every == 3 else None  # the real step once is enough
     whole, cut = make_run('whole', checkpoint_every=every), make_run('cut', checkpoint_every=every)
-    expected = train(whole, step=step, probe=probe_that_fails_at(-1), probe_every=1)
+    expected = train(whole, step=step, eval_hooks=(hook_that_fails_at(-1, every_steps=1),))
     with pytest.raises(Interrupted):
-        train(cut, step=step, probe=probe_that_fails_at(5), probe_every=1)
+        train(cut, step=step, eval_hooks=(hook_that_fails_at(5, every_steps=1),))
     last = lines(cut)[-1]
     assert last['step'] == 5  # beyond the checkpoint: this line will be written again
     with (cut.workdir / 'metrics.jsonl').open('a') as file:
         file.write('{"step": 6, "sta')  # and this one was cut short
     taken = []
 
-    def probe(current):
-        taken.append(int(current.step))
-        return {'probed': float(current.step)}
+    def evaluate(point):
+        taken.append(int(point.state.step))
+        return {'probed': float(point.step)}
 
-    resumed = train(cut, step=step, probe=probe, probe_every=1)
+    resumed = train(cut, step=step, eval_hooks=(EvalHook(evaluate, every_steps=1),))
     assert taken == list(range(5 // every * every + 1, STEPS + 1))  # from the checkpoint, not from the start
     assert_trees_close(resumed.state, expected.state)
     assert lines(cut) == lines(whole)
@@ -250,7 +252,7 @@ def test_resuming_one_stage_keeps_the_lines_of_another(train, make_run):
     train(run, step=wander, stage='infect')
     first = lines(run)
     with pytest.raises(Interrupted):
-        train(run, step=wander, stage='purify/ft', probe=probe_that_fails_at(3), probe_every=1)
+        train(run, step=wander, stage='purify/ft', eval_hooks=(hook_that_fails_at(3, every_steps=1),))
     train(run, step=wander, stage='purify/ft')
     assert lines(run)[: len(first)] == first
     purified = [line['step'] for line in lines(run)[len(first) :] if 'loss' in line]
@@ -290,7 +292,7 @@ def test_a_loss_that_is_no_number_stops_and_loses_nothing(
     with pytest.raises(UserError, match=r'^infect stopped before step [56]: loss .*learning rate'):
         train(broken, step=diverging)
     assert all(np.isfinite([line[name] for name in line if name != 'stage']).all() for line in lines(broken))
-    start = place(broken.mesh, state.create(tiny_variables, sgd(0.05, 'cosine', STEPS)))
+    start = replicate(broken.mesh, state.create(tiny_variables, sgd(0.05, 'cosine', STEPS)))
     with Checkpoints(broken.workdir / 'checkpoints' / 'infect', keep=2) as checkpoints:
         saved, _ = checkpoints.restore(start)
     assert int(saved.step) == 4
@@ -308,7 +310,7 @@ def small_state(step):
         'params': {'w': generator.normal(size=(40, 30)).astype(np.float32), 'b': np.zeros(3, np.float32)},
         'nothing': {},
     }
-    return place(make_mesh(), jax.tree.map(jnp.asarray, tree))
+    return replicate(make_mesh(), jax.tree.map(jnp.asarray, tree))
 
 
 @pytest.fixture(scope='module')
@@ -445,7 +447,7 @@ def test_a_run_goes_on_before_the_damage(train, make_run, caplog, assert_trees_c
     whole, cut = (make_run(name, checkpoint_every=2) for name in ('whole', 'cut'))
     expected = train(whole, step=wander)
     with pytest.raises(Interrupted):
-        train(cut, step=wander, probe=probe_that_fails_at(5), probe_every=5)
+        train(cut, step=wander, eval_hooks=(hook_that_fails_at(5, every_steps=5),))
     checkpoints = cut.workdir / 'checkpoints' / 'infect'
     damage_all(truncate)(checkpoints / '4')
     shutil.copytree(checkpoints / '4', checkpoints / '5.orbax-checkpoint-tmp-1')

@@ -7,10 +7,10 @@ import pytest
 
 from aft_jax import attacks, validation
 from aft_jax.attacks import wanet
-from aft_jax.attacks.attack import crossed
+from aft_jax.attacks.attack import cross_images
 from aft_jax.attacks.poison import NO_INDICES, Poisoned, poison, poison_batch, write_manifest
 from aft_jax.errors import UserError
-from aft_jax.runtime.sharding import along, make_mesh, replicated
+from aft_jax.runtime.sharding import batch_sharding, make_mesh, replicated
 
 GENERATOR = np.random.default_rng(0)
 SHAPES = [(28, 28, 1), (32, 32, 3), (64, 64, 3), (20, 30, 1)]
@@ -76,7 +76,7 @@ def test_noise_differs_between_pixels_and_images_and_stays_near_the_field(config
 
 def test_stored_images_in_noise_mode_have_noise_of_their_own_in_every_chunk(config):
     images = np.tile(GENERATOR.integers(0, 256, (1, 8, 8, 1)).astype(np.uint8), (7, 1, 1, 1))
-    noisy = crossed(build(config), images, jax.random.key(0), chunk=3)
+    noisy = cross_images(build(config), images, jax.random.key(0), chunk=3)
     assert len(np.unique(noisy.reshape(7, -1), axis=0)) == 7
 
 
@@ -105,7 +105,7 @@ def test_poisoning_by_batch(config, devices):
     mesh = make_mesh(jax.devices()[:devices])
     call = jax.jit(
         lambda x, y, key: poison_batch(attack, key, x, y, config),
-        in_shardings=(along(mesh, 0), along(mesh, 0), replicated(mesh)),
+        in_shardings=(batch_sharding(mesh, 0), batch_sharding(mesh, 0), replicated(mesh)),
         out_shardings=replicated(mesh),
     )
     key = jax.random.key(3)

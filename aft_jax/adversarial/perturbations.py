@@ -34,7 +34,7 @@ GRID = 7
 STEP = 0.25
 
 
-class Family(NamedTuple):
+class PerturbationSpec(NamedTuple):
     """A kind of change, its size (see above; of 'sparse', the pixels in each step), and whether images share it."""
 
     kind: Kind
@@ -42,12 +42,12 @@ class Family(NamedTuple):
     shared: bool = True
 
     @property
-    def goes_on(self) -> bool:
+    def warm_started(self) -> bool:
         """Whether the next step goes on with a change; not with 'sparse', whose pixels are chosen for one model."""
         return self.shared and self.kind != 'sparse'
 
 
-class Change(NamedTuple):
+class Perturbation(NamedTuple):
     """One change that images share, N = 1, or one for each of N images.
 
     Attributes:
@@ -60,7 +60,7 @@ class Change(NamedTuple):
     chosen: jax.Array
 
 
-def start(family: Family, key: jax.Array, images: tuple[int, ...]) -> Change:
+def start(family: PerturbationSpec, key: jax.Array, images: tuple[int, ...]) -> Perturbation:
     """Returns a random change, or (sparse) none yet.
 
     Args:
@@ -72,15 +72,15 @@ def start(family: Family, key: jax.Array, images: tuple[int, ...]) -> Change:
     shape, one = (count, *images[1:]), jnp.ones((), jnp.float32)
     match family.kind:
         case 'linf' | 'l2':
-            return Change(random_in_ball(key, shape, family.size, family.kind), one)
+            return Perturbation(random_in_ball(key, shape, family.size, family.kind), one)
         case 'sparse':
-            return Change(jnp.zeros(shape, jnp.float32), jnp.zeros((*shape[:3], 1), jnp.float32))
+            return Perturbation(jnp.zeros(shape, jnp.float32), jnp.zeros((*shape[:3], 1), jnp.float32))
         case 'warp':
             size = family.size
-            return Change(jax.random.uniform(key, (count, GRID, GRID, 2), jnp.float32, -size, size), one)
+            return Perturbation(jax.random.uniform(key, (count, GRID, GRID, 2), jnp.float32, -size, size), one)
 
 
-def apply(family: Family, change: Change, images: jax.Array) -> jax.Array:
+def apply(family: PerturbationSpec, change: Perturbation, images: jax.Array) -> jax.Array:
     """Returns the images [B, H, W, C], float32 in [0, 1], with the change in each of them."""
     match family.kind:
         case 'linf' | 'l2':
@@ -99,7 +99,7 @@ def apply(family: Family, change: Change, images: jax.Array) -> jax.Array:
             return sample_bilinear(images, jnp.broadcast_to(rows, places), jnp.broadcast_to(columns, places))
 
 
-def advance(family: Family, change: Change, gradient: jax.Array, images: jax.Array) -> Change:
+def advance(family: PerturbationSpec, change: Perturbation, gradient: jax.Array, images: jax.Array) -> Perturbation:
     """Returns the change one step further up the loss.
 
     Args:
@@ -121,62 +121,62 @@ def advance(family: Family, change: Change, gradient: jax.Array, images: jax.Arr
             _, longest = jax.lax.top_k(free, int(size))
             new = jnp.put_along_axis(jnp.zeros_like(free), longest, 1.0, axis=1, inplace=False)
             new = new.reshape(change.chosen.shape)
-            return Change(jnp.where(new > 0, wanted, values), change.chosen + new)
+            return Perturbation(jnp.where(new > 0, wanted, values), change.chosen + new)
         case 'warp':
             return change._replace(values=jnp.clip(values + STEP * size * jnp.sign(gradient), -size, size))
 
 
-def parts(count: int, families: tuple[Family, ...]) -> list[slice]:
+def parts(count: int, specs: tuple[PerturbationSpec, ...]) -> list[slice]:
     """Returns which of `count` images each family has: equal parts, in their order."""
-    ends = [count * i // len(families) for i in range(len(families) + 1)]
+    ends = [count * i // len(specs) for i in range(len(specs) + 1)]
     return [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
 
-def start_all(families: tuple[Family, ...], key: jax.Array, images: tuple[int, ...]) -> tuple[Change, ...]:
-    """Returns what `perturb_together` begins with for images of shape (B, H, W, C), anew for each family."""
-    keys = jax.random.split(key, len(families))
+def init_all(specs: tuple[PerturbationSpec, ...], key: jax.Array, images: tuple[int, ...]) -> tuple[Perturbation, ...]:
+    """Returns what `joint_attack` begins with for images of shape (B, H, W, C), anew for each family."""
+    keys = jax.random.split(key, len(specs))
     return tuple(
         start(family, k, (part.stop - part.start, *images[1:]))
-        for family, k, part in zip(families, keys, parts(images[0], families), strict=True)
+        for family, k, part in zip(specs, keys, parts(images[0], specs), strict=True)
     )
 
 
-def perturb_together(
+def joint_attack(
     logits: Logits,
     images: jax.Array,
     labels: jax.Array,
-    families: tuple[Family, ...],
-    changes: tuple[Change, ...],
+    specs: tuple[PerturbationSpec, ...],
+    changes: tuple[Perturbation, ...],
     steps: int,
     *,
     unroll: bool | None = None,
-) -> tuple[jax.Array, tuple[Change, ...]]:
+) -> tuple[jax.Array, tuple[Perturbation, ...]]:
     """Returns adversarial examples, an equal part of the images by each family, and the changes.
 
     Args:
         logits: Classifier in evaluation mode, float32 [B, H, W, C] -> float32 [B, K].
         images: float32 [B, H, W, C] in [0, 1].
         labels: int32 [B], true.
-        families: Of changes.
-        changes: Of each, to begin with (`start_all`).
+        specs: Of changes.
+        changes: Of each, to begin with (`init_all`).
         steps: How many steps all of them take.
         unroll: As for `adversarial.repeat`.
 
     Returns:
         float32 [B, H, W, C], the images of the first family first, and the changes after the last step.
     """
-    theirs = [images[part] for part in parts(len(labels), families)]
+    theirs = [images[part] for part in parts(len(labels), specs)]
 
-    def examples(changes: tuple[Change, ...]) -> jax.Array:
-        return jnp.concatenate([apply(*each) for each in zip(families, changes, theirs, strict=True)])
+    def examples(changes: tuple[Perturbation, ...]) -> jax.Array:
+        return jnp.concatenate([apply(*each) for each in zip(specs, changes, theirs, strict=True)])
 
-    def loss(values: tuple[jax.Array, ...], changes: tuple[Change, ...]) -> jax.Array:
+    def loss(values: tuple[jax.Array, ...], changes: tuple[Perturbation, ...]) -> jax.Array:
         moved = tuple(change._replace(values=new) for change, new in zip(changes, values, strict=True))
         return optax.softmax_cross_entropy_with_integer_labels(logits(examples(moved)), labels).sum()
 
-    def step(changes: tuple[Change, ...]) -> tuple[Change, ...]:
+    def step(changes: tuple[Perturbation, ...]) -> tuple[Perturbation, ...]:
         gradients = jax.grad(loss)(tuple(change.values for change in changes), changes)
-        return tuple(advance(*each) for each in zip(families, changes, gradients, theirs, strict=True))
+        return tuple(advance(*each) for each in zip(specs, changes, gradients, theirs, strict=True))
 
     changes = repeat(step, changes, steps, unroll)
     return examples(changes), changes

@@ -6,7 +6,7 @@ import numpy as np
 
 from aft_jax.analysis.infection_score import Scorer
 from aft_jax.analysis.probe import Probe
-from aft_jax.pipeline.scenario import Victim
+from aft_jax.pipeline.scenario import Scenario
 from aft_jax.randomness import generator_for
 from aft_jax.training.loop import Run
 
@@ -22,22 +22,22 @@ class Scanner:
     These are the images held out, which no defense trains on, where they are enough, and all clean images otherwise.
     """
 
-    def __init__(self, victim: Victim, run: Run):
-        """Scans classifiers like the victim's."""
-        dataset = victim.dataset
+    def __init__(self, scenario: Scenario, run: Run):
+        """Scans classifiers like the scenario's."""
+        dataset = scenario.dataset
         self._num_classes = dataset.num_classes
         self.held_out = len(dataset.test_labels) >= IMAGES_OF_A_CLASS * dataset.num_classes
         images, labels = dataset.test_images, dataset.test_labels
         if not self.held_out:
-            images = np.concatenate([images, dataset.train_images[victim.clean]])
-            labels = np.concatenate([labels, dataset.train_labels[victim.clean]])
+            images = np.concatenate([images, dataset.train_images[scenario.clean]])
+            labels = np.concatenate([labels, dataset.train_labels[scenario.clean]])
         # The score halves the images, which may be in the order of their classes.
         order = generator_for(run.seed, 'scan').permutation(len(labels))
         chosen = order[: LARGEST_OF_A_CLASS * dataset.num_classes]
         self._images, self._labels = images[chosen], labels[chosen]
         batch_size = min(run.options.eval_batch_size, len(chosen))
-        probe = Probe(victim.module, run.mesh, batch_size)
-        self._score = Scorer(probe, victim.module, run.mesh, batch_size)
+        probe = Probe(scenario.module, run.mesh, batch_size)
+        self._score = Scorer(probe, scenario.module, run.mesh, batch_size)
 
     def __call__(self, variables: dict) -> dict[str, Any]:
         """Returns what a scan finds, as plain values for results.json.
@@ -50,12 +50,12 @@ class Scanner:
         found = self._score(variables, self._images, self._labels, self._num_classes)
         fooled = found.landing.sum(axis=(1, 2))
         largest = found.landing.sum(axis=1).max(axis=1)
-        suspected = found.suspicion.target_map
+        suspected = found.hypothesis.target_map
         return {
             'images': len(self._labels),
             'held_out': self.held_out,
             **found.as_dict(),
-            'suspected_label': int(suspected[0]) if found.suspicion.kind == 'all2one' else None,
+            'suspected_label': int(suspected[0]) if found.hypothesis.kind == 'all2one' else None,
             'fooled': [round(float(n) / len(self._labels), 6) for n in fooled],
             'largest_landing': [round(float(a / b), 6) if b else None for a, b in zip(largest, fooled, strict=True)],
         }

@@ -43,7 +43,7 @@ LANDING_EPS = tuple(n / 255 for n in (2, 4, 8, 16, 32))
 ONE, ALL = 'all2one', 'all2all'
 
 
-class Suspicion(NamedTuple):
+class BackdoorHypothesis(NamedTuple):
     """What a [K, K] matrix of shares (true class, other class) says of a backdoor.
 
     Attributes:
@@ -61,7 +61,7 @@ class InfectionScore(NamedTuple):
     """What is to be known of a suspect model.
 
     Attributes:
-        suspicion: From the shared change: the score, the kind of backdoor and the suspected labels.
+        hypothesis: From the shared change: the score, the kind of backdoor and the suspected labels.
         moved: float64 [K, K], the shares of each true class that the shared change moves to each other class.
         change: float32 [H, W, C], that shared change, from one half of the images.
         crowding: From where single adversarial examples land alone, the paper's observation; the strongest over eps.
@@ -69,19 +69,19 @@ class InfectionScore(NamedTuple):
         landing: int64 [E, K, K], how many fooling examples of each true class land in each other class, by eps.
     """
 
-    suspicion: Suspicion
+    hypothesis: BackdoorHypothesis
     moved: np.ndarray
     change: np.ndarray
-    crowding: Suspicion
+    crowding: BackdoorHypothesis
     landing_eps: tuple[float, ...]
     landing: np.ndarray
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain values for results.json, without the change's pixels."""
         return {
-            'score': round(self.suspicion.score, 6),
-            'kind': self.suspicion.kind,
-            'suspected': self.suspicion.target_map.tolist(),
+            'score': round(self.hypothesis.score, 6),
+            'kind': self.hypothesis.kind,
+            'suspected': self.hypothesis.target_map.tolist(),
             'crowding': round(self.crowding.score, 6),
             'moved': np.round(self.moved, 6).tolist(),
             'landing_eps': list(self.landing_eps),
@@ -173,7 +173,7 @@ def share_moved(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -
     return count_moves(labels, predictions, num_classes) / np.maximum(sizes, 1)[:, None]
 
 
-def suspect(shares: np.ndarray) -> Suspicion:
+def suspect(shares: np.ndarray) -> BackdoorHypothesis:
     """Returns which backdoor a matrix of shares looks like most.
 
     Args:
@@ -185,8 +185,8 @@ def suspect(shares: np.ndarray) -> Suspicion:
     claims = np.zeros(size)
     np.maximum.at(claims, favourites, shares.max(axis=1))
     if by_target.max() >= claims.mean():
-        return Suspicion(float(by_target.max()), ONE, np.full(size, by_target.argmax(), np.int32))
-    return Suspicion(float(claims.mean()), ALL, favourites.astype(np.int32))
+        return BackdoorHypothesis(float(by_target.max()), ONE, np.full(size, by_target.argmax(), np.int32))
+    return BackdoorHypothesis(float(claims.mean()), ALL, favourites.astype(np.int32))
 
 
 def _predict_changed(module: nn.Module, given: Any, images: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from aft_jax.attacks.attack import triggered
 from aft_jax.errors import UserError
 from aft_jax.evaluation.roc import auc
 from aft_jax.pipeline import saved_run
-from aft_jax.pipeline.saved_run import Finished
+from aft_jax.pipeline.saved_run import SavedRun
 from aft_jax.runtime.sharding import make_mesh
 
 MEASURES = (
@@ -60,7 +60,7 @@ def measure(
             raise UserError(f'--benign={control.directory} is a run with an attack; name one with attack.name=none.')
     for directory in runs:
         run = saved_run.load(directory, mesh, datasets, defenses)
-        probe, scorer = tools_for(run.victim.module, mesh, min(run.config.run.eval_batch_size, count))
+        probe, scorer = tools_for(run.scenario.module, mesh, min(run.config.run.eval_batch_size, count))
         benign_variables = control_of(run, controls)
         shared = {
             'run': run.directory.name,
@@ -85,14 +85,14 @@ def tools_for(module: nn.Module, mesh: Mesh, batch_size: int) -> tuple[Probe, Sc
     return probe, Scorer(probe, module, mesh, batch_size)
 
 
-def control_of(run: Finished, controls: Sequence[Finished]) -> dict | None:
+def control_of(run: SavedRun, controls: Sequence[SavedRun]) -> dict | None:
     """Returns the variables of the benign model to compare a run with, of its own seed where there is one.
 
     Raises:
         UserError: Controls were given, but none is of the same data and model.
     """
 
-    def kind(one: Finished) -> tuple:
+    def kind(one: SavedRun) -> tuple:
         return one.config.dataset, one.config.data, one.config.model, one.config.dtype
 
     fitting = [control for control in controls if kind(control) == kind(run)]
@@ -103,7 +103,7 @@ def control_of(run: Finished, controls: Sequence[Finished]) -> dict | None:
 
 
 def observation_rows(
-    run: Finished,
+    run: SavedRun,
     variables: dict,
     control: dict | None,
     probe: Probe,
@@ -115,7 +115,7 @@ def observation_rows(
 
     Nothing for a run without an attack, which has no trigger.
     """
-    attack, dataset = run.infected.attack, run.victim.dataset
+    attack, dataset = run.infected.attack, run.scenario.dataset
     if attack is None:
         return
     chosen = evenly(len(dataset.test_labels), count)
@@ -148,23 +148,23 @@ def columns(measured: Measured, whose: str = '') -> dict[str, Any]:
     return row
 
 
-def score_row(run: Finished, variables: dict, scorer: Scorer, eps: Sequence[float], count: int) -> dict[str, Any]:
+def score_row(run: SavedRun, variables: dict, scorer: Scorer, eps: Sequence[float], count: int) -> dict[str, Any]:
     """Returns the infection score of one model, from the defender's clean images."""
-    dataset, attack = run.victim.dataset, run.infected.attack
-    chosen = run.victim.clean[evenly(len(run.victim.clean), count)]
+    dataset, attack = run.scenario.dataset, run.infected.attack
+    chosen = run.scenario.clean[evenly(len(run.scenario.clean), count)]
     images, labels = dataset.train_images[chosen], dataset.train_labels[chosen]
     found = scorer(variables, images, labels, dataset.num_classes, tuple(size / 255 for size in eps))
     row = {
         'measured': 'score',
         'images': len(chosen),
-        'score': found.suspicion.score,
-        'kind': found.suspicion.kind,
-        'suspected': ' '.join(map(str, found.suspicion.target_map)),
+        'score': found.hypothesis.score,
+        'kind': found.hypothesis.kind,
+        'suspected': ' '.join(map(str, found.hypothesis.target_map)),
         'crowding': found.crowding.score,
         'crowding_kind': found.crowding.kind,
     }
     if attack is not None:
-        row['correct'] = float((found.suspicion.target_map == attack.target_map).mean())
+        row['correct'] = float((found.hypothesis.target_map == attack.target_map).mean())
     return row
 
 

@@ -10,9 +10,9 @@ from aft_jax.analysis.connection import Shown, connection
 from aft_jax.analysis.measures import target_share
 from aft_jax.analysis.observation import ADVERSARIAL, CLEAN, TRIGGERED, Observation, Seen
 from aft_jax.analysis.probe import Probe
-from aft_jax.evaluation.evaluator import Judge
+from aft_jax.evaluation.evaluator import Evaluator
 from aft_jax.models.custom import shows_features
-from aft_jax.pipeline.scenario import Infected, Victim
+from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.results.record import featured, first_model
 from aft_jax.training.loop import Run
 
@@ -25,7 +25,12 @@ SWEPT_EPS = tuple(n / 255 for n in (2, 4, 8, 16, 32))
 
 
 def observe(
-    run: Run, victim: Victim, infected: Infected, purified: dict[str, dict], judge: Judge, outcome: dict[str, Any]
+    run: Run,
+    scenario: Scenario,
+    infected: InfectedModel,
+    purified: dict[str, dict],
+    evaluator: Evaluator,
+    outcome: dict[str, Any],
 ) -> Observation | None:
     """Returns what the models make of clean, triggered and adversarial test images; every process takes part.
 
@@ -34,16 +39,16 @@ def observe(
 
     Args:
         run: The experiment's run.
-        victim: What the experiment is about.
+        scenario: What the experiment is about.
         infected: The infected model, or the benign or suspect one.
         purified: Variables by defense.
-        judge: Of the test set.
+        evaluator: Of the test set.
         outcome: What results.json holds so far; the connection of purified models that are not at hand is kept.
 
     Returns:
         None where no test image is left.
     """
-    attack, dataset = infected.attack, victim.dataset
+    attack, dataset = infected.attack, scenario.dataset
     chosen = np.linspace(0, len(dataset.test_labels) - 1, min(len(dataset.test_labels), IMAGES)).round().astype(int)
     if attack is not None:
         labels = dataset.test_labels[chosen]
@@ -52,19 +57,19 @@ def observe(
         return None
     labels = dataset.test_labels[chosen]
     stored = {CLEAN: dataset.test_images[chosen]}
-    triggered = judge.show(attack).triggered
+    triggered = evaluator.show(attack).triggered
     if triggered is not None:
         stored[TRIGGERED] = triggered[chosen]
     # As floats, like the adversarial examples, so that each of the probe's functions is compiled once.
     images = {kind: x.astype(np.float32) / np.float32(255) for kind, x in stored.items()}
-    probe = Probe(victim.module, run.mesh, min(run.options.eval_batch_size, BATCH * math.ceil(len(chosen) / BATCH)))
+    probe = Probe(scenario.module, run.mesh, min(run.options.eval_batch_size, BATCH * math.ceil(len(chosen) / BATCH)))
     models = {first_model(outcome): infected.variables} | purified
 
     def attacked(variables: dict, eps: float) -> np.ndarray:
         return probe.adversarial(variables, images[CLEAN], labels, 'linf', eps)
 
     examples = {name: attacked(variables, EPS) for name, variables in models.items()}
-    features = shows_features(victim.module)
+    features = shows_features(scenario.module)
     seen = {
         name: _look(probe, variables, images | {ADVERSARIAL: examples[name]}, features)
         for name, variables in models.items()

@@ -3,18 +3,18 @@
 import json
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from aft_jax.attacks.attack import Attack, triggered
 from aft_jax.data.augment import augment
 from aft_jax.data.dataset import Dataset
-from aft_jax.defenses.defender import Holdings, begin
-from aft_jax.evaluation.evaluator import Judge
-from aft_jax.pipeline.saved_run import Finished
+from aft_jax.defenses.defender import DefenderData, begin
+from aft_jax.evaluation.evaluator import Evaluator
+from aft_jax.pipeline.saved_run import SavedRun
 from aft_jax.randomness import generator_for
-from aft_jax.training.loop import Phase, Run, fit
+from aft_jax.training.loop import EvalHook, EvalPoint, Phase, Run, TrainingStage, fit
 from aft_jax.training.steps import classification_step
 
 COLUMNS = ('run', 'attack', 'label_mode', 'seed', 'model', 'per_class', 'step', 'acc', 'asr')
@@ -65,7 +65,7 @@ def retuning_set(
 
 
 def retune(
-    run: Run, name: str, source: Finished, judge: Judge, variables: dict, per_class: int, retuning: Retuning
+    run: Run, name: str, source: SavedRun, evaluator: Evaluator, variables: dict, per_class: int, retuning: Retuning
 ) -> Iterator[dict[str, float]]:
     """Trains a model again and yields {'step', 'acc', 'asr'}, from step 0.
 
@@ -73,34 +73,35 @@ def retune(
         run: Where checkpoints and metrics go.
         name: Of the stage.
         source: The run that the model and the attack are of.
-        judge: Of the run's test images.
+        evaluator: Of the run's test images.
         variables: The model's.
         per_class: See `retuning_set`.
         retuning: How.
     """
-    attack, victim = source.infected.attack, source.victim
+    attack, scenario = source.infected.attack, source.scenario
     assert attack is not None
 
-    def measure(state: Any) -> dict[str, float]:
-        scores = judge(state.variables, attack)
+    def measure(point: EvalPoint) -> dict[str, float]:
+        scores = evaluator(point.state.variables, attack)
         return {'test_acc': scores.acc, 'test_asr': scores.asr}
 
-    clean, poisoned = victim.clean, victim.poisoned.indices
-    arrays = retuning_set(attack, victim.dataset, clean, poisoned, per_class, source.config.seed)
+    clean, poisoned = scenario.clean, scenario.poisoned.indices
+    arrays = retuning_set(attack, scenario.dataset, clean, poisoned, per_class, source.config.seed)
     options = source.config.ft.copy_and_resolve_references()
     options.schedule = 'constant'
-    holdings = Holdings(victim.module, variables, arrays['images'], arrays['labels'])
-    before, optimiser = begin(holdings, options, source.config.train, retuning.steps, retuning.learning_rate)
+    held_data = DefenderData(scenario.module, variables, arrays['images'], arrays['labels'])
+    before, optimiser = begin(held_data, options, source.config.train, retuning.steps, retuning.learning_rate)
     step = partial(
         classification_step,
-        module=victim.module,
+        module=scenario.module,
         optimiser=optimiser,
         transform=lambda key, images, labels: (augment(key, images, source.config.augment), labels),
     )
-    first = measure(before)
+    first = measure(EvalPoint(name, 0, 0.0, before))
     yield {'step': 0, 'acc': first['test_acc'], 'asr': first['test_asr']}
     phases = [Phase(step, retuning.steps)]
-    fit(run, name, before, phases, arrays, source.config.batch_size, probe=measure, probe_every=retuning.every)
+    hooks = (EvalHook(measure, every_steps=retuning.every),)
+    fit(run, TrainingStage(name, before, phases, arrays, source.config.batch_size, eval_hooks=hooks))
     for line in (run.workdir / 'metrics.jsonl').read_text().splitlines():
         entry = json.loads(line)
         if entry['stage'] == name and 'test_asr' in entry:

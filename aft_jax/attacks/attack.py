@@ -57,7 +57,7 @@ def triggered(attack: Attack, images: np.ndarray, chunk: int = 1000) -> np.ndarr
     return _in_chunks(attack.trigger, attack.arrays, (images,), None, chunk)
 
 
-def crossed(attack: Attack, images: np.ndarray, key: jax.Array, chunk: int = 1000) -> np.ndarray:
+def cross_images(attack: Attack, images: np.ndarray, key: jax.Array, chunk: int = 1000) -> np.ndarray:
     """Returns stored images that look attacked but are not, rounded to bytes.
 
     Args:

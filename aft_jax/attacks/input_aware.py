@@ -37,7 +37,7 @@ from aft_jax.data.augment import augment
 from aft_jax.data.order import count_steps
 from aft_jax.randomness import key_for
 from aft_jax.training import state
-from aft_jax.training.loop import Phase, Run, fit
+from aft_jax.training.loop import Phase, Run, TrainingStage, fit
 from aft_jax.training.state import Batch, Metrics, TrainState
 from aft_jax.training.steps import accuracy, advance, apply_training, cross_entropy, update
 
@@ -141,7 +141,9 @@ def begin(
     first_step = partial(mask_step, networks=networks, optimiser=optimiser, config=config)
     phases = [Phase(first_step, steps)]
     before = state.create(attack.arrays['mask'], optimiser)
-    mask = fit(run, 'infect_mask', before, phases, arrays, config.batch_size, streams=2)
+    mask = fit(
+        run, TrainingStage('infect_mask', before, phases, arrays, config.batch_size, num_streams=2, trains_model=False)
+    )
 
     variables = jax.device_get(mask.state.variables)
     steps = count_steps(size, config.train.epochs, config.batch_size)
@@ -162,8 +164,8 @@ def begin(
         JointState(learner.state, state.create(attack.arrays['generator'], optimiser)),
         step,
         attack_of,
-        streams=2,
-        fixed=variables,
+        num_streams=2,
+        constants=variables,
         seconds=mask.seconds,
     )
 
@@ -181,7 +183,7 @@ def mask_step(
 
     Args:
         current: The mask network's state.
-        batch: 'images' float32 [B, H, W, C] in [0, 1], and the same in batch['paired'].
+        batch: 'images' float32 [B, H, W, C] in [0, 1], and the same in batch['second'].
         key: PRNG key of this step.
         networks: Both networks.
         optimiser: The mask network's.
@@ -228,7 +230,7 @@ def joint_step(
 
     Args:
         current: Both states.
-        batch: 'images' float32 [B, H, W, C] in [0, 1] and 'labels' int32 [B], the same in batch['paired'], and
+        batch: 'images' float32 [B, H, W, C] in [0, 1] and 'labels' int32 [B], the same in batch['second'], and
             'fixed', the mask network's variables.
         key: PRNG key of this step.
         networks: Both networks.
@@ -249,7 +251,7 @@ def joint_step(
     pairs = min(attacked, changed - attacked)
     labels = jnp.concatenate([jnp.asarray(target_map)[labels[:attacked]], labels[attacked:]])
     sources = jnp.concatenate([images[:attacked], others[attacked:changed]])
-    masks = sharpen(_evaluate(networks.mask, batch['fixed'], sources))
+    masks = sharpen(_evaluate(networks.mask, batch['constants'], sources))
 
     def objective(params):
         patterns, generator_stats = apply_training(networks.generator, current.generator, params['generator'], sources)
@@ -303,7 +305,7 @@ def adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
 def _augmented(key: jax.Array, batch: Batch, config: ml_collections.ConfigDict) -> tuple[jax.Array, jax.Array]:
     key, other_key = jax.random.split(key)
     images = augment(key, batch['images'], config.augment)
-    return images, augment(other_key, batch['paired']['images'], config.augment)
+    return images, augment(other_key, batch['second']['images'], config.augment)
 
 
 def _evaluate(network: EncoderDecoder, variables: dict, images: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from aft_jax.attacks.attack import Attack, crossed, triggered
+from aft_jax.attacks.attack import Attack, cross_images, triggered
 from aft_jax.errors import UserError
 from aft_jax.files import flatten, write_npz
 from aft_jax.randomness import generator_for, key_for
@@ -68,11 +68,11 @@ def poison(
     cross_indices = NO_INDICES
     if attack.cross is not None:
         cross_indices = np.sort(order[count : count + cross_count(count, config)])
-        images[cross_indices] = crossed(attack, images[cross_indices], key_for(config.seed, 'poison/cross'))
+        images[cross_indices] = cross_images(attack, images[cross_indices], key_for(config.seed, 'poison/cross'))
     return Poisoned(images, labels, indices, cross_indices)
 
 
-def left_behind(
+def published_training_set(
     attack: Attack | None, images: np.ndarray, labels: np.ndarray, poisoned: Poisoned, config: ml_collections.ConfigDict
 ) -> Poisoned:
     """Returns the training set that a defender finds beside a suspect model.

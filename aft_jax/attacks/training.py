@@ -42,16 +42,16 @@ class Infection(NamedTuple):
         state: Before the first step; a pytree with `step` and, as `variables`, the classifier's.
         step: (state, batch, key) -> (state, metrics).
         attack_of: state -> the attack as it stands in that state, or None without one.
-        streams: Independently shuffled batches that a step sees.
-        fixed: What every step finds in batch['fixed'].
+        num_streams: Independently shuffled batches that a step sees.
+        constants: What every step finds in batch['constants'].
         seconds: Spent before the first step.
     """
 
     state: Any
     step: Step
     attack_of: Callable[[Any], Attack | None]
-    streams: int = 1
-    fixed: Any = None
+    num_streams: int = 1
+    constants: Any = None
     seconds: float = 0.0
 
 

@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 from aft_jax.defenses import aft, anp, fp, ft, mcr, nad, pbe
-from aft_jax.defenses.defender import Holdings
+from aft_jax.defenses.defender import DefenderData
 
-__all__ = ['DEFENSES', 'FROM_SUSPECT_SET', 'NEED_FEATURES', 'Holdings']
+__all__ = ['DEFENSES', 'FROM_SUSPECT_SET', 'NEED_FEATURES', 'DefenderData']
 
-# (run, stage, holdings, config) -> what holds the purified state, and the seconds
+# (run, stage, data, config) -> what holds the purified state, and the seconds
 DEFENSES: dict[str, Callable[..., Any]] = {
     'ft': ft.purify,
     'aft': aft.purify,

@@ -11,7 +11,7 @@ On clean images the loss may hold the model to what the suspect model predicts f
     loss = adversarial_weight * sum over adversarial images of CE / B + sum over clean images of CE / B
          + distillation * mean over clean images of KL(suspect || model)
 
-Adversarial examples are those of PGD, as in the paper, or, an equal part each, of families of changes
+Adversarial examples are those of PGD, as in the paper, or, an equal part each, of specs of changes
 (`aft_jax.adversarial.perturbations`): `universal` ones, which all images of a batch share, as they share a trigger, and `per_image` ones.
 Shared changes are carried from step to step, so that they follow the model, and begun anew every `renew_every` steps.
 At the same attack success rate they cost less clean accuracy than each image's own, which bend the model around that
@@ -34,35 +34,35 @@ from typing import Any
 
 import ml_collections
 
-from aft_jax.adversarial.perturbations import Family
+from aft_jax.adversarial.perturbations import PerturbationSpec
 from aft_jax.adversarial.pgd import PGD
 from aft_jax.data.order import count_steps
 from aft_jax.defenses.aft_step import Recipe, SharedState, aft_step, begun, families_step
 from aft_jax.defenses.batch_norm_statistics import Statistics
-from aft_jax.defenses.defender import Holdings, begin
+from aft_jax.defenses.defender import DefenderData, begin
 from aft_jax.randomness import key_for
-from aft_jax.training.loop import Fitted, Phase, Run, fit
+from aft_jax.training.loop import Fitted, Phase, Run, TrainingStage, fit
 from aft_jax.training.state import TrainState
 
 
-def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.ConfigDict, section: str = 'aft') -> Fitted:
+def purify(run: Run, stage: str, data: DefenderData, config: ml_collections.ConfigDict, section: str = 'aft') -> Fitted:
     """Returns the suspect model after adversarial fine-tuning on the clean images.
 
     Args:
         run: The experiment.
         stage: The name of its checkpoints and metrics.
-        holdings: The defender's.
+        data: The defender's.
         config: The resolved config.
         section: Of the config, where the recipe is.
     """
     options = config[section]
-    recipe = recipe_of(options, config.augment, holdings.images.shape[1:])
-    fitted = train(run, stage, holdings, options, config, recipe, options.adversarial_epochs)
+    recipe = recipe_of(options, config.augment, data.images.shape[1:])
+    fitted = train(run, stage, data, options, config, recipe, options.adversarial_epochs)
     if options.recalibrate:
         started = time.monotonic()
-        statistics = Statistics(holdings.module, run.mesh, config.batch_size)
+        statistics = Statistics(data.module, run.mesh, config.batch_size)
         after = fitted.state
-        after = after.replace(batch_stats=statistics(after.variables, holdings.images)['batch_stats'])
+        after = after.replace(batch_stats=statistics(after.variables, data.images)['batch_stats'])
         fitted = Fitted(after, fitted.seconds + time.monotonic() - started)
     return fitted
 
@@ -70,7 +70,7 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
 def train(
     run: Run,
     stage: str,
-    holdings: Holdings,
+    data: DefenderData,
     options: ml_collections.ConfigDict,
     config: ml_collections.ConfigDict,
     recipe: Recipe,
@@ -81,26 +81,26 @@ def train(
     Args:
         run: The experiment.
         stage: The name of its checkpoints and metrics.
-        holdings: The images that it is trained on; the model, which distillation also holds it to.
+        data: The images that it is trained on; the model, which distillation also holds it to.
         options: The defense's own config, of which its epochs and its optimiser are read.
         config: The resolved config.
         recipe: Of an adversarial step.
         adversarial_epochs: How long the adversarial stretch is.
     """
-    size, batch_size = len(holdings.labels), config.batch_size
+    size, batch_size = len(data.labels), config.batch_size
     steps = count_steps(size, options.epochs, batch_size)
     adversarial_steps = min(steps, count_steps(size, adversarial_epochs, batch_size))
-    before, optimiser = begin(holdings, options, config.train, steps)
-    mixes = bool(recipe.families)
-    bound = partial(families_step if mixes else aft_step, module=holdings.module, optimiser=optimiser)
+    before, optimiser = begin(data, options, config.train, steps)
+    mixes = bool(recipe.specs)
+    bound = partial(families_step if mixes else aft_step, module=data.module, optimiser=optimiser)
     phases = [
         Phase(partial(bound, recipe=recipe), adversarial_steps),
         Phase(partial(bound, recipe=recipe._replace(adversarial_share=0.0)), steps),
     ]
     first: TrainState | SharedState = before
     if mixes:
-        first = SharedState(before, begun(recipe, key_for(run.seed, stage), holdings.images.shape[1:]))
-    fitted = fit(run, stage, first, phases, holdings.arrays, batch_size, fixed=holdings.variables)
+        first = SharedState(before, begun(recipe, key_for(run.seed, stage), data.images.shape[1:]))
+    fitted = fit(run, TrainingStage(stage, first, phases, data.arrays, batch_size, constants=data.variables))
     return fitted._replace(state=fitted.state.classifier) if mixes else fitted
 
 
@@ -121,7 +121,7 @@ def recipe_of(
         augment=augmentation,
         adversarial_weight=options.adversarial_weight,
         cutmix=options.cutmix,
-        families=families_of(options, image_shape),
+        specs=specs_of(options, image_shape),
         renew_every=options.renew_every,
     )
 
@@ -138,7 +138,7 @@ def pgd_of(options: ml_collections.ConfigDict) -> PGD:
     )
 
 
-def families_of(options: ml_collections.ConfigDict, image_shape: tuple[int, ...]) -> tuple[Family, ...]:
+def specs_of(options: ml_collections.ConfigDict, image_shape: tuple[int, ...]) -> tuple[PerturbationSpec, ...]:
     """Returns the changes that `config.aft` names, as large as it says in images of shape (H, W, C)."""
     height, width, channels = image_shape
     sizes = {
@@ -148,7 +148,7 @@ def families_of(options: ml_collections.ConfigDict, image_shape: tuple[int, ...]
         'warp': options.warp_share * min(height, width),
     }
     named = [(kind, True) for kind in kinds(options.universal)] + [(kind, False) for kind in kinds(options.per_image)]
-    return tuple(Family(kind, sizes[kind], shared) for kind, shared in named)
+    return tuple(PerturbationSpec(kind, sizes[kind], shared) for kind, shared in named)
 
 
 def kinds(text: str) -> list[Any]:

@@ -1,6 +1,6 @@
 """A step of AFT (`aft_jax.defenses.aft`): adversarial examples of the model as it is, then a gradient step on them.
 
-Two of them: with PGD, as in the paper, and with families of changes (`aft_jax.adversarial.perturbations`).
+Two of them: with PGD, as in the paper, and with specs of changes (`aft_jax.adversarial.perturbations`).
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from aft_jax.adversarial.perturbations import Change, Family, perturb_together, start_all
+from aft_jax.adversarial.perturbations import Perturbation, PerturbationSpec, init_all, joint_attack
 from aft_jax.adversarial.pgd import PGD, perturb
 from aft_jax.data.augment import augment, cut_mix
 from aft_jax.models import logits_function
@@ -27,13 +27,13 @@ class Recipe(NamedTuple):
     """What a step of AFT is to do.
 
     Attributes:
-        pgd: How adversarial examples are made; where there are families only the number of steps is read.
+        pgd: How adversarial examples are made; where there are specs only the number of steps is read.
         adversarial_share: Of a batch, replaced by adversarial examples; 0 in the clean stretch.
         distillation: Weight of the suspect model's predictions on clean images.
         augment: `config.augment`.
         adversarial_weight: Of the cross-entropy of adversarial examples.
         cutmix: Largest share of a clean image's area that another one takes; 0 leaves them alone.
-        families: Of changes, an equal part of the adversarial images each.
+        specs: Of changes, an equal part of the adversarial images each.
         renew_every: Steps after which shared changes begin anew.
     """
 
@@ -43,16 +43,16 @@ class Recipe(NamedTuple):
     augment: ml_collections.ConfigDict
     adversarial_weight: float = 1.0
     cutmix: float = 0.0
-    families: tuple[Family, ...] = ()
+    specs: tuple[PerturbationSpec, ...] = ()
     renew_every: int = 1
 
 
 @struct.dataclass
 class SharedState:
-    """The classifier, and the changes of the last step that the next goes on with (`Family.goes_on`)."""
+    """The classifier, and the changes of the last step that the next goes on with (`PerturbationSpec.warm_started`)."""
 
     classifier: TrainState
-    changes: tuple[Change, ...]
+    changes: tuple[Perturbation, ...]
 
     @property
     def step(self) -> jax.Array:
@@ -65,13 +65,13 @@ class SharedState:
         return self.classifier.variables
 
 
-def begun(recipe: Recipe, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Change, ...]:
+def begun(recipe: Recipe, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Perturbation, ...]:
     """Returns new changes, those that steps go on with, for images of shape (H, W, C)."""
-    return _carried(recipe, start_all(recipe.families, key, (0, *image_shape)))
+    return _carried(recipe, init_all(recipe.specs, key, (0, *image_shape)))
 
 
-def _carried(recipe: Recipe, changes: tuple[Change, ...]) -> tuple[Change, ...]:
-    return tuple(change for family, change in zip(recipe.families, changes, strict=True) if family.goes_on)
+def _carried(recipe: Recipe, changes: tuple[Perturbation, ...]) -> tuple[Perturbation, ...]:
+    return tuple(change for family, change in zip(recipe.specs, changes, strict=True) if family.warm_started)
 
 
 def aft_step(
@@ -114,20 +114,20 @@ def families_step(
     optimiser: optax.GradientTransformation,
     recipe: Recipe,
 ) -> tuple[SharedState, Metrics]:
-    """The same by families of changes; shared ones go on from the last step. Arguments as of `aft_step`."""
+    """The same by specs of changes; shared ones go on from the last step. Arguments as of `aft_step`."""
     keys = _keys(key)
     images, clean = _prepared(batch, keys, recipe)
     carried = state.changes
     if len(images):
-        fresh = start_all(recipe.families, keys.start, images.shape)
+        fresh = init_all(recipe.specs, keys.start, images.shape)
         anew = state.step % recipe.renew_every == 0
         going_on = iter(jax.tree.map(lambda new, old: jnp.where(anew, new, old), _carried(recipe, fresh), carried))
         before = tuple(
-            next(going_on) if family.goes_on else new for family, new in zip(recipe.families, fresh, strict=True)
+            next(going_on) if family.warm_started else new for family, new in zip(recipe.specs, fresh, strict=True)
         )
         model, labels = logits_function(module, state.variables), batch['labels'][: len(images)]
-        images, changes = perturb_together(
-            model, images, labels, recipe.families, before, recipe.pgd.steps, unroll=slow_in_loops(module)
+        images, changes = joint_attack(
+            model, images, labels, recipe.specs, before, recipe.pgd.steps, unroll=slow_in_loops(module)
         )
         carried = _carried(recipe, changes)
     learn = partial(_learn, module=module, optimiser=optimiser, recipe=recipe)
@@ -175,7 +175,7 @@ def _learn(
     if count:
         metrics['fooled'] = 1 - accuracy(logits_function(module, state.variables)(examples), labels[:count])
     distils = recipe.distillation > 0 and len(clean) > 0
-    wanted = jax.nn.softmax(logits_function(module, batch['fixed'])(clean)) if distils else None
+    wanted = jax.nn.softmax(logits_function(module, batch['constants'])(clean)) if distils else None
     # What each image's cross-entropy counts; with a part of another one it has no label.
     weights = np.full(len(labels), 0.0 if recipe.cutmix else 1.0, np.float32)
     weights[:count] = recipe.adversarial_weight

@@ -34,8 +34,8 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from aft_jax.data.augment import augment
-from aft_jax.defenses.defender import Holdings, accuracy, hold_out, strongest
-from aft_jax.training.loop import Fitted, Phase, Run, fit
+from aft_jax.defenses.defender import DefenderData, accuracy, hold_out, strongest
+from aft_jax.training.loop import Fitted, Phase, Run, TrainingStage, fit
 from aft_jax.training.optimiser import sgd
 from aft_jax.training.state import Batch, Metrics
 from aft_jax.training.steps import cross_entropy
@@ -88,27 +88,30 @@ class Recipe(NamedTuple):
     augment: ml_collections.ConfigDict
 
 
-def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.ConfigDict) -> Fitted:
+def purify(run: Run, stage: str, data: DefenderData, config: ml_collections.ConfigDict) -> Fitted:
     """Returns the suspect model without the channels that noise can turn against it.
 
     Args:
         run: The experiment.
         stage: The name of its checkpoints and metrics; what was pruned is written under '<stage>/pruned'.
-        holdings: The defender's.
+        data: The defender's.
         config: The resolved config; `config.anp` has iterations, eps, clean_weight and learning_rate.
     """
     options = config.anp
-    training, held = hold_out(holdings, config.tuning.held_out_share, run.seed)
+    training, held = hold_out(data, config.tuning.held_out_share, run.seed)
     optimiser = sgd(options.learning_rate, 'constant', options.iterations, config.train.momentum, weight_decay=0.0)
     recipe = Recipe(options.eps, options.clean_weight, config.augment)
-    step = partial(mask_step, module=holdings.module, optimiser=optimiser, recipe=recipe)
-    before = begin_masks(holdings.variables, optimiser)
+    step = partial(mask_step, module=data.module, optimiser=optimiser, recipe=recipe)
+    before = begin_masks(data.variables, optimiser)
     phases = [Phase(step, options.iterations)]
-    fitted = fit(run, stage, before, phases, training.arrays, config.batch_size, fixed=holdings.variables)
+    masks_stage = TrainingStage(
+        stage, before, phases, training.arrays, config.batch_size, constants=data.variables, trains_model=False
+    )
+    fitted = fit(run, masks_stage)
 
     started = time.monotonic()
     masks = jax.device_get(fitted.state.masks)
-    candidates = [prune(holdings.variables, masks, threshold) for threshold in THRESHOLDS]
+    candidates = [prune(data.variables, masks, threshold) for threshold in THRESHOLDS]
     accuracies = [accuracy(run, held, candidate) for candidate in candidates]
     # Nothing lies below the first threshold, so the first candidate is the suspect.
     chosen = strongest(accuracies, config.tuning.budget)
@@ -166,7 +169,7 @@ def mask_step(
         The state after the iteration; metrics with 'clean_loss', 'noisy_loss' and 'mask', the mean of all masks.
     """
     augment_key, noise_key, dropout_key = jax.random.split(key, 3)
-    suspect = batch['fixed']
+    suspect = batch['constants']
     images = augment(augment_key, batch['images'], recipe.augment)
 
     def loss(scales: Channels, biases: Channels) -> jax.Array:

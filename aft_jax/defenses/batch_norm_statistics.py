@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from aft_jax.models.cpu_compilation import compiler_options
-from aft_jax.runtime.sharding import along, place, replicated, settle
+from aft_jax.runtime.sharding import batch_sharding, replicate, replicated, wait_on_virtual_devices
 from aft_jax.training.prediction import parts
 
 # By layer: the mean and the mean square of its input, float32 [C].
@@ -68,17 +68,17 @@ class Statistics:
 
         self._call = jax.jit(
             call,
-            in_shardings=(whole, along(mesh, 0), whole),
+            in_shardings=(whole, batch_sharding(mesh, 0), whole),
             out_shardings=whole,
             compiler_options=compiler_options(module),
         )
 
     def __call__(self, variables: dict, images: np.ndarray) -> dict:
         """Returns the variables with the statistics, float32, that uint8 images [N, H, W, C] give them."""
-        there = place(self._mesh, variables)
+        there = replicate(self._mesh, variables)
         found, counts = [], []
         for part, count in parts(self._mesh, images, self._batch_size):
-            found.append(settle(self._mesh, self._call(there, part, np.int32(count))))
+            found.append(wait_on_virtual_devices(self._mesh, self._call(there, part, np.int32(count))))
             counts.append(count)
         statistics = flatten_dict(variables['batch_stats'])
         for path in found[0]:

@@ -18,7 +18,7 @@ from aft_jax.training.loop import Fitted, Run
 from aft_jax.training.prediction import Predictor
 
 
-class Holdings(NamedTuple):
+class DefenderData(NamedTuple):
     """All that a defender knows.
 
     Attributes:
@@ -40,7 +40,7 @@ class Holdings(NamedTuple):
 
 
 def begin(
-    holdings: Holdings,
+    data: DefenderData,
     options: ml_collections.ConfigDict,
     train: ml_collections.ConfigDict,
     steps: int,
@@ -49,7 +49,7 @@ def begin(
     """Returns the suspect model as a state before its first step, and the optimiser.
 
     Args:
-        holdings: The defender's.
+        data: The defender's.
         options: The defense's own config: schedule, and perhaps learning_rate and max_grad_norm.
         train: `config.train`, for momentum and weight_decay.
         steps: Length of the defense.
@@ -63,14 +63,14 @@ def begin(
         train.weight_decay,
         options.get('max_grad_norm', 0.0),
     )
-    return state.create(holdings.variables, sgd), sgd
+    return state.create(data.variables, sgd), sgd
 
 
-def hold_out(holdings: Holdings, share: float, seed: int) -> tuple[Holdings, Holdings]:
-    """Returns the holdings in two: what a defense trains on, and what it tells apart its candidates by.
+def hold_out(data: DefenderData, share: float, seed: int) -> tuple[DefenderData, DefenderData]:
+    """Returns the data in two: what a defense trains on, and what it tells apart its candidates by.
 
     Args:
-        holdings: All of the defender's.
+        data: All of the defender's.
         share: Of each class, rounded, that is held out; every class of two images or more gives and keeps one.
         seed: The experiment's.
 
@@ -79,21 +79,21 @@ def hold_out(holdings: Holdings, share: float, seed: int) -> tuple[Holdings, Hol
     """
     generator = generator_for(seed, 'purify/held_out')
     held = []
-    for label in np.unique(holdings.labels):
-        members = np.flatnonzero(holdings.labels == label)
+    for label in np.unique(data.labels):
+        members = np.flatnonzero(data.labels == label)
         count = min(max(1, round(share * len(members))), len(members) - 1)
         held.append(generator.permutation(members)[:count])
     if not sum(map(len, held)):
         raise UserError('no class has two clean images, of which one could be held out; raise clean_share.')
-    out = np.zeros(len(holdings.labels), bool)
+    out = np.zeros(len(data.labels), bool)
     out[np.concatenate(held)] = True
     return (
-        holdings._replace(images=holdings.images[~out], labels=holdings.labels[~out]),
-        holdings._replace(images=holdings.images[out], labels=holdings.labels[out]),
+        data._replace(images=data.images[~out], labels=data.labels[~out]),
+        data._replace(images=data.images[out], labels=data.labels[out]),
     )
 
 
-def accuracy(run: Run, held: Holdings, variables: dict) -> float:
+def accuracy(run: Run, held: DefenderData, variables: dict) -> float:
     """Returns the share of the held-out images that the model with these variables gets right, in evaluation mode."""
     predict = _predictor(held.module, run.mesh, run.options.eval_batch_size)
     return float(np.mean(predict(variables, held.images) == held.labels))
@@ -125,9 +125,9 @@ def strongest(accuracies: Sequence[float], budget: float) -> int:
 def tune(
     run: Run,
     stage: str,
-    holdings: Holdings,
+    data: DefenderData,
     dial: Sequence[float],
-    train: Callable[[str, Holdings, float], Fitted],
+    train: Callable[[str, DefenderData, float], Fitted],
     tuning: ml_collections.ConfigDict,
 ) -> Fitted:
     """Trains a candidate for every setting of a dial and returns the one that `strongest` takes.
@@ -135,21 +135,21 @@ def tune(
     Args:
         run: The experiment.
         stage: The name of the only candidate's stage; of several, each has one of its own below it.
-        holdings: The defender's; a share is held out for the choice, and trains nothing, unless there is no choice.
+        data: The defender's; a share is held out for the choice, and trains nothing, unless there is no choice.
         dial: The settings, from the weakest to the strongest.
-        train: (name of the stage, holdings to train on, setting) -> what came out.
+        train: (name of the stage, data to train on, setting) -> what came out.
         tuning: `config.tuning`.
 
     Returns:
         The chosen one, with the seconds that all of them and the choice took.
     """
     if len(dial) == 1:
-        return train(stage, holdings, dial[0])
-    kept, held = hold_out(holdings, tuning.held_out_share, run.seed)
+        return train(stage, data, dial[0])
+    kept, held = hold_out(data, tuning.held_out_share, run.seed)
     return choose(run, held, [train(f'{stage}/{float(setting)}', kept, setting) for setting in dial], tuning)
 
 
-def choose(run: Run, held: Holdings, candidates: Sequence[Fitted], tuning: ml_collections.ConfigDict) -> Fitted:
+def choose(run: Run, held: DefenderData, candidates: Sequence[Fitted], tuning: ml_collections.ConfigDict) -> Fitted:
     """Returns the candidate that `strongest` takes, with the seconds of all; arguments as for `tune`."""
     started = time.monotonic()
     chosen = strongest([accuracy(run, held, one.state.variables) for one in candidates], tuning.budget)

@@ -30,9 +30,9 @@ from flax import struct
 
 from aft_jax.data.augment import augment
 from aft_jax.data.order import count_steps
-from aft_jax.defenses.defender import Holdings, begin, choose, hold_out, strongest
-from aft_jax.models.channel_pruning import blind_logits, reader, readings, without
-from aft_jax.training.loop import Fitted, Phase, Run, fit
+from aft_jax.defenses.defender import DefenderData, begin, choose, hold_out, strongest
+from aft_jax.models.channel_pruning import head_inputs, masked_logits, reader, without
+from aft_jax.training.loop import Fitted, Phase, Run, TrainingStage, fit
 from aft_jax.training.prediction import Batched
 from aft_jax.training.state import Batch, Metrics, TrainState
 from aft_jax.training.steps import classification_step
@@ -65,18 +65,18 @@ class PrunedState:
         return self.classifier.variables
 
 
-def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.ConfigDict) -> Fitted:
+def purify(run: Run, stage: str, data: DefenderData, config: ml_collections.ConfigDict) -> Fitted:
     """Returns the suspect model pruned and fine-tuned on the clean images that are not held out.
 
     Args:
         run: The experiment.
         stage: The name of its checkpoints and metrics.
-        holdings: The defender's.
+        data: The defender's.
         config: The resolved config; `config.fp` has epochs, learning_rates, max_grad_norm and schedule.
     """
     started = time.monotonic()
-    training, held = hold_out(holdings, config.tuning.held_out_share, run.seed)
-    name = reader(holdings.module, holdings.variables, holdings.images.shape[1:])
+    training, held = hold_out(data, config.tuning.held_out_share, run.seed)
+    name = reader(data.module, data.variables, data.images.shape[1:])
     candidates = least_active_first(activity(run, training, name))
     accuracies = held_out_accuracies(run, held, name, candidates)
     kept = candidates[strongest(accuracies, config.tuning.budget)]
@@ -87,27 +87,27 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
         before, optimiser = begin(training, config.fp, config.train, steps, learning_rate)
         pruned = replace(before, params=without(before.params, name, jnp.asarray(kept)))
         step = partial(
-            fine_tuning_step, name=name, module=holdings.module, optimiser=optimiser, augmentation=config.augment
+            fine_tuning_step, name=name, module=data.module, optimiser=optimiser, augmentation=config.augment
         )
         begun = PrunedState(pruned, jnp.asarray(kept))
         name_of_stage = f'{stage}/{float(learning_rate)}'
-        return fit(run, name_of_stage, begun, [Phase(step, steps)], training.arrays, config.batch_size)
+        return fit(run, TrainingStage(name_of_stage, begun, [Phase(step, steps)], training.arrays, config.batch_size))
 
     fitted = choose(run, held, [fine_tuned(rate) for rate in config.fp.learning_rates], config.tuning)
     return fitted._replace(seconds=fitted.seconds + pruning_seconds)
 
 
-def activity(run: Run, training: Holdings, name: str) -> np.ndarray:
+def activity(run: Run, training: DefenderData, name: str) -> np.ndarray:
     """Returns how active each channel of the suspect's last feature map is: float64 [C]; see the top of this file.
 
     Args:
         run: The experiment.
-        training: The holdings that are not held out.
+        training: The data that are not held out.
         name: Of the map's reader.
     """
 
     def of_images(variables: Any, images: jax.Array) -> jax.Array:
-        return jnp.abs(readings(training.module, name, variables, images)).mean(axis=1)
+        return jnp.abs(head_inputs(training.module, name, variables, images)).mean(axis=1)
 
     measure = Batched(of_images, training.module, run.mesh, run.options.eval_batch_size)
     return measure(training.variables, training.images).mean(axis=0, dtype=np.float64)
@@ -123,18 +123,18 @@ def least_active_first(activities: np.ndarray) -> np.ndarray:
     return (rank >= np.arange(len(rank))[:, None]).astype(np.float32)
 
 
-def held_out_accuracies(run: Run, held: Holdings, name: str, candidates: np.ndarray) -> list[float]:
+def held_out_accuracies(run: Run, held: DefenderData, name: str, candidates: np.ndarray) -> list[float]:
     """Returns the clean accuracy of the suspect pruned in each way, without any training.
 
     Args:
         run: The experiment.
-        held: The held-out part of the holdings.
+        held: The held-out part of the data.
         name: Of the reader of the last feature map.
         candidates: float32 [n, C], rows of 1 for what is kept and 0 for what is not.
     """
 
     def classes(given: Any, images: jax.Array) -> jax.Array:
-        logits = partial(blind_logits, held.module, name, given['variables'], images)
+        logits = partial(masked_logits, held.module, name, given['variables'], images)
         return jax.vmap(logits, out_axes=1)(given['candidates']).argmax(axis=-1).astype(jnp.int32)
 
     predict = Batched(classes, held.module, run.mesh, run.options.eval_batch_size)

@@ -31,35 +31,35 @@ from aft_jax.data.augment import augment
 from aft_jax.data.order import count_steps
 from aft_jax.defenses import defender
 from aft_jax.defenses.batch_norm_statistics import Statistics
-from aft_jax.defenses.defender import Holdings
+from aft_jax.defenses.defender import DefenderData
 from aft_jax.defenses.ft import fine_tune
-from aft_jax.runtime.sharding import place
-from aft_jax.training.loop import Fitted, Phase, Run, fit
+from aft_jax.runtime.sharding import replicate
+from aft_jax.training.loop import Fitted, Phase, Run, TrainingStage, fit
 from aft_jax.training.state import Batch, Metrics, TrainState
 from aft_jax.training.steps import accuracy, advance, apply_training, cross_entropy
 
 
-def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.ConfigDict) -> Fitted:
+def purify(run: Run, stage: str, data: DefenderData, config: ml_collections.ConfigDict) -> Fitted:
     """Returns the point of the curve that is strongest of those that the held-out images do not speak against.
 
     Args:
         run: The experiment.
         stage: The name of the defense; the fine-tuned end and the curve have stages of their own below it.
-        holdings: The defender's.
+        data: The defender's.
         config: The resolved config; `config.mcr` has endpoint_epochs, epochs, learning_rate, schedule and candidates.
     """
     options = config.mcr
-    kept, held = defender.hold_out(holdings, config.tuning.held_out_share, run.seed)
+    kept, held = defender.hold_out(data, config.tuning.held_out_share, run.seed)
     rate = options.learning_rate
     endpoint = fine_tune(run, f'{stage}/endpoint', kept, options, options.endpoint_epochs, config, rate)
-    ends = place(run.mesh, (holdings.variables['params'], endpoint.state.params))
+    ends = replicate(run.mesh, (data.variables['params'], endpoint.state.params))
     midpoint = jax.tree.map(lambda start, end: (start + end) / 2, *ends)
     steps = count_steps(len(kept.labels), options.epochs, config.batch_size)
-    between = kept._replace(variables=holdings.variables | {'params': midpoint})
+    between = kept._replace(variables=data.variables | {'params': midpoint})
     before, optimiser = defender.begin(between, options, config.train, steps)
     step = partial(mcr_step, module=kept.module, optimiser=optimiser, augmentation=config.augment)
     phases = [Phase(step, steps)]
-    curve = fit(run, f'{stage}/curve', before, phases, kept.arrays, config.batch_size, fixed=ends)
+    curve = fit(run, TrainingStage(f'{stage}/curve', before, phases, kept.arrays, config.batch_size, constants=ends))
 
     started = time.monotonic()
     statistics = Statistics(kept.module, run.mesh, config.batch_size)
@@ -104,7 +104,7 @@ def mcr_step(
         The state after the step; metrics with 't'.
     """
     augment_key, place_key, dropout_key = jax.random.split(key, 3)
-    start, end = batch['fixed']
+    start, end = batch['constants']
     labels = batch['labels']
     images = augment(augment_key, batch['images'], augmentation)
     t = jax.random.uniform(place_key, (), jnp.float32)

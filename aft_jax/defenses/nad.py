@@ -27,9 +27,9 @@ import optax
 
 from aft_jax.data.augment import augment
 from aft_jax.data.order import count_steps
-from aft_jax.defenses.defender import Holdings, begin, tune
+from aft_jax.defenses.defender import DefenderData, begin, tune
 from aft_jax.defenses.ft import fine_tune
-from aft_jax.training.loop import Fitted, Phase, Run, fit
+from aft_jax.training.loop import Fitted, Phase, Run, TrainingStage, fit
 from aft_jax.training.state import Batch, Metrics, TrainState
 from aft_jax.training.steps import accuracy, cross_entropy, update
 
@@ -37,19 +37,19 @@ from aft_jax.training.steps import accuracy, cross_entropy, update
 TINY = 1e-12
 
 
-def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.ConfigDict) -> Fitted:
+def purify(run: Run, stage: str, data: DefenderData, config: ml_collections.ConfigDict) -> Fitted:
     """Returns the student.
 
     Args:
         run: The experiment.
         stage: The name of the defense; the teacher and each student have stages of their own below it.
-        holdings: The defender's.
+        data: The defender's.
         config: The resolved config; `config.nad` has teacher_epochs, epochs, learning_rates, schedule, max_grad_norm
             and betas.
     """
     options = config.nad
 
-    def train(name: str, held: Holdings, learning_rate: float) -> Fitted:
+    def train(name: str, held: DefenderData, learning_rate: float) -> Fitted:
         teacher = fine_tune(run, f'{name}/teacher', held, options, options.teacher_epochs, config, learning_rate)
         steps = count_steps(len(held.labels), options.epochs, config.batch_size)
         before, optimiser = begin(held, options, config.train, steps, learning_rate)
@@ -60,12 +60,16 @@ def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.Conf
             betas=tuple(options.betas),
             augmentation=config.augment,
         )
-        phases = [Phase(step, steps)]
-        fixed = teacher.state.variables
-        student = fit(run, f'{name}/student', before, phases, held.arrays, config.batch_size, fixed=fixed)
+        constants = teacher.state.variables
+        student = fit(
+            run,
+            TrainingStage(
+                f'{name}/student', before, [Phase(step, steps)], held.arrays, config.batch_size, constants=constants
+            ),
+        )
         return student._replace(seconds=teacher.seconds + student.seconds)
 
-    return tune(run, stage, holdings, options.learning_rates, train, config.tuning)
+    return tune(run, stage, data, options.learning_rates, train, config.tuning)
 
 
 def nad_step(
@@ -95,7 +99,7 @@ def nad_step(
     augment_key, dropout_key = jax.random.split(key)
     labels = batch['labels']
     images = augment(augment_key, batch['images'], augmentation)
-    _, wanted = cast(Any, module.apply(batch['fixed'], images, features=True))
+    _, wanted = cast(Any, module.apply(batch['constants'], images, features=True))
 
     def distance(maps: Sequence[jax.Array]) -> jax.Array:
         return attention_distance(maps, wanted, betas)

@@ -34,7 +34,7 @@ import ml_collections
 import numpy as np
 
 from aft_jax.defenses import aft
-from aft_jax.defenses.defender import Holdings
+from aft_jax.defenses.defender import DefenderData
 from aft_jax.models import logits_function
 from aft_jax.randomness import generator_for
 from aft_jax.training.loop import Fitted, Run
@@ -57,36 +57,36 @@ class Erased(NamedTuple):
     scores: tuple[np.ndarray, ...]
 
 
-def purify(run: Run, stage: str, holdings: Holdings, config: ml_collections.ConfigDict) -> Erased:
+def purify(run: Run, stage: str, data: DefenderData, config: ml_collections.ConfigDict) -> Erased:
     """Returns the suspect model after all rounds.
 
     Args:
         run: The experiment.
         stage: The name of its checkpoints and metrics.
-        holdings: The defender's: here the images and labels are the suspect training set.
+        data: The defender's: here the images and labels are the suspect training set.
         config: The resolved config; `config.pbe` has the recipe.
     """
     options = config.pbe
-    size = len(holdings.labels)
-    logits = Batched(partial(_logits, holdings), holdings.module, run.mesh, run.options.eval_batch_size)
+    size = len(data.labels)
+    logits = Batched(partial(_logits, data), data.module, run.mesh, run.options.eval_batch_size)
     started = time.monotonic()
-    before = logits(holdings.variables, holdings.images)
+    before = logits(data.variables, data.images)
     scoring = time.monotonic() - started
 
     draws = generator_for(run.seed, f'{stage}/first').permutation(size)
-    subset = highest_by_label(draws, holdings.labels, _count(options.first_share, size))
+    subset = highest_by_label(draws, data.labels, _count(options.first_share, size))
     subsets, scores = [subset], []
     training = 0.0
     for number, keep in enumerate((*options.keep, None), start=1):
-        part = holdings._replace(images=holdings.images[subset], labels=holdings.labels[subset])
+        part = data._replace(images=data.images[subset], labels=data.labels[subset])
         erase = _on_adversarial_examples if number == 1 else partial(aft.purify, section='pbe')
         fitted = erase(run, f'{stage}/round{number}', part, config)
         training += fitted.seconds
         started = time.monotonic()
-        scores.append(consistency(before, logits(fitted.state.variables, holdings.images)))
+        scores.append(consistency(before, logits(fitted.state.variables, data.images)))
         scoring += time.monotonic() - started
         if keep is not None:
-            subset = highest_by_label(scores[-1], holdings.labels, _count(keep, size))
+            subset = highest_by_label(scores[-1], data.labels, _count(keep, size))
             subsets.append(subset)
     return Erased(fitted.state, training + scoring, tuple(subsets), tuple(scores))
 
@@ -118,11 +118,11 @@ def _count(share: float, size: int) -> int:
     return max(1, round(share * size))
 
 
-def _logits(holdings: Holdings, variables: dict, images: jax.Array) -> jax.Array:
-    return logits_function(holdings.module, variables)(images)
+def _logits(data: DefenderData, variables: dict, images: jax.Array) -> jax.Array:
+    return logits_function(data.module, variables)(images)
 
 
-def _on_adversarial_examples(run: Run, stage: str, part: Holdings, config: ml_collections.ConfigDict) -> Fitted:
+def _on_adversarial_examples(run: Run, stage: str, part: DefenderData, config: ml_collections.ConfigDict) -> Fitted:
     """The first round. What the suspect predicts for clean images would hold the backdoor: many are poisoned yet."""
     options = config.pbe.copy_and_resolve_references()
     options.epochs, options.learning_rate = options.first_epochs, options.first_learning_rate

@@ -34,7 +34,7 @@ def reader(module: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> s
     return names[0]
 
 
-def readings(module: nn.Module, name: str, variables: Any, images: jax.Array) -> jax.Array:
+def head_inputs(module: nn.Module, name: str, variables: Any, images: jax.Array) -> jax.Array:
     """Returns what the reader takes in of each channel, the model in evaluation mode.
 
     Args:
@@ -57,7 +57,7 @@ def readings(module: nn.Module, name: str, variables: Any, images: jax.Array) ->
     return seen[0].astype(jnp.float32).reshape(len(images), -1, maps[-1].shape[-1])
 
 
-def blind_logits(module: nn.Module, name: str, variables: Any, images: jax.Array, kept: jax.Array) -> jax.Array:
+def masked_logits(module: nn.Module, name: str, variables: Any, images: jax.Array, kept: jax.Array) -> jax.Array:
     """Returns the logits [B, K] of the model with its reader blind to some channels, in evaluation mode.
 
     As `without` on the kernel, but cheap under vmap over `kept`: nothing before the reader depends on it, and the
@@ -79,7 +79,7 @@ def blind_logits(module: nn.Module, name: str, variables: Any, images: jax.Array
 
 
 def without(params: dict, name: str, kept: jax.Array) -> dict:
-    """Returns the parameters with the reader's rows of some channels set to zero; arguments as for `blind_logits`."""
+    """Returns the parameters with the reader's rows of some channels set to zero; arguments as for `masked_logits`."""
     kernel = params[name]['kernel']
     return params | {name: params[name] | {'kernel': kernel * _spread(kept, len(kernel))[:, None]}}
 

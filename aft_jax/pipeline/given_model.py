@@ -28,8 +28,8 @@ from aft_jax.training.prediction import Predictor
 # Of clean images: fewer cannot both purify a model and measure what came of it.
 FEWEST_IMAGES = 100
 # How many images tell one normalisation from another, and by how much.
-COUNTED = 500
-CLEARLY = 0.05
+NUM_PROBED_IMAGES = 500
+MIN_ACCURACY_GAIN = 0.05
 # Mean and standard deviation of pixels in [0, 1], one a channel or one for all.
 NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     'none, pixels in [0, 1]': ((0.0,), (1.0,)),
@@ -106,7 +106,7 @@ def _from_run(
             f'{directory} holds a network of model.name={theirs.name}, model.depth={theirs.depth}, but the config says '
             f'model.name={asked.name}, model.depth={asked.depth}.'
         )
-    dataset = run.victim.dataset
+    dataset = run.scenario.dataset
     config.model, config.dtype = theirs, run.config.dtype
     known = None if theirs.factory else _architecture(theirs, dataset)
     suspect = Suspect(
@@ -190,7 +190,7 @@ def _check_variables(
         )
 
 
-def look_over(
+def check_normalisation(
     suspect: Suspect, module: nn.Module, config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh
 ) -> Suspect:
     """Counts the clean images that the suspect gets right, under the normalisation of the config and under others.
@@ -203,7 +203,7 @@ def look_over(
     """
     images = np.concatenate([dataset.train_images, dataset.test_images])
     labels = np.concatenate([dataset.train_labels, dataset.test_labels])
-    chosen = generator_for(config.seed, 'normalisation').permutation(len(labels))[:COUNTED]
+    chosen = generator_for(config.seed, 'normalisation').permutation(len(labels))[:NUM_PROBED_IMAGES]
     images, labels = images[chosen].astype(np.float32) / 255, labels[chosen]
     predict = Predictor(module, mesh, config.run.eval_batch_size)
     mean, std = (np.asarray(values, np.float32) for values in (config.model.mean, config.model.std))
@@ -221,7 +221,7 @@ def look_over(
     }
     scores = {name: right(*values) for name, values in fitting.items()}
     hint = ''
-    if scores and max(scores.values()) > own + CLEARLY:
+    if scores and max(scores.values()) > own + MIN_ACCURACY_GAIN:
         best = max(scores, key=lambda name: scores[name])
         mean_text, std_text = (str(tuple(round(x, 6) for x in values)).replace(' ', '') for values in fitting[best])
         hint = (

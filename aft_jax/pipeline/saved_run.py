@@ -1,4 +1,4 @@
-"""Finished runs, read back: their data, their attack, and the models that they ended with. Nothing is trained."""
+"""SavedRun runs, read back: their data, their attack, and the models that they ended with. Nothing is trained."""
 
 import json
 from collections.abc import Sequence
@@ -9,15 +9,15 @@ import ml_collections
 from jax.sharding import Mesh
 
 from aft_jax import data, validation
-from aft_jax.config import default_config, resolve
+from aft_jax.config import as_options, default_config, resolve
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
 from aft_jax.errors import UserError, check_choice
 from aft_jax.pipeline import stages
-from aft_jax.pipeline.scenario import Infected, Victim
+from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.runtime.preemption import Watch
 from aft_jax.training.checkpoint import checksum
-from aft_jax.training.loop import Run
+from aft_jax.training.loop import NotFinished, Run, RunOptions
 from aft_jax.training.metrics import MetricWriter
 
 INFECTED_ONLY = 'none'
@@ -35,21 +35,21 @@ def read_defenses(text: str) -> list[str] | None:
     return [name for name in given if name != INFECTED_ONLY] if given else None
 
 
-class Finished(NamedTuple):
+class SavedRun(NamedTuple):
     """A run that has ended.
 
     Attributes:
         directory: Its work directory.
         config: Resolved.
-        victim: What the experiment was about.
+        scenario: What the experiment was about.
         infected: The infected model, or the benign one.
         purified: Variables by defense.
     """
 
     directory: Path
     config: ml_collections.ConfigDict
-    victim: Victim
-    infected: Infected
+    scenario: Scenario
+    infected: InfectedModel
     purified: dict[str, dict]
 
 
@@ -69,7 +69,7 @@ class Datasets:
         return self._loaded[name]
 
 
-def load(directory: Path, mesh: Mesh, datasets: Datasets, defenses: Sequence[str] | None = None) -> Finished:
+def load(directory: Path, mesh: Mesh, datasets: Datasets, defenses: Sequence[str] | None = None) -> SavedRun:
     """Returns a finished run.
 
     The experiment's own functions carry it out again; every training finds that it has ended, and is stopped if not.
@@ -93,16 +93,31 @@ def load(directory: Path, mesh: Mesh, datasets: Datasets, defenses: Sequence[str
     dataset, found = datasets.load(config)
     if kept != found:
         raise UserError(f'the data of {config.dataset} are not those that {directory} was made with; bring them back.')
-    victim = stages.prepare(config, dataset, mesh)
-    run = Run(config.seed, directory, mesh, NothingToWrite(directory), config.run, Watch())
-    infected = stages.infect(run, victim, config, stages.evaluator_for(run, victim))
-    variables = {}
-    for name in purified:
-        suspects = stages.suspect_set(infected.attack, victim, config) if name in FROM_SUSPECT_SET else None
-        holdings = stages.holdings_of(victim, infected, suspects)
-        options = stages.defender_config(config, name)
-        variables[name] = DEFENSES[name](run, f'purify/{name}', holdings, options).state.variables
-    return Finished(directory, config, victim, infected, variables)
+    scenario = stages.prepare(config, dataset, mesh)
+    run = Run(
+        config.seed,
+        directory,
+        mesh,
+        MetricWriter(directory, read_only=True),
+        as_options(RunOptions, config.run),
+        Watch(),
+        must_be_finished=True,
+    )
+    try:
+        infected = stages.infect(run, scenario, config, stages.evaluator_for(run, scenario))
+        variables = {}
+        for name in purified:
+            suspects = (
+                stages.untrusted_training_set(infected.attack, scenario, config) if name in FROM_SUSPECT_SET else None
+            )
+            held_data = stages.defender_data(scenario, infected, suspects)
+            options = stages.defender_config(config, name)
+            variables[name] = DEFENSES[name](run, f'purify/{name}', held_data, options).state.variables
+    except NotFinished as error:
+        raise UserError(
+            f'the stage {error.stage} of {directory} has not finished (it is at step {error.step}); start the run again.'
+        ) from None
+    return SavedRun(directory, config, scenario, infected, variables)
 
 
 def read_config(directory: Path) -> tuple[ml_collections.ConfigDict, int]:
@@ -143,13 +158,3 @@ def _results(directory: Path) -> list[str]:
         raise UserError(f'{path} cannot be read: the run has not finished, or {directory} is not a run.') from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f'{path} is damaged; delete it and start its run again.') from None
-
-
-class NothingToWrite(MetricWriter):
-    """Stands where a training would write, and ends one that has not finished."""
-
-    def rewind(self, stage: str, step: int) -> None:
-        """Is called by a training that is about to take steps."""
-        raise UserError(
-            f'the stage {stage} of {self._path.parent} has not finished (it is at step {step}); start the run again.'
-        )

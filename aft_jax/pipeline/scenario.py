@@ -10,7 +10,7 @@ from aft_jax.attacks.poison import Poisoned
 from aft_jax.data.dataset import Dataset
 
 
-class Victim(NamedTuple):
+class Scenario(NamedTuple):
     """Everything that the two sides of an experiment are about.
 
     Attributes:
@@ -28,7 +28,7 @@ class Victim(NamedTuple):
     module: nn.Module
 
 
-class Infected(NamedTuple):
+class InfectedModel(NamedTuple):
     """What the infection leaves.
 
     Attributes:

@@ -1,43 +1,41 @@
 """The stages of an experiment up to its models: prepare the scenario, infect, and what a defender is given."""
 
-from typing import Any
-
 import ml_collections
 from jax.sharding import Mesh
 
 from aft_jax import attacks, models, validation
 from aft_jax.attacks.attack import Attack
-from aft_jax.attacks.poison import Poisoned, clean_indices, left_behind, poison
+from aft_jax.attacks.poison import Poisoned, clean_indices, poison, published_training_set
 from aft_jax.data.dataset import Dataset
 from aft_jax.data.order import count_steps
-from aft_jax.defenses import NEED_FEATURES, Holdings
+from aft_jax.defenses import NEED_FEATURES, DefenderData
 from aft_jax.errors import UserError
-from aft_jax.evaluation.evaluator import Judge, on_test_set
+from aft_jax.evaluation.evaluator import Evaluator, test_metrics
 from aft_jax.models.custom import shows_features
-from aft_jax.pipeline.scenario import Infected, Victim
+from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.randomness import key_for
 from aft_jax.runtime.sharding import check_batch_size
 from aft_jax.training import optimiser, state
-from aft_jax.training.loop import Phase, Run, fit
+from aft_jax.training.loop import EvalHook, EvalPoint, Phase, Run, TrainingStage, fit
 
 
-def evaluator_for(run: Run, victim: Victim) -> Judge:
+def evaluator_for(run: Run, scenario: Scenario) -> Evaluator:
     """Prepares the evaluation of the scenario's models on its test set."""
-    return Judge(victim.dataset, victim.module, run.mesh, run.options.eval_batch_size, run.seed)
+    return Evaluator(scenario.dataset, scenario.module, run.mesh, run.options.eval_batch_size, run.seed)
 
 
-def suspect_set(attack: Attack | None, victim: Victim, config: ml_collections.ConfigDict) -> Poisoned:
+def untrusted_training_set(attack: Attack | None, scenario: Scenario, config: ml_collections.ConfigDict) -> Poisoned:
     """Returns the training set that a defender finds beside the infected model."""
-    clean = victim.dataset.train_images, victim.dataset.train_labels
-    return left_behind(attack, *clean, victim.poisoned, config)
+    clean = scenario.dataset.train_images, scenario.dataset.train_labels
+    return published_training_set(attack, *clean, scenario.poisoned, config)
 
 
-def holdings_of(victim: Victim, infected: Infected, suspects: Poisoned | None) -> Holdings:
+def defender_data(scenario: Scenario, infected: InfectedModel, suspects: Poisoned | None) -> DefenderData:
     """Returns what a defender holds: the suspect training set where it is given, or else the clean share."""
     if suspects is not None:
-        return Holdings(victim.module, infected.variables, suspects.images, suspects.labels)
-    images, labels = victim.dataset.train_images[victim.clean], victim.dataset.train_labels[victim.clean]
-    return Holdings(victim.module, infected.variables, images, labels)
+        return DefenderData(scenario.module, infected.variables, suspects.images, suspects.labels)
+    images, labels = scenario.dataset.train_images[scenario.clean], scenario.dataset.train_labels[scenario.clean]
+    return DefenderData(scenario.module, infected.variables, images, labels)
 
 
 def defender_config(config: ml_collections.ConfigDict, defense: str) -> ml_collections.ConfigDict:
@@ -47,7 +45,7 @@ def defender_config(config: ml_collections.ConfigDict, defense: str) -> ml_colle
     )
 
 
-def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh) -> Victim:
+def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh) -> Scenario:
     """Returns the attack, the poisoned training set, the defender's share and the untrained classifier."""
     validation.validate_against_data(config, dataset)
     check_batch_size(mesh, config.batch_size, 'batch_size')
@@ -61,34 +59,35 @@ def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh) -> 
                     f'the defense {name!r} looks into feature maps, and the __call__ of model.factory='
                     f'{config.model.factory} takes no `features`; add it, or leave {name!r} out.'
                 )
-    return Victim(dataset, attack, poisoned, clean_indices(poisoned, config), module)
+    return Scenario(dataset, attack, poisoned, clean_indices(poisoned, config), module)
 
 
-def infect(run: Run, victim: Victim, config: ml_collections.ConfigDict, judge: Judge) -> Infected:
+def infect(run: Run, scenario: Scenario, config: ml_collections.ConfigDict, evaluator: Evaluator) -> InfectedModel:
     """Returns the classifier trained on what the attacker left (a benign one when there is no attack)."""
-    size = len(victim.poisoned.labels)
+    size = len(scenario.poisoned.labels)
     steps = count_steps(size, config.train.epochs, config.batch_size)
     options = config.train
     sgd = optimiser.sgd(options.learning_rate, options.schedule, steps, options.momentum, options.weight_decay)
-    variables = models.initialise(victim.module, key_for(config.seed, 'initialise'), victim.dataset.image_shape)
-    arrays = {'images': victim.poisoned.images, 'labels': victim.poisoned.labels}
-    learner = attacks.Learner(victim.module, sgd, state.create(variables, sgd))
-    infection = attacks.begin(run, victim.attack, arrays, learner, config)
+    variables = models.initialise(scenario.module, key_for(config.seed, 'initialise'), scenario.dataset.image_shape)
+    arrays = {'images': scenario.poisoned.images, 'labels': scenario.poisoned.labels}
+    learner = attacks.Learner(scenario.module, sgd, state.create(variables, sgd))
+    infection = attacks.begin(run, scenario.attack, arrays, learner, config)
 
-    def probe(current: Any) -> dict[str, float]:
-        return on_test_set(judge(current.variables, infection.attack_of(current)))
+    def evaluate(point: EvalPoint) -> dict[str, float]:
+        return test_metrics(evaluator(point.state.variables, infection.attack_of(point.state)))
 
-    every = config.run.evaluate_every
-    fitted = fit(
-        run,
-        'infect',
-        infection.state,
-        [Phase(infection.step, steps)],
-        arrays,
-        config.batch_size,
-        fixed=infection.fixed,
-        streams=infection.streams,
-        probe=probe,
-        probe_every=count_steps(size, every, config.batch_size) if every else 0,
+    hooks: tuple[EvalHook, ...] = ()
+    if every := config.run.evaluate_every:
+        hooks = (EvalHook(evaluate, every_steps=count_steps(size, every, config.batch_size)),)
+    stage = TrainingStage(
+        name='infect',
+        state=infection.state,
+        phases=[Phase(infection.step, steps)],
+        arrays=arrays,
+        batch_size=config.batch_size,
+        constants=infection.constants,
+        num_streams=infection.num_streams,
+        eval_hooks=hooks,
     )
-    return Infected(fitted.state.variables, infection.attack_of(fitted.state), infection.seconds + fitted.seconds)
+    fitted = fit(run, stage)
+    return InfectedModel(fitted.state.variables, infection.attack_of(fitted.state), infection.seconds + fitted.seconds)

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from aft_jax.analysis.observation import CLEAN, TRIGGERED, Observation
-from aft_jax.evaluation.evaluator import Judge
-from aft_jax.pipeline.scenario import Infected, Victim
+from aft_jax.evaluation.evaluator import Evaluator
+from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.report import before_after, page, trigger_gallery
 from aft_jax.results.record import first_model
 from aft_jax.training.loop import Run
@@ -34,10 +34,10 @@ def show_in_tensorboard(run: Run, directory: Path, observation: Observation | No
 
 def draw(
     directory: Path,
-    victim: Victim,
-    infected: Infected,
+    scenario: Scenario,
+    infected: InfectedModel,
     purified: dict[str, dict],
-    judge: Judge,
+    evaluator: Evaluator,
     outcome: dict[str, Any],
     observation: Observation | None = None,
 ) -> None:
@@ -45,15 +45,15 @@ def draw(
 
     Args:
         directory: Where they go; the work directory is the one above.
-        victim: What the experiment is about.
+        scenario: What the experiment is about.
         infected: The infected model, or the benign or suspect one.
         purified: Variables by defense.
-        judge: Of the test set.
+        evaluator: Of the test set.
         outcome: What results.json holds.
         observation: What `observe` returned; the page does without where there is none.
     """
-    attack, dataset = infected.attack, victim.dataset
-    triggered = judge.show(attack).triggered
+    attack, dataset = infected.attack, scenario.dataset
+    triggered = evaluator.show(attack).triggered
     target_map = attack.target_map if attack else None
     chosen = before_after.choose(dataset.test_labels, target_map, before_after.COLUMNS)
     rows = {CLEAN: dataset.test_images[chosen]}
@@ -61,7 +61,7 @@ def draw(
         rows[TRIGGERED] = triggered[chosen]
     models_shown = {first_model(outcome): infected.variables} | purified
     said = {
-        name: {kind: judge.predict(variables, images) for kind, images in rows.items()}
+        name: {kind: evaluator.predict(variables, images) for kind, images in rows.items()}
         for name, variables in models_shown.items()
     }
     if jax.process_index() != 0:

@@ -1,4 +1,4 @@
-"""ACC and ASR over the epochs of purification, from what the judge wrote into metrics.jsonl while looking on."""
+"""ACC and ASR over the epochs of purification, from what the evaluator wrote into metrics.jsonl while looking on."""
 
 import json
 from pathlib import Path

@@ -5,9 +5,9 @@ from typing import Any
 from aft_jax.results.record import featured, first_model, percent
 
 # An attack success rate up to this counts as erased; clean accuracy lost beyond the other is called a price.
-ERASED, PRICE = 0.05, 0.02
+ERASED, ACC_LOSS_WORTH_MENTIONING = 0.05, 0.02
 # Below this success rate there was hardly a backdoor to erase.
-TOOK = 0.5
+MIN_ASR = 0.5
 
 
 def sentence(outcome: dict[str, Any]) -> str:
@@ -29,12 +29,12 @@ def sentence(outcome: dict[str, Any]) -> str:
         )
     if before.get('asr') is None or after.get('asr') is None:
         return f'Whether the backdoor is gone cannot be told without its trigger: under {title} {accuracy}.'
-    if before['asr'] < TOOK:
+    if before['asr'] < MIN_ASR:
         return (
             f'The attack hardly took ({percent(before["asr"])} of triggered images obeyed), so {title} had little to '
             f'erase: now {percent(after["asr"])} obey, and {accuracy}.'
         )
-    costly = before['acc'] - after['acc'] > PRICE
+    costly = before['acc'] - after['acc'] > ACC_LOSS_WORTH_MENTIONING
     obeying = f'{percent(after["asr"])} of triggered images still obey the attacker ({percent(before["asr"])} before)'
     if after['asr'] <= ERASED:
         price = ', but at a price' if costly else ''

@@ -44,7 +44,7 @@ def join(coordinator: str | None, processes: int | None, index: int | None) -> N
         ) from error
 
 
-def together(function: Callable[[], T]) -> T:
+def raise_everywhere(function: Callable[[], T]) -> T:
     """Runs something that may go wrong in one process alone; all of them raise when it does in any.
 
     Raises:
@@ -64,32 +64,32 @@ def together(function: Callable[[], T]) -> T:
     return result
 
 
-def first_alone(function: Callable[[], T]) -> T:
+def process_zero_first(function: Callable[[], T]) -> T:
     """Runs something in process 0, and when that is done in the others, which find what it has left."""
     first = jax.process_index() == 0
-    result = together(lambda: function() if first else None)
-    return together(lambda: result if first and result is not None else function())
+    result = raise_everywhere(lambda: function() if first else None)
+    return raise_everywhere(lambda: result if first and result is not None else function())
 
 
-def everyone(agrees: bool) -> bool:
+def all_processes(agrees: bool) -> bool:
     """Whether every process says so."""
     if jax.process_count() == 1:
         return agrees
     return bool(np.all(multihost_utils.process_allgather(np.asarray(agrees))))
 
 
-def meet(place: str) -> None:
+def barrier(place: str) -> None:
     """Waits until every process is here; `place` is a name for where."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(place)
 
 
-def speaks(error: UserError) -> bool:
+def should_print(error: UserError) -> bool:
     """Whether this process should tell the user: of an error that all have, process 0 alone."""
     return not error.shared or jax.process_index() == 0
 
 
-def leave(status: int) -> NoReturn:
+def hard_exit(status: int) -> NoReturn:
     """Ends this process at once, without waiting for others that may wait for it; they end soon after."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -4,7 +4,6 @@ Batch statistics and losses are those of the global batch, so a result does not 
 how many processes hold them. Every process has the whole of a host array at hand, and gives its devices their part.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,12 +26,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def along(mesh: Mesh, axis: int) -> NamedSharding:
+def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
     """Cut along one axis of the array, the batch's."""
     return NamedSharding(mesh, P(*[None] * axis, 'data'))
 
 
-def place(mesh: Mesh, tree: Any) -> Any:
+def replicate(mesh: Mesh, tree: Any) -> Any:
     """Returns the pytree with every array on all devices of the mesh; all processes give the same values."""
     sharding = replicated(mesh)
     if sharding.is_fully_addressable:
@@ -43,29 +42,18 @@ def place(mesh: Mesh, tree: Any) -> Any:
             return leaf  # it lives on the mesh already
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
-        return spread(sharding, leaf.shape, lambda cut: np.asarray(leaf)[cut])
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda cut: np.asarray(leaf)[cut])
 
     return jax.tree.map(put, tree)
-
-
-def spread(sharding: NamedSharding, shape: tuple[int, ...], read: Callable[[Any], np.ndarray]) -> jax.Array:
-    """Returns a global array of which this process reads no more than its own devices hold.
-
-    Args:
-        sharding: Of the array.
-        shape: Of the whole array.
-        read: A tuple of slices -> that part of the array.
-    """
-    return jax.make_array_from_callback(shape, sharding, read)
 
 
 def copy(mesh: Mesh, tree: Any) -> Any:
     """Returns the pytree in new memory on all devices of the mesh, so that it may be donated."""
     fresh = jax.jit(lambda t: jax.tree.map(jnp.copy, t), out_shardings=replicated(mesh))
-    return fresh(place(mesh, tree))
+    return fresh(replicate(mesh, tree))
 
 
-def settle(mesh: Mesh, tree: Any) -> Any:
+def wait_on_virtual_devices(mesh: Mesh, tree: Any) -> Any:
     """Returns the pytree, waiting for it where more calls in flight would be dangerous.
 
     Several virtual CPU devices share few threads, and the collectives of two calls can then wait for each other for

@@ -76,7 +76,7 @@ class Checkpoints:
                 raise
             except Exception as error:  # Orbax and TensorStore raise whatever the damage makes them raise.
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            if processes.everyone(found is not None):
+            if processes.all_processes(found is not None):
                 return found
             log.warning('The checkpoint %s is damaged and is skipped (%s).', self.directory / str(step), reason)
             with _abandoned_reads_are_silent():
@@ -96,13 +96,13 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> None:
         self._manager.close()
-        processes.meet('before a damaged checkpoint is moved')
+        processes.barrier('before a damaged checkpoint is moved')
         aside = self.directory.parent / f'{self.directory.name}.damaged'
         if jax.process_index() == 0:
             aside.mkdir(exist_ok=True)
             name = next(name for i in itertools.count() if not (aside / (name := f'{step}-{i}')).exists())
             (self.directory / str(step)).rename(aside / name)
-        processes.meet('after a damaged checkpoint was moved')
+        processes.barrier('after a damaged checkpoint was moved')
         self._manager = self._open()
 
 

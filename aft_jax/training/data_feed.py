@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aft_jax.data.order import Order
-from aft_jax.runtime.sharding import along, place, replicated, spread
+from aft_jax.runtime.sharding import batch_sharding, replicate, replicated
 from aft_jax.training.state import Batch
 
 PLACEMENTS = ('auto', 'device', 'host')
@@ -44,7 +44,7 @@ class Feed:
         if placement == 'auto':
             placement = 'device' if fits(mesh, arrays) else 'host'
         self._mesh, self._arrays, self._orders = mesh, arrays, orders
-        self.data = place(mesh, arrays) if placement == 'device' else None
+        self.data = replicate(mesh, arrays) if placement == 'device' else None
 
     def indices(self, span: Span) -> np.ndarray:
         """Returns int32 [steps, streams, batch], the rows that the steps first ... last - 1 see."""
@@ -52,13 +52,17 @@ class Feed:
 
     def _make(self, span: Span) -> Any:
         indices = self.indices(span)
-        cut = along(self._mesh, BATCH_AXIS)
+        cut = batch_sharding(self._mesh, BATCH_AXIS)
         if self.data is not None:
-            return spread(cut, indices.shape, lambda part: indices[part])
+            return jax.make_array_from_callback(indices.shape, cut, lambda part: indices[part])
 
         def rows(array: np.ndarray) -> jax.Array:
             shape = (*indices.shape, *array.shape[1:])
-            return spread(cut, shape, lambda part: array[indices[part[: indices.ndim]]])
+
+            def part_of(index: Any) -> np.ndarray:
+                return array[indices[index[: indices.ndim]]]
+
+            return jax.make_array_from_callback(shape, cut, part_of)
 
         return {name: rows(array) for name, array in self._arrays.items()}
 
@@ -132,6 +136,6 @@ def ahead(make: Callable[[Span], Any], spans: Sequence[Span]) -> Iterator[Iterat
 
 
 def shardings(mesh: Mesh) -> tuple:
-    """Returns the shardings of a call's arguments: state, data, fixed, fed, key."""
+    """Returns the shardings of a call's arguments: state, data, constants, fed, key."""
     whole = replicated(mesh)
-    return whole, whole, whole, along(mesh, BATCH_AXIS), whole
+    return whole, whole, whole, batch_sharding(mesh, BATCH_AXIS), whole

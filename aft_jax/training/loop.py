@@ -1,22 +1,21 @@
-"""The one training loop: infecting, fine-tuning and AFT differ in the step, never in the loop."""
+"""The one training loop. Infecting, fine-tuning and AFT differ in their steps, not in the loop."""
 
 import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
 from aft_jax.data.order import Order
 from aft_jax.errors import UserError
 from aft_jax.randomness import key_for
-from aft_jax.runtime import sharding as placement
+from aft_jax.runtime import sharding
 from aft_jax.runtime.preemption import Preempted, Watch
 from aft_jax.training.checkpoint import Checkpoints
 from aft_jax.training.data_feed import Feed, read, shardings
@@ -28,197 +27,307 @@ STEPS_PER_CALL_ON_ACCELERATORS = 50
 
 
 class Phase(NamedTuple):
-    """A stretch of a stage that uses one step function, up to (not including) step number `until`."""
+    """Part of a stage that uses one step function, up to (not including) step number `until`."""
 
     step: Step
     until: int
 
 
-class Onlooker(NamedTuple):
-    """Watches stages for the record alone: it writes what it sees, and nothing comes back to those who train.
+class EvalPoint(NamedTuple):
+    """A moment of a stage at which a hook evaluates the model.
 
     Attributes:
-        look: Called with (stage, step, epochs so far, state).
-        points: How often in a stage, evenly over its steps, beside its beginning.
+        stage: Name of the stage.
+        step: Steps taken.
+        epochs: Epochs taken.
+        state: State after that step; it has the classifier's `variables`.
     """
 
-    look: Callable[[str, int, float, Any], None]
-    points: int
+    stage: str
+    step: int
+    epochs: float
+    state: Any
+
+
+class EvalHook(NamedTuple):
+    """Evaluates the model during a stage. It is for the record alone and never influences the training.
+
+    Attributes:
+        evaluate: Function that scores the model; its values are written to metrics.jsonl.
+        every_steps: Steps between two evaluations. The last step is always evaluated.
+        points: Number of evaluations, spread evenly over the stage, when `every_steps` is 0.
+        at_start: Whether the model is evaluated before the first step too.
+    """
+
+    evaluate: Callable[[EvalPoint], dict[str, float]]
+    every_steps: int = 0
+    points: int = 1
+    at_start: bool = False
+
+    def interval(self, total: int) -> int:
+        """Computes the steps between two evaluations in a stage of `total` steps."""
+        return self.every_steps or math.ceil(total / self.points)
+
+
+class RunOptions(NamedTuple):
+    """Section `run` of the config: how the work is carried out. See `aft_jax.config` for the fields."""
+
+    placement: str
+    steps_per_call: int
+    log_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    evaluate_every: float
+    purify_points: int
+    eval_batch_size: int
+    compile_cache: str
 
 
 class Run(NamedTuple):
-    """What every stage of one experiment shares.
+    """What all stages of one experiment share.
 
     Attributes:
-        seed: The experiment's seed.
-        workdir: Where checkpoints and metrics go.
-        mesh: The devices.
-        writer: Of metrics.
-        options: `config.run`: how the work is carried out.
-        watch: For the sign to save and stop.
-        compiler_options: XLA's, for the steps.
-        steps_on_cpu: Up to how many steps a CPU takes in one call faster than one by one.
-        onlooker: Of all stages, or None.
+        seed: Seed of the experiment.
+        workdir: Directory for checkpoints and metrics.
+        mesh: Devices.
+        writer: Writer of metrics.
+        options: Section `run` of the config.
+        watch: Watch for the signal to save and stop.
+        compiler_options: XLA options of the training steps.
+        steps_on_cpu: Largest useful number of training steps per compiled call on a CPU.
+        eval_hook: Hook of all stages that train a model, or None.
+        must_be_finished: Whether a stage that still has steps to take raises `NotFinished` instead.
     """
 
     seed: int
     workdir: Path
     mesh: Mesh
     writer: MetricWriter
-    options: ml_collections.ConfigDict
+    options: RunOptions
     watch: Watch
     compiler_options: dict[str, str] | None = None
     steps_on_cpu: int = 1
-    onlooker: Onlooker | None = None
+    eval_hook: EvalHook | None = None
+    must_be_finished: bool = False
+
+
+class TrainingStage(NamedTuple):
+    """What one stage trains, on what, and how.
+
+    Attributes:
+        name: Name of checkpoints, metrics and randomness, such as 'infect'.
+        state: Pytree with a `step`, before the first step.
+        phases: Phases in order. The last one's `until` is the length of the stage.
+        arrays: Training set: 'images' uint8 [N, H, W, C], 'labels' int32 [N], and perhaps other arrays of N rows.
+        batch_size: Images in a step, over all devices together.
+        constants: Pytree of arrays that every step finds in batch['constants'], such as a teacher's variables.
+        num_streams: Number of independently shuffled batches in a step, 1 or 2. The second is batch['second'].
+        eval_hooks: Hooks of this stage, beside that of the run.
+        trains_model: Whether the state has the `variables` of a model; masks of neurons, for one, have not.
+    """
+
+    name: str
+    state: Any
+    phases: Sequence[Phase]
+    arrays: dict[str, np.ndarray]
+    batch_size: int
+    constants: Any = None
+    num_streams: int = 1
+    eval_hooks: tuple[EvalHook, ...] = ()
+    trains_model: bool = True
+
+    @property
+    def total(self) -> int:
+        """Steps of the stage."""
+        return self.phases[-1].until
+
+    @property
+    def ends(self) -> list[int]:
+        """Step numbers at which the phases end."""
+        return [phase.until for phase in self.phases]
 
 
 class Fitted(NamedTuple):
-    """The state after a stage, and the wall-clock seconds that all its starts took together, but for measuring it."""
+    """Result of a stage.
+
+    Attributes:
+        state: State after the last step.
+        seconds: Wall-clock seconds of all starts together, without the time of evaluation hooks.
+    """
 
     state: Any
     seconds: float
 
 
-def fit(
-    run: Run,
-    stage: str,
-    state: Any,
-    phases: Sequence[Phase],
-    arrays: dict[str, np.ndarray],
-    batch_size: int,
-    *,
-    fixed: Any = None,
-    streams: int = 1,
-    probe: Callable[[Any], dict[str, float]] | None = None,
-    probe_every: int = 0,
-) -> Fitted:
-    """Trains `state` through `phases`, from the newest checkpoint of `stage` where there is one.
+class NotFinished(Exception):
+    """Raised by a stage that still has steps to take in a run that `must_be_finished`."""
 
-    A resumed stage ends in the same state, bit for bit, as one that was never interrupted: batches and keys are
-    functions of (seed, stage, step).
+    def __init__(self, stage: str, step: int):
+        """Creates the error for a stage that has taken `step` steps."""
+        super().__init__(stage, step)
+        self.stage, self.step = stage, step
+
+
+def fit(run: Run, stage: TrainingStage) -> Fitted:
+    """Trains a stage to its end, from its newest checkpoint where there is one.
+
+    A resumed stage ends in the same state, bit for bit, as one that was never interrupted. Batches and keys are
+    functions of (seed, name of the stage, step).
 
     Args:
-        run: The experiment.
-        stage: The name of checkpoints, metrics and randomness, such as 'infect'.
-        state: Pytree with a `step`, before the first step.
-        phases: In order; the last one's `until` is the length of the stage.
-        arrays: 'images' uint8 [N, H, W, C] and 'labels' int32 [N]; other arrays of N rows travel along.
-        batch_size: Images in a step, all devices together.
-        fixed: Pytree of arrays that every step finds unchanged in batch['fixed'], such as a teacher's variables.
-        streams: Independently shuffled batches that a step sees; the second is batch['paired'].
-        probe: Measures a state for the record; its values are written, and nothing else depends on them.
-        probe_every: Steps between two probes; 0 for none.
+        run: Experiment.
+        stage: Stage to train.
 
     Returns:
-        The state after the last step and the seconds spent.
+        The state after the last step, and the seconds spent.
 
     Raises:
-        UserError: The batch does not fit the devices, or the loss stopped being a number.
-        Preempted: The run was told to stop, and the state is saved.
+        UserError: The batch does not fit the devices, or the loss is no longer a finite number.
+        Preempted: The run received the signal to stop, and the state is saved.
+        NotFinished: Steps are left, and the run must be finished.
     """
-    placement.check_batch_size(run.mesh, batch_size, 'batch_size')
-    options = run.options
-    total = phases[-1].until
+    sharding.check_batch_size(run.mesh, stage.batch_size, 'batch_size')
+    options, total = run.options, stage.total
     started = time.monotonic()
-    state = placement.copy(run.mesh, state)  # the loop gives its state away to each step; the caller keeps theirs
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
-            Checkpoints(run.workdir / 'checkpoints' / stage, keep=options.keep_checkpoints)
+            Checkpoints(run.workdir / 'checkpoints' / stage.name, keep=options.keep_checkpoints)
         )
-        earlier = 0.0
-        pending: list[dict[str, Any]] = []
-        if restored := checkpoints.restore(state):
-            state, info = restored
-            earlier = info['seconds']
-            pending = [
-                {name: np.float32(values) for name, values in metrics.items()} for metrics in info.get('pending', [])
-            ]
+        state, earlier_seconds, metrics = restore_or_start(run, stage, checkpoints)
         step = int(state.step)
         if step >= total:
-            return Fitted(state, earlier)
-        run.writer.rewind(stage, step)
+            return Fitted(state, earlier_seconds)
+        if run.must_be_finished:
+            raise NotFinished(stage.name, step)
+        run.writer.rewind(stage.name, step)
 
-        sizes = len(arrays['labels'])
-        orders = [Order(run.seed, f'{stage}/{i}', sizes, batch_size) for i in range(streams)]
-        feed = Feed(run.mesh, arrays, orders, options.placement)
-        fixed, key = placement.place(run.mesh, (fixed, key_for(run.seed, stage)))
-        calls = [_compile(run.mesh, phase.step, run.compiler_options) for phase in phases]
-        measures: list[tuple[int, Callable[[int, Any], None]]] = []
-        if probe is not None and probe_every:
-            measures.append((probe_every, lambda step, state: run.writer.write(stage, step, probe(state))))
-        if (onlooker := run.onlooker) is not None:
-            every = math.ceil(total / onlooker.points)
-            measures.append((every, lambda step, state: onlooker.look(stage, step, step * batch_size / sizes, state)))
-            if step == 0:
-                started += _measure(state, 0, [measures[-1][1]])
-        intervals = [options.log_every, options.checkpoint_every, *(every for every, _ in measures)]
-        ends = [phase.until for phase in phases]
-        spans = list(_spans(step, ends, intervals, steps_per_call(options, run.steps_on_cpu, ends, intervals)))
-        progress = stack.enter_context(Progress(stage, step, total, batch_size))
-        fed = stack.enter_context(feed.calls(spans))
+        num_images = len(stage.arrays['labels'])
+        orders = [Order(run.seed, f'{stage.name}/{i}', num_images, stage.batch_size) for i in range(stage.num_streams)]
+        feed = Feed(run.mesh, stage.arrays, orders, options.placement)
+        constants, key = sharding.replicate(run.mesh, (stage.constants, key_for(run.seed, stage.name)))
+        compiled = [compile_steps(run.mesh, phase.step, run.compiler_options) for phase in stage.phases]
+        hooks = stage.eval_hooks + ((run.eval_hook,) if run.eval_hook and stage.trains_model else ())
+        if step == 0:
+            started += _evaluate(run, stage, 0, state, [hook for hook in hooks if hook.at_start])
+        intervals = [options.log_every, options.checkpoint_every, *(hook.interval(total) for hook in hooks)]
+        length = steps_per_call(options, run.steps_on_cpu, stage.ends, intervals)
+        calls = list(plan_calls(step, stage.ends, intervals, length))
+        progress = stack.enter_context(Progress(stage.name, step, total, stage.batch_size))
+        batches_of_calls = stack.enter_context(feed.calls(calls))
 
-        for (first, step), batches in zip(spans, fed, strict=True):
-            phase = next(i for i, p in enumerate(phases) if first < p.until)
-            state, metrics = placement.settle(run.mesh, calls[phase](state, feed.data, fixed, batches, key))
-            pending.append(metrics)
+        # NOTE: do not change the order of operations. A resumed run must write the same lines and count the same
+        # seconds: take the steps, check and log their metrics, evaluate, save, and only then stop.
+        for (first, step), batches in zip(calls, batches_of_calls, strict=True):
+            phase = next(i for i, end in enumerate(stage.ends) if first < end)
+            state, step_metrics = compiled[phase](state, feed.data, constants, batches, key)
+            state, step_metrics = sharding.wait_on_virtual_devices(run.mesh, (state, step_metrics))
+            metrics.add(step_metrics)
             last = step == total
             saves = last or step % options.checkpoint_every == 0
             if saves or step % options.log_every == 0:
-                values = _average(pending)
-                pending = []
-                _check_finite(stage, step, values)
-                run.writer.write(stage, step, values)
+                values = metrics.average()
+                metrics.clear()
+                _check_finite(stage.name, step, values)
+                run.writer.write(stage.name, step, values)
                 progress.show(step, values)
-            started += _measure(state, step, [measure for every, measure in measures if last or step % every == 0])
+            due = [hook for hook in hooks if last or step % hook.interval(total) == 0]
+            started += _evaluate(run, stage, step, state, due)
             stops = run.watch.must_stop() and not last
             if stops:
-                _check_finite(stage, step, _average(pending))
+                _check_finite(stage.name, step, metrics.average())
             if saves or stops:
-                seconds = earlier + time.monotonic() - started
-                # Metrics that wait for their line are kept, so that it will be the same one.
-                waiting = [{name: np.asarray(x).tolist() for name, x in m.items()} for m in jax.device_get(pending)]
-                checkpoints.save(step, state, {'seconds': seconds, 'pending': waiting})
+                seconds = earlier_seconds + time.monotonic() - started
+                checkpoints.save(step, state, {'seconds': seconds, 'pending': metrics.to_json()})
             if stops:
                 raise Preempted
     return Fitted(state, seconds)
 
 
-def _measure(state: Any, step: int, measures: Sequence[Callable[[int, Any], None]]) -> float:
-    """Measures a state, and returns the seconds that it took: they are no part of the training's."""
-    if not measures:
-        return 0.0
-    jax.block_until_ready(state)
-    started = time.monotonic()
-    for measure in measures:
-        measure(step, state)
-    return time.monotonic() - started
+class MetricBuffer:
+    """Metrics of the steps since the last log line. A checkpoint keeps them, so that a resumed run logs the same."""
+
+    def __init__(self, saved: Iterable[dict[str, list[float]]] = ()):
+        """Creates a buffer, from what `to_json` returned where a stage is resumed."""
+        self._calls: list[dict[str, Any]] = [
+            {name: np.asarray(values, np.float32) for name, values in metrics.items()} for metrics in saved
+        ]
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        """Adds the metrics of one call, each of shape [steps]; they may still be computed."""
+        self._calls.append(metrics)
+
+    def clear(self) -> None:
+        """Forgets all metrics."""
+        self._calls = []
+
+    def average(self) -> dict[str, float]:
+        """Averages each metric over the steps that report it; phases need not report the same ones."""
+        fetched = jax.device_get(self._calls)
+        names = dict.fromkeys(name for metrics in fetched for name in metrics)
+        return {name: float(np.mean(np.concatenate([m[name] for m in fetched if name in m]))) for name in names}
+
+    def to_json(self) -> list[dict[str, list[float]]]:
+        """Converts the metrics to plain values."""
+        return [
+            {name: np.asarray(x).tolist() for name, x in metrics.items()} for metrics in jax.device_get(self._calls)
+        ]
 
 
-def steps_per_call(
-    options: ml_collections.ConfigDict, on_cpu: int, ends: Sequence[int], intervals: Sequence[int]
-) -> int:
-    """Returns how many training steps one compiled call takes.
+def restore_or_start(run: Run, stage: TrainingStage, checkpoints: Checkpoints) -> tuple[Any, float, MetricBuffer]:
+    """Restores the newest checkpoint of a stage, or copies its first state to the devices.
 
     Args:
-        options: `config.run`, which may say it.
-        on_cpu: The most that a CPU should take. It takes so many that no steps are left over, for which a second
-            program would have to be compiled; an accelerator so many that there are the fewest calls.
-        ends: The steps at which phases end.
-        intervals: After how many steps something else is to be done.
+        run: Experiment.
+        stage: Stage to train.
+        checkpoints: Checkpoints of the stage.
+
+    Returns:
+        The state, the seconds that earlier starts took, and the metrics that still wait for their log line.
+    """
+    # Each step consumes the state that it is given, so the loop works on a copy and the caller keeps its own.
+    state = sharding.copy(run.mesh, stage.state)
+    restored = checkpoints.restore(state)
+    if restored is None:
+        return state, 0.0, MetricBuffer()
+    state, info = restored
+    return state, info['seconds'], MetricBuffer(info.get('pending', []))
+
+
+def steps_per_call(options: RunOptions, on_cpu: int, ends: Sequence[int], intervals: Sequence[int]) -> int:
+    """Chooses how many training steps one compiled call takes.
+
+    A CPU takes a number that leaves no steps over, because those would need a second compiled program. An accelerator
+    takes the number that needs the fewest calls.
+
+    Args:
+        options: Section `run` of the config, which may set the number.
+        on_cpu: Largest useful number on a CPU.
+        ends: Steps at which phases end.
+        intervals: Numbers of steps after which the loop logs, saves or evaluates.
     """
     if options.steps_per_call:
         return options.steps_per_call
-    stretches = [after - before for before, after in _stretches(ends, intervals)]
+    lengths = [after - before for before, after in _stretches(ends, intervals)]
     if jax.default_backend() == 'cpu':
-        return max(n for n in range(1, on_cpu + 1) if math.gcd(*stretches) % n == 0)
-    return min(range(STEPS_PER_CALL_ON_ACCELERATORS, 0, -1), key=lambda n: sum(sum(divmod(s, n)) for s in stretches))
+        return max(n for n in range(1, on_cpu + 1) if math.gcd(*lengths) % n == 0)
+    return min(range(STEPS_PER_CALL_ON_ACCELERATORS, 0, -1), key=lambda n: sum(sum(divmod(s, n)) for s in lengths))
 
 
-def _spans(first: int, ends: Sequence[int], intervals: Sequence[int], length: int) -> Iterator[tuple[int, int]]:
-    """Yields (first, last + 1) of each call: `length` steps, or a single one where fewer are left before a mark.
+def plan_calls(first: int, ends: Sequence[int], intervals: Sequence[int], length: int) -> Iterator[tuple[int, int]]:
+    """Plans the compiled calls of a stage, each of `length` steps, or of one step where fewer are left.
 
-    Of these two lengths each is compiled once. Calls are counted from mark to mark, so that a run which goes on cuts
-    them where it would have cut them anyway.
+    So two programs are compiled at most. A stretch is what lies between two steps at which the loop logs, saves,
+    evaluates or changes its phase. Calls are counted from the beginning of their stretch, so that a resumed stage makes
+    the same calls.
+
+    Args:
+        first: Steps taken already.
+        ends: Steps at which phases end.
+        intervals: Numbers of steps after which the loop logs, saves or evaluates.
+        length: Steps in a call.
+
+    Yields:
+        Steps before the call, and steps after it.
     """
     for before, after in _stretches(ends, intervals):
         while first < after:
@@ -229,39 +338,54 @@ def _spans(first: int, ends: Sequence[int], intervals: Sequence[int], length: in
 
 
 def _stretches(ends: Sequence[int], intervals: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yields the steps (before, after) of neighbouring marks, from step 0 on; nothing else is to be done in between."""
+    """Yields the first and last step of every stretch of the stage."""
     return itertools.pairwise(sorted({0, *ends, *itertools.chain(*(range(n, ends[-1], n) for n in intervals))}))
 
 
-def _compile(mesh: Mesh, step: Step, options: dict[str, str] | None) -> Callable:
-    """Returns the compiled (state, data, fixed, fed, key) -> (state, metrics [n]); see `feed` for data and fed."""
+def compile_steps(mesh: Mesh, step: Step, options: dict[str, str] | None) -> Callable:
+    """Compiles a call of several training steps.
 
-    def one(state, data, fixed, fed, key):
-        batch, *paired = read(data, fed)
-        batch['fixed'] = fixed
-        if paired:
-            batch['paired'] = paired[0]
+    Args:
+        mesh: Devices.
+        step: One training step.
+        options: XLA options.
+
+    Returns:
+        (state, data, constants, fed, key) -> (state, metrics of shape [steps]); `data_feed` describes data and fed.
+    """
+
+    def one(state, data, constants, fed, key):
+        batch, *second = read(data, fed)
+        batch['constants'] = constants
+        if second:
+            batch['second'] = second[0]
         return step(state, batch, jax.random.fold_in(key, state.step))
 
-    def call(state, data, fixed, fed, key):
+    def call(state, data, constants, fed, key):
         steps = len(jax.tree.leaves(fed)[0])
         if steps == 1:
-            state, metrics = one(state, data, fixed, jax.tree.map(lambda x: x[0], fed), key)
+            state, metrics = one(state, data, constants, jax.tree.map(lambda x: x[0], fed), key)
             return state, jax.tree.map(lambda x: x[None], metrics)
-        return jax.lax.scan(lambda s, f: one(s, data, fixed, f, key), state, fed)
+        return jax.lax.scan(lambda s, f: one(s, data, constants, f, key), state, fed)
 
-    whole = placement.replicated(mesh)
+    whole = sharding.replicated(mesh)
     return jax.jit(call, in_shardings=shardings(mesh), out_shardings=whole, donate_argnums=0, compiler_options=options)
 
 
-def _average(pending: list[dict[str, Any]]) -> dict[str, float]:
-    fetched = jax.device_get(pending)
-    # Phases need not report the same metrics: each is averaged over the steps that have it.
-    names = dict.fromkeys(name for metrics in fetched for name in metrics)
-    return {name: float(np.mean(np.concatenate([m[name] for m in fetched if name in m]))) for name in names}
+def _evaluate(run: Run, stage: TrainingStage, step: int, state: Any, hooks: Sequence[EvalHook]) -> float:
+    """Lets hooks evaluate a state, and returns the seconds that it took: they are no part of the training's."""
+    if not hooks:
+        return 0.0
+    jax.block_until_ready(state)
+    started = time.monotonic()
+    epochs = step * stage.batch_size / len(stage.arrays['labels'])
+    for hook in hooks:
+        run.writer.write(stage.name, step, hook.evaluate(EvalPoint(stage.name, step, epochs, state)))
+    return time.monotonic() - started
 
 
 def _check_finite(stage: str, step: int, values: dict[str, float]) -> None:
+    """Raises a UserError when a metric is not finite, before anything of it is saved."""
     broken = sorted((name for name, value in values.items() if not math.isfinite(value)), key=lambda n: n != 'loss')
     if broken:
         raise UserError(

@@ -22,11 +22,11 @@ BAR = '{desc} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}'
 class MetricWriter:
     """Appends metrics to WORKDIR/metrics.jsonl and WORKDIR/tensorboard; process 0 alone writes."""
 
-    def __init__(self, workdir: Path):
-        """Writes under `workdir`, after what is there already."""
+    def __init__(self, workdir: Path, read_only: bool = False):
+        """Creates a writer that appends to the files of `workdir`, or writes nothing if `read_only`."""
         self._path = workdir / 'metrics.jsonl'
         self._events_dir = workdir / 'tensorboard'
-        self._writes = jax.process_index() == 0
+        self._writes = jax.process_index() == 0 and not read_only
         self._events: dict = {}
 
     def rewind(self, stage: str, step: int) -> None:

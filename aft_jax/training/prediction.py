@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from aft_jax.models import logits_function
 from aft_jax.models.cpu_compilation import compiler_options
-from aft_jax.runtime.sharding import along, place, replicated, settle, spread
+from aft_jax.runtime.sharding import batch_sharding, replicate, replicated, wait_on_virtual_devices
 
 # (variables, float32 images [B, H, W, C] in [0, 1], *rows [B, ...]) -> pytree of arrays [B, ...]
 ImageFunction = Callable[..., Any]
@@ -34,7 +34,7 @@ def parts(mesh: Mesh, images: np.ndarray, batch_size: int) -> Iterator[tuple[jax
     for first in range(0, len(images), size):
         part = images[first : first + size]
         padded = np.concatenate([part, np.zeros((size - len(part), *images.shape[1:]), images.dtype)])
-        yield spread(along(mesh, 0), padded.shape, padded.__getitem__), len(part)
+        yield jax.make_array_from_callback(padded.shape, batch_sharding(mesh, 0), padded.__getitem__), len(part)
 
 
 class Batched:
@@ -50,7 +50,7 @@ class Batched:
             batch_size: Rounded up to a multiple of the devices.
         """
         self._mesh, self._batch_size = mesh, batch_size
-        whole, cut = replicated(mesh), along(mesh, 0)
+        whole, cut = replicated(mesh), batch_sharding(mesh, 0)
 
         def call(variables, images, rows):
             return function(variables, pixels(images), *rows)
@@ -70,12 +70,12 @@ class Batched:
                 rounding would change).
             *rows: Further arrays [N, ...] that go along with the images, such as labels.
         """
-        variables = place(self._mesh, {name: variables[name] for name in variables})
+        variables = replicate(self._mesh, {name: variables[name] for name in variables})
         results = []
         for batch in zip(*(parts(self._mesh, x, self._batch_size) for x in (images, *rows)), strict=True):
             (there, count), *others = batch
             result = self._call(variables, there, tuple(row for row, _ in others))
-            results.append((settle(self._mesh, result), count))
+            results.append((wait_on_virtual_devices(self._mesh, result), count))
         cut = [jax.tree.map(lambda x, n=count: np.asarray(x)[:n], result) for result, count in results]
         return jax.tree.map(lambda *results: np.concatenate(results), *cut)
 

@@ -268,7 +268,7 @@ def test_the_model_card(tmp_path, stored):
         'defense': 'aft',
         'seed': 7,
         'data': {'name': 'mnist5k', 'clean images': 250},
-        'figures': {'acc': {'before': 0.98, 'after': 0.9712345678}, 'suspicion': {'before': 0.9}},
+        'figures': {'acc': {'before': 0.98, 'after': 0.9712345678}, 'hypothesis': {'before': 0.9}},
     }
     as_json, as_markdown = write_card(tmp_path / 'card', facts, stored, after)
     assert (as_json.name, as_markdown.name) == ('card.json', 'card.md')
@@ -283,7 +283,7 @@ def test_the_model_card(tmp_path, stored):
     }
     lines = as_markdown.read_text().splitlines()
     assert lines[0] == '# Purified \\| network'
-    for line in ('- seed: 7', '## Data', '- clean images: 250', '|  | before | after |', '| suspicion | 0.9 |  |'):
+    for line in ('- seed: 7', '## Data', '- clean images: 250', '|  | before | after |', '| hypothesis | 0.9 |  |'):
         assert line in lines
     assert '| acc | 0.98 | 0.971235 |' in lines
     assert f'| before | net.safetensors | {checksum(stored)} |' in lines

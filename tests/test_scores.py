@@ -48,8 +48,8 @@ def test_without_an_attack_there_is_accuracy_alone():
 
 
 def test_cross_accuracy_counts_true_labels_of_every_image():
-    crossed = np.array([0, 0, 1, 0, 0, 2, 0, 0], np.int32)
-    actual = score(CLEAN, CLEAN, LABELS, np.zeros(3, np.int32), 3, crossed)
+    cross_images = np.array([0, 0, 1, 0, 0, 2, 0, 0], np.int32)
+    actual = score(CLEAN, CLEAN, LABELS, np.zeros(3, np.int32), 3, cross_images)
     assert actual.cross_acc == 4 / 8
     assert np.isnan(score(CLEAN, CLEAN, LABELS, np.zeros(3, np.int32), 3).cross_acc)
 

@@ -15,7 +15,7 @@ from aft_jax.errors import UserError
 from aft_jax.runtime.preemption import Preempted, Watch
 from aft_jax.runtime.sharding import make_mesh
 from aft_jax.training import data_feed, state
-from aft_jax.training.loop import Phase, fit
+from aft_jax.training.loop import Phase, TrainingStage, fit
 from aft_jax.training.optimiser import sgd
 
 STEPS = 11
@@ -29,7 +29,7 @@ def train(make_run, dataset, tiny_variables):
         both = jnp.stack(
             [
                 jnp.mean(b['images'] * (1 + b['labels'].astype(jnp.float32))[:, None, None, None])
-                for b in (batch, batch['paired'])
+                for b in (batch, batch['second'])
             ]
         )
         kick = jax.random.uniform(key) + both @ jnp.asarray([1.0, 10.0])
@@ -39,7 +39,7 @@ def train(make_run, dataset, tiny_variables):
     def call(run):
         arrays = {'images': dataset.train_images, 'labels': dataset.train_labels}
         start = state.create(tiny_variables, sgd(0.1, 'constant', 1))
-        fitted = fit(run, 'infect', start, [Phase(wander, STEPS)], arrays, 8, streams=2)
+        fitted = fit(run, TrainingStage('infect', start, [Phase(wander, STEPS)], arrays, 8, num_streams=2))
         lines = [json.loads(line) for line in (run.workdir / 'metrics.jsonl').read_text().splitlines()]
         return fitted.state, lines
 
@@ -123,7 +123,7 @@ def test_a_broken_state_is_not_saved_at_the_sign_to_stop(make_run, dataset, tiny
     arrays = {'images': dataset.train_images, 'labels': dataset.train_labels}
     start = state.create(tiny_variables, sgd(0.1, 'constant', 1))
     with pytest.raises(UserError, match='no longer a finite number'):
-        fit(run, 'infect', start, [Phase(broken, STEPS)], arrays, 8)
+        fit(run, TrainingStage('infect', start, [Phase(broken, STEPS)], arrays, 8))
     assert not any(path.name.isdigit() for path in (run.workdir / 'checkpoints/infect').iterdir())
 
 

@@ -10,7 +10,7 @@ import scipy.interpolate
 import scipy.ndimage
 
 from aft_jax.adversarial import perturbations
-from aft_jax.adversarial.perturbations import GRID, Change, Family
+from aft_jax.adversarial.perturbations import GRID, Perturbation, PerturbationSpec
 
 ONE = jnp.ones((), jnp.float32)
 IMAGES = np.random.default_rng(0).uniform(0.05, 0.95, (6, 9, 12, 2)).astype(np.float32)
@@ -32,7 +32,9 @@ def gradient_of(images, labels):
 
 def test_a_warp_equals_scipy():
     shifts = np.random.default_rng(2).uniform(-2, 2, (1, GRID, GRID, 2)).astype(np.float32)
-    warped = np.asarray(perturbations.apply(Family('warp', 2.0), Change(jnp.asarray(shifts), ONE), IMAGES))
+    warped = np.asarray(
+        perturbations.apply(PerturbationSpec('warp', 2.0), Perturbation(jnp.asarray(shifts), ONE), IMAGES)
+    )
     _, height, width, channels = IMAGES.shape
     points = np.linspace(0, height - 1, GRID), np.linspace(0, width - 1, GRID)
     places = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing='ij'), axis=-1)
@@ -47,23 +49,23 @@ def test_a_warp_equals_scipy():
 
 
 def test_no_shift_is_no_warp():
-    change = Change(jnp.zeros((1, GRID, GRID, 2)), ONE)
-    np.testing.assert_allclose(perturbations.apply(Family('warp', 1.0), change, IMAGES), IMAGES, atol=1e-6)
+    change = Perturbation(jnp.zeros((1, GRID, GRID, 2)), ONE)
+    np.testing.assert_allclose(perturbations.apply(PerturbationSpec('warp', 1.0), change, IMAGES), IMAGES, atol=1e-6)
 
 
 def test_additive_changes_are_shared_and_stay_in_the_frame():
-    change = Change(jnp.full((1, 9, 12, 2), 0.3, jnp.float32), ONE)
+    change = Perturbation(jnp.full((1, 9, 12, 2), 0.3, jnp.float32), ONE)
     np.testing.assert_allclose(
-        perturbations.apply(Family('linf', 0.3), change, IMAGES), np.minimum(IMAGES + 0.3, 1), atol=1e-6
+        perturbations.apply(PerturbationSpec('linf', 0.3), change, IMAGES), np.minimum(IMAGES + 0.3, 1), atol=1e-6
     )
 
 
 def test_sparse_steps_set_the_pixels_where_the_gradient_of_all_images_is_longest():
     steps, each = 3, 4
-    sparse = Family('sparse', each)
+    sparse = PerturbationSpec('sparse', each)
     begin = perturbations.start(sparse, jax.random.key(0), IMAGES.shape)
     np.testing.assert_array_equal(perturbations.apply(sparse, begin, IMAGES), IMAGES)
-    examples, (after,) = perturbations.perturb_together(linear, IMAGES, LABELS, (sparse,), (begin,), steps)
+    examples, (after,) = perturbations.joint_attack(linear, IMAGES, LABELS, (sparse,), (begin,), steps)
     expected, taken = IMAGES.copy(), np.zeros((9, 12), bool)
     for _ in range(steps):
         summed = gradient_of(expected, LABELS).sum(axis=0)
@@ -79,16 +81,16 @@ def test_sparse_steps_set_the_pixels_where_the_gradient_of_all_images_is_longest
 
 def test_a_warp_moves_along_the_sign_of_its_gradient():
     """A step down the wrong side, or with the sampler's derivative wrong, would not raise the loss like this one."""
-    warp = Family('warp', 0.8)
+    warp = PerturbationSpec('warp', 0.8)
     values = np.random.default_rng(3).uniform(-0.3, 0.3, (1, GRID, GRID, 2)).astype(np.float32)
 
     def loss(values):
-        shown = np.asarray(perturbations.apply(warp, Change(jnp.asarray(values), ONE), IMAGES)).astype(np.float64)
+        shown = np.asarray(perturbations.apply(warp, Perturbation(jnp.asarray(values), ONE), IMAGES)).astype(np.float64)
         z = shown.reshape(len(shown), -1) @ KERNEL
         return float((np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), LABELS]).sum())
 
-    _, (after,) = perturbations.perturb_together(
-        linear, IMAGES, LABELS, (warp,), (Change(jnp.asarray(values), ONE),), 1
+    _, (after,) = perturbations.joint_attack(
+        linear, IMAGES, LABELS, (warp,), (Perturbation(jnp.asarray(values), ONE),), 1
     )
     moved = np.asarray(after.values) - values
     np.testing.assert_allclose(np.abs(moved), 0.2, atol=1e-6)
@@ -108,10 +110,10 @@ def test_a_warp_moves_along_the_sign_of_its_gradient():
 @pytest.mark.parametrize('shared', [True, False])
 def test_changes_stay_within_their_size_and_raise_the_loss(kind, shared):
     size = {'linf': 0.1, 'l2': 0.7, 'sparse': 3, 'warp': 1.0}[kind]
-    chosen = Family(kind, size, shared)
+    chosen = PerturbationSpec(kind, size, shared)
     begin = perturbations.start(chosen, jax.random.key(5), IMAGES.shape)
     examples, (after,) = jax.jit(
-        lambda change: perturbations.perturb_together(linear, IMAGES, LABELS, (chosen,), (change,), 6)
+        lambda change: perturbations.joint_attack(linear, IMAGES, LABELS, (chosen,), (change,), 6)
     )(begin)
 
     def losses(images):
@@ -135,9 +137,9 @@ def test_changes_stay_within_their_size_and_raise_the_loss(kind, shared):
 def test_an_image_of_its_own_changes_as_if_it_were_alone():
     """Sparse ones where most is to be gained in that image: the gradient times the way that is left to 0 or 1."""
     steps, each = 2, 3
-    sparse = Family('sparse', each, shared=False)
+    sparse = PerturbationSpec('sparse', each, shared=False)
     begin = perturbations.start(sparse, jax.random.key(0), IMAGES.shape)
-    examples, _ = perturbations.perturb_together(linear, IMAGES, LABELS, (sparse,), (begin,), steps)
+    examples, _ = perturbations.joint_attack(linear, IMAGES, LABELS, (sparse,), (begin,), steps)
     expected = IMAGES.copy()
     for index in range(len(IMAGES)):
         taken = np.zeros((9, 12), bool)
@@ -151,32 +153,37 @@ def test_an_image_of_its_own_changes_as_if_it_were_alone():
                 taken[row, column] = True
     np.testing.assert_allclose(examples, expected, atol=1e-6)
     for kind, size in (('linf', 0.1), ('l2', 0.5), ('warp', 1.0)):
-        family = Family(kind, size, shared=False)
+        family = PerturbationSpec(kind, size, shared=False)
         begin = perturbations.start(family, jax.random.key(1), IMAGES.shape)
-        together, _ = perturbations.perturb_together(linear, IMAGES, LABELS, (family,), (begin,), 3)
+        together, _ = perturbations.joint_attack(linear, IMAGES, LABELS, (family,), (begin,), 3)
         first = jax.tree.map(lambda x: x[:1] if x.ndim else x, begin)
-        alone, _ = perturbations.perturb_together(linear, IMAGES[:1], LABELS[:1], (family,), (first,), 3)
+        alone, _ = perturbations.joint_attack(linear, IMAGES[:1], LABELS[:1], (family,), (first,), 3)
         np.testing.assert_allclose(together[:1], alone, atol=1e-5)
 
 
 def test_each_family_has_its_part_of_the_images():
-    families = (Family('linf', 0.1), Family('sparse', 2), Family('l2', 0.5, shared=False))
-    begin = perturbations.start_all(families, jax.random.key(6), IMAGES.shape)
+    specs = (PerturbationSpec('linf', 0.1), PerturbationSpec('sparse', 2), PerturbationSpec('l2', 0.5, shared=False))
+    begin = perturbations.init_all(specs, jax.random.key(6), IMAGES.shape)
     assert [len(change.values) for change in begin] == [1, 1, 2]
-    together, _ = perturbations.perturb_together(linear, IMAGES, LABELS, families, begin, 2)
+    together, _ = perturbations.joint_attack(linear, IMAGES, LABELS, specs, begin, 2)
     for i, part in enumerate((slice(2), slice(2, 4), slice(4, 6))):
         one = slice(i, i + 1)
-        alone, _ = perturbations.perturb_together(linear, IMAGES[part], LABELS[part], families[one], begin[one], 2)
+        alone, _ = perturbations.joint_attack(linear, IMAGES[part], LABELS[part], specs[one], begin[one], 2)
         np.testing.assert_allclose(together[part], alone, atol=1e-6)
 
 
 def test_a_loop_equals_the_unrolled_steps():
-    families = (Family('linf', 0.1), Family('l2', 0.5, False), Family('sparse', 2, False), Family('warp', 1.0))
+    specs = (
+        PerturbationSpec('linf', 0.1),
+        PerturbationSpec('l2', 0.5, False),
+        PerturbationSpec('sparse', 2, False),
+        PerturbationSpec('warp', 1.0),
+    )
     images, labels = jnp.tile(IMAGES, (2, 1, 1, 1)), jnp.tile(LABELS, 2)
-    begin = perturbations.start_all(families, jax.random.key(7), images.shape)
+    begin = perturbations.init_all(specs, jax.random.key(7), images.shape)
 
     def perturbed(unroll):
-        of_all = partial(perturbations.perturb_together, linear, families=families, steps=3, unroll=unroll)
+        of_all = partial(perturbations.joint_attack, linear, specs=specs, steps=3, unroll=unroll)
         return jax.jit(of_all).trace(images, labels, changes=begin)
 
     looped, unrolled = perturbed(False), perturbed(True)
