@@ -1,11 +1,11 @@
-# make quickstart   infect a classifier, purify it, show both: on embedded data, in a virtual environment of its own
-# make test         the tests
-# make check        format, lint, types
+# make quickstart   infects a classifier, purifies it and shows both, on embedded data, in its own virtual environment
+# make test         runs the tests
+# make check        checks format, lint and types
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-# test,parity compares with torch as well, which is large
+# EXTRAS=test,parity also compares with torch, which is a large installation
 EXTRAS ?= test
 
 .PHONY: quickstart test check clean

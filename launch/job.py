@@ -1,4 +1,4 @@
-"""What runs on the hosts of a slice: bringing the code there, installing it, and starting the program."""
+"""The work on the hosts of a slice: copying the code, installing it, and starting the program."""
 
 import dataclasses
 from datetime import UTC, datetime
@@ -7,21 +7,21 @@ from pathlib import Path
 from pod import LaunchError, Pod, say
 
 ROOT = Path(__file__).resolve().parent.parent
-# What the hosts need of the repository; results, environments and the history stay here.
+# The parts of the repository that the hosts need; results, environments and the history stay here.
 CODE = ('aft_jax', 'configs', 'launch', 'pyproject.toml', 'constraints.txt', 'README.md', 'LICENSE')
-# Where on_worker.sh mounts what --mount names.
+# Directory where on_worker.sh mounts the share of --mount.
 SHARED = '/mnt/aft_jax'
-NOT_FOUND = 127  # of a shell
+NOT_FOUND = 127  # exit status of a shell that does not find a command
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be run.
+    """A run of the program, with its share and its data.
 
     Attributes:
-        arguments: Those of aft_jax.main, --config and --workdir among them.
-        mount: SERVER:/SHARE (NFS) or gs://BUCKET, mounted at `SHARED` on every host; '' mounts nothing.
-        dataset: Data set to be prepared; '' prepares none.
+        arguments: Arguments of aft_jax.main, with --config and --workdir.
+        mount: SERVER:/SHARE (NFS) or gs://BUCKET, to be mounted at `SHARED` on every host; '' mounts nothing.
+        dataset: Data set to prepare; '' prepares none.
         data_dir: Directory that all hosts share, for prepared data; '' keeps them on each host.
     """
 
@@ -32,7 +32,7 @@ class Job:
 
 
 def new_attempt(number: int = 0) -> str:
-    """Returns a name for a start of the program, another one at every call with another number."""
+    """Builds a name for a start of the program, different for each number."""
     return f'{datetime.now(UTC):%Y%m%dT%H%M%S}-{number}'
 
 
@@ -40,22 +40,22 @@ def setup(pod: Pod, job: Job) -> int:
     """Copies the code to all hosts, installs it, and prepares the data; returns the first exit status that is not 0."""
     archive = ROOT / 'build' / f'aft_jax-{pod.name}' / 'aft_jax.tar.gz'
     steps = [
-        lambda: pod.shell.show(['mkdir', '-p', str(archive.parent)]),
-        lambda: pod.shell.show(
+        lambda: pod.shell.stream(['mkdir', '-p', str(archive.parent)]),
+        lambda: pod.shell.stream(
             ['tar', '-czf', str(archive), '--exclude=__pycache__', f'--directory={ROOT}', *CODE],
         ),
         lambda: pod.copy(str(archive), str(ROOT / 'launch' / 'on_worker.sh')),
         lambda: pod.ssh(['bash', 'on_worker.sh', 'setup', *([job.mount] if job.mount else [])]),
     ]
     if job.dataset:
-        # Into a shared directory one host prepares for all.
-        where, worker = ([job.data_dir], '0') if job.data_dir else ([], 'all')
+        # In a shared directory one host prepares the data for all.
+        directory, worker = ([job.data_dir], '0') if job.data_dir else ([], 'all')
         if not job.data_dir:
             say(f'without --data-dir every host prepares its own copy of {job.dataset}.')
-        steps.append(lambda: pod.ssh(['bash', 'on_worker.sh', 'prepare', job.dataset, *where], worker))
+        steps.append(lambda: pod.ssh(['bash', 'on_worker.sh', 'prepare', job.dataset, *directory], worker))
     status = next((status for step in steps if (status := step())), 0)
     if status:
-        say(f'setting up {pod.name} ended with exit status {status}; the reason stands above.')
+        say(f'setting up {pod.name} ended with exit status {status}; see the reason above.')
     return status
 
 
@@ -63,9 +63,9 @@ def run(pod: Pod, job: Job, attempt: str) -> int:
     """Runs aft_jax.main on all hosts until it ends; returns its exit status.
 
     Args:
-        pod: The slice, set up.
-        job: What to run.
-        attempt: Name of this start; the hosts follow a start of that name that they know, instead of starting anew.
+        pod: Slice that is set up.
+        job: Program to run.
+        attempt: Name of this start. If the hosts know the name, they follow that start instead of starting again.
     """
     status = pod.ssh(['bash', 'on_worker.sh', 'run', attempt, *program(job)])
     if status == NOT_FOUND:
@@ -74,10 +74,10 @@ def run(pod: Pod, job: Job, attempt: str) -> int:
 
 
 def program(job: Job) -> list[str]:
-    """Returns the arguments of aft_jax.main.
+    """Checks and returns the arguments of aft_jax.main.
 
     Raises:
-        LaunchError: They cannot work on the hosts.
+        LaunchError: If the arguments cannot work on the hosts.
     """
     arguments = list(job.arguments)
     config, workdir = _value(arguments, '--config'), _value(arguments, '--workdir')
@@ -88,8 +88,8 @@ def program(job: Job) -> list[str]:
         raise LaunchError(f'--config={config} must be a file of this repository, such as configs/cifar10.py.')
     if not workdir.startswith('/'):
         raise LaunchError(
-            f'--workdir={workdir} must be an absolute path, of a directory that all hosts share: the program writes '
-            f'ordinary files, so mount a bucket or an NFS share (--mount), and name a directory of {SHARED}.'
+            f'--workdir={workdir} must be an absolute path, of a directory that all hosts share. The program '
+            f'writes ordinary files: mount a bucket or an NFS share (--mount), and name a directory under {SHARED}.'
         )
     if job.data_dir and not _value(arguments, '--config.data.dir'):
         arguments.append(f'--config.data.dir={job.data_dir}')

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What launch/tpu.py runs on each host of a slice.
+# launch/tpu.py runs this script on each host of a slice.
 #
 #   on_worker.sh setup [MOUNT]            unpack the code, mount SERVER:/SHARE or gs://BUCKET, install
 #   on_worker.sh prepare DATASET [DIR]    prepare a data set, in the shared directory DIR
 #   on_worker.sh run START ARGUMENT...    start aft_jax.main, or follow the start of that name; returns its exit status
-#   on_worker.sh stop                     let what runs save and end
+#   on_worker.sh stop                     let the running program save and end
 #
-# The program is detached from the connection: one that breaks does not end it, and gcloud, which dials again and
-# repeats its command, finds it instead of starting a second one beside it.
+# The program is detached from the connection, so a broken connection does not end it. gcloud then connects again and
+# repeats its command. The repeated command finds the program instead of starting a second one.
 set -euo pipefail
 
 self=$(realpath "$0")
@@ -17,7 +17,7 @@ venv=$home/venv
 starts=$home/starts
 shared=/mnt/aft_jax
 exit_again=75
-not_found=127 # as of a command
+not_found=127 # exit status of a shell that does not find a command
 
 setup() {
   stop
@@ -25,7 +25,7 @@ setup() {
   mkdir -p "$code"
   tar -xzf "$HOME/aft_jax.tar.gz" -C "$code"
   if [ $# -gt 0 ]; then mount_share "$1"; fi
-  # The images bring Python 3.10; uv brings a newer one where there is none. Newer images guard their packages.
+  # The images have Python 3.10; uv installs a newer one. Newer images protect their packages from pip.
   python3 -m uv --version >/dev/null 2>&1 || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
   [ -x "$venv/bin/python" ] || python3 -m uv venv --quiet --python '>=3.11,<3.14' "$venv"
   install '.[demo,report]' 'jax[tpu]'
@@ -46,11 +46,11 @@ mount_share() {
         return 2
       fi
       sudo chown "$(id -u):$(id -g)" "$shared"
-      # A checkpoint becomes valid when its directory is renamed; without the limit gcsfuse refuses that.
+      # A checkpoint becomes valid when its directory is renamed. gcsfuse allows that only with this limit.
       gcsfuse --implicit-dirs --rename-dir-limit=100000 "${1#gs://}" "$shared"
       ;;
     *)
-      # A host that has just started may still be at its own updates.
+      # A host that has just started may still hold the lock of apt for its own updates.
       command -v mount.nfs >/dev/null || { sudo apt-get update -q &&
         sudo apt-get install -qy -o DPkg::Lock::Timeout=300 nfs-common; }
       sudo mount -t nfs "$1" "$shared"
@@ -73,7 +73,7 @@ run() {
     return "$not_found"
   fi
   mkdir -p "$starts"
-  if mkdir "$here" 2>/dev/null; then # for one of several at once
+  if mkdir "$here" 2>/dev/null; then # only one of several simultaneous calls succeeds
     lines=+1
     stop
     boot >"$here/boot"
@@ -87,7 +87,7 @@ run() {
 supervise() {
   local here=$1 status=0
   shift
-  trap : TERM # for the program alone, which saves; this process stays to note how it ended
+  trap : TERM # the program handles SIGTERM and saves; this process stays to record its exit status
   echo "$$" >"$here/pid.new" && mv "$here/pid.new" "$here/pid"
   "$@" >>"$here/log" 2>&1 || status=$?
   echo "$status" >"$here/status.new" && mv "$here/status.new" "$here/status"
@@ -114,7 +114,7 @@ stop() {
   for here in "$starts"/*/; do
     if ! alive "$here"; then continue; fi
     pid=$(cat "$here/pid")
-    kill -TERM -- "-$pid" # its group: itself and the program
+    kill -TERM -- "-$pid" # the group: the supervisor and the program
     for _ in {1..600}; do
       if ! alive "$here"; then continue 2; fi
       sleep 0.5
@@ -123,7 +123,7 @@ stop() {
   done
 }
 
-# A process number means nothing after the host has started anew.
+# A process number has no meaning after the host has rebooted.
 alive() {
   [ -e "$1/pid" ] && [ ! -e "$1/status" ] && [ "$(cat "$1/boot")" = "$(boot)" ] && kill -0 "$(cat "$1/pid")" 2>/dev/null
 }
@@ -132,7 +132,7 @@ boot() {
   cat /proc/sys/kernel/random/boot_id
 }
 
-# In braces, and so read as one: a shell reads a script as it goes, and setup puts a new copy in this one's place.
+# A shell reads a script while it runs it, but setup replaces this file. The braces make it read the rest at once.
 {
   case ${1:-} in
     setup) setup "${@:2}" ;;

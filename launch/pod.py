@@ -1,4 +1,4 @@
-"""A Cloud TPU slice as gcloud sees it: the commands that create it, look at it, reach its hosts and delete it."""
+"""A Cloud TPU slice, controlled by gcloud: create it, check its state, run commands on its hosts, delete it."""
 
 import dataclasses
 import re
@@ -7,37 +7,37 @@ import subprocess
 import sys
 import textwrap
 
-# A connection over which nothing passes is noticed as dead after 90 s; else a host that vanished would be waited for.
+# ssh notices a dead connection after 90 s. Without these flags it would wait for a lost host without limit.
 SSH_FLAGS = ('--ssh-flag=-oServerAliveInterval=30', '--ssh-flag=-oServerAliveCountMax=3')
 
 
 class LaunchError(Exception):
-    """One sentence about something that the user can put right."""
+    """A mistake that the user can correct, in one sentence."""
 
     def __init__(self, sentence: str, status: int = 2):
-        """An error that says `sentence` and ends the launcher with `status`."""
+        """Creates an error with the message `sentence`; the launcher ends with `status`."""
         super().__init__(sentence)
         self.status = status
 
 
 class GcloudError(LaunchError):
-    """gcloud did not do what it was asked; `text` is all that it said."""
+    """A failure of gcloud; `text` is everything that it wrote to stderr."""
 
     def __init__(self, command: list[str], text: str):
-        """The failure of `command`."""
-        # gcloud compute tpus GROUP VERB: the rest is the user's own.
+        """Creates the error for `command`."""
+        # The first five words, gcloud compute tpus GROUP VERB, say enough.
         hint = '; run gcloud auth login' if re.search('active account|credential|reauth', text, re.IGNORECASE) else ''
         super().__init__(f'{" ".join(command[:5])} failed: {_reason(text)}{hint}.')
         self.text = text
 
     @property
     def missing(self) -> bool:
-        """Whether what was asked for does not exist."""
+        """Whether the requested resource does not exist."""
         return re.search('NOT_FOUND|was not found', self.text) is not None
 
     @property
     def no_capacity(self) -> bool:
-        """Whether the zone has no such machine to give at this moment."""
+        """Whether the zone has no capacity for such a machine at present."""
         return 'no more capacity' in self.text
 
 
@@ -47,22 +47,23 @@ class Shell:
 
     dry_run: bool = False
 
-    def ask(self, command: list[str]) -> str:
-        """Returns what a command of gcloud's prints; raises GcloudError if it fails."""
+    def capture(self, command: list[str]) -> str:
+        """Runs a gcloud command and returns its output; raises GcloudError if it fails."""
         if self.dry_run:
-            self.show(command)
+            self.stream(command)
             return ''
         process = _start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        output, said = process.communicate()
+        output, errors = process.communicate()
         if process.returncode:
-            raise GcloudError(command, said)
+            raise GcloudError(command, errors)
         return output.strip()
 
-    def show(self, command: list[str]) -> int:
-        """Runs a command whose output is the user's to see; returns its exit status.
+    def stream(self, command: list[str]) -> int:
+        """Runs a command whose output goes to the terminal; returns its exit status.
 
-        gcloud ends with the status of the first host that failed, which may only have lost the one that is the reason.
-        So a status that says what to do wins: a user's mistake, then a lost connection, then a wish to start again.
+        gcloud ends with the status of the first host that failed. That host may have failed only because it lost the
+        host with the real error. So more informative statuses have priority: a user's mistake (2), then a lost
+        connection (255), then a request to start again (75).
         """
         if self.dry_run:
             print(shlex.join(command), flush=True)
@@ -78,14 +79,14 @@ class Shell:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What is created.
+    """The kind of slice to create.
 
     Attributes:
         accelerator: TPU type, such as 'v5litepod-16'.
         runtime_version: Image of the hosts.
-        spot: Whether it is cheaper and can be taken away at any time.
-        queued: Whether it is asked for as a queued resource.
-        flags: Flags of gcloud's create command, as they are.
+        spot: Whether to use a spot machine, which is cheaper and can be taken away at any time.
+        queued: Whether to request the slice as a queued resource.
+        flags: Further flags for gcloud's create command, unchanged.
     """
 
     accelerator: str
@@ -97,7 +98,7 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What gcloud says of the queued resource and of the TPU VM of one name; None: there is none."""
+    """States of the queued resource and of the TPU VM of one name, from gcloud; None if it does not exist."""
 
     request: str | None
     node: str | None
@@ -109,14 +110,14 @@ class State:
 
     @property
     def lost(self) -> bool:
-        """Whether it will not come back by itself, and has to be deleted and created again."""
+        """Whether the slice does not recover by itself, and must be deleted and created again."""
         return self.request in ('SUSPENDED', 'FAILED') or (
             self.node in ('PREEMPTED', 'TERMINATED', 'SUSPENDED', 'FAILED') and self.request != 'SUSPENDING'
         )
 
     @property
     def absent(self) -> bool:
-        """Whether there is nothing."""
+        """Whether neither of the two exists."""
         return self.request is None and self.node is None
 
     def __str__(self) -> str:
@@ -126,7 +127,7 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """One slice, all of its hosts; its queued resource, if it has one, bears the same name."""
+    """One slice with all of its hosts; its queued resource, if it has one, has the same name."""
 
     shell: Shell
     name: str
@@ -134,43 +135,43 @@ class Pod:
     project: str | None = None
 
     def create(self, machine: Machine) -> None:
-        """Creates the slice, or asks for it in the queue."""
+        """Creates the slice, or requests it in the queue."""
         group, image = ('queued-resources', 'runtime-version') if machine.queued else ('tpu-vm', 'version')
         flags = [f'--accelerator-type={machine.accelerator}', f'--{image}={machine.runtime_version}']
         if machine.queued:
             flags.append(f'--node-id={self.name}')
         if machine.spot:
             flags.append('--spot')
-        self.shell.ask(self._gcloud(group, 'create', self.name, *flags, *machine.flags))
+        self.shell.capture(self._gcloud(group, 'create', self.name, *flags, *machine.flags))
 
-    def look(self) -> State:
-        """Returns the state of the slice."""
+    def check_state(self) -> State:
+        """Asks gcloud for the state of the slice."""
         return State(self._describe('queued-resources', 'value(state.state)'), self._describe('tpu-vm', 'value(state)'))
 
     def delete(self, state: State) -> None:
-        """Deletes what `state` says is there."""
+        """Deletes the queued resource and the TPU VM that exist according to `state`."""
         if state.request is not None:
-            # Only with --force does the request take its TPU VM with it.
-            self.shell.ask(self._gcloud('queued-resources', 'delete', self.name, '--force', '--quiet'))
+            # --force also deletes the TPU VM of the request.
+            self.shell.capture(self._gcloud('queued-resources', 'delete', self.name, '--force', '--quiet'))
         if state.node is not None and (state.request is None or self.shell.dry_run):
-            self.shell.ask(self._gcloud('tpu-vm', 'delete', self.name, '--quiet'))
+            self.shell.capture(self._gcloud('tpu-vm', 'delete', self.name, '--quiet'))
 
     def copy(self, *files: str) -> int:
         """Copies files into the home directory of every host; returns gcloud's exit status."""
-        return self.shell.show(self._gcloud('tpu-vm', 'scp', *files, f'{self.name}:', '--worker=all', '--quiet'))
+        return self.shell.stream(self._gcloud('tpu-vm', 'scp', *files, f'{self.name}:', '--worker=all', '--quiet'))
 
     def ssh(self, remote: list[str], worker: str = 'all') -> int:
-        """Runs a command on one host or on all, and waits; returns its exit status as `Shell.show` does.
+        """Runs a command on one host or on all hosts, and waits; returns its exit status as in `Shell.stream`.
 
-        gcloud dials up to ten times a host that it cannot reach, or whose connection breaks; then the status is 255.
-        It is 1 when gcloud itself refuses, as when the slice was taken away.
+        gcloud tries up to ten times to reach a host, also after a broken connection. Then the status is 255. The status
+        is 1 if gcloud itself refuses, for example because the slice was taken away.
         """
         flags = [f'--worker={worker}', '--quiet', *SSH_FLAGS, f'--command={shlex.join(remote)}']
-        return self.shell.show(self._gcloud('tpu-vm', 'ssh', self.name, *flags))
+        return self.shell.stream(self._gcloud('tpu-vm', 'ssh', self.name, *flags))
 
     def _describe(self, group: str, form: str) -> str | None:
         try:
-            return self.shell.ask(self._gcloud(group, 'describe', self.name, f'--format={form}')) or 'UNKNOWN'
+            return self.shell.capture(self._gcloud(group, 'describe', self.name, f'--format={form}')) or 'UNKNOWN'
         except GcloudError as error:
             if error.missing:
                 return None
@@ -182,13 +183,13 @@ class Pod:
 
 
 def say(text: str) -> None:
-    """Tells the user something that is not the result of the command."""
+    """Prints a message to the user on stderr."""
     print(f'launch: {text}', file=sys.stderr, flush=True)
 
 
 def _start(command: list[str], stdout: int | None = None, stderr: int | None = None) -> subprocess.Popen[str]:
     try:
-        # Without a terminal gcloud asks no questions, which nobody would answer at night.
+        # Without a terminal gcloud asks no questions, which would block an unattended run.
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, text=True, errors='replace'
         )
@@ -198,11 +199,11 @@ def _start(command: list[str], stdout: int | None = None, stderr: int | None = N
 
 
 def _reason(text: str) -> str:
-    """Returns what gcloud says is wrong, without how to use it."""
-    if message := re.search(r'"message": "((?:[^"\\]|\\.)*)"', text):  # of a failed operation, as JSON
-        said = message[1].replace('\\"', '"')
+    """Extracts the error message from the output of gcloud, without its usage text."""
+    if message := re.search(r'"message": "((?:[^"\\]|\\.)*)"', text):  # a failed operation, as JSON
+        reason = message[1].replace('\\"', '"')
     else:
         error = re.search(r'^ERROR: (?:\(\S+\) )?(.+?)(?:\n\s*\n|\Z)', text, re.MULTILINE | re.DOTALL)
-        said = error[1] if error else text.strip() or 'it said nothing'
-    said = re.sub(r'\s*Please run:$', '', textwrap.shorten(said, 200, placeholder=' ...'))
-    return said.removesuffix('.')
+        reason = error[1] if error else text.strip() or 'it printed no reason'
+    reason = re.sub(r'\s*Please run:$', '', textwrap.shorten(reason, 200, placeholder=' ...'))
+    return reason.removesuffix('.')

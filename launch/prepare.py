@@ -1,6 +1,6 @@
-"""Prepares a data set where runs will look for it: python launch/prepare.py NAME [DIR].
+"""Prepares a data set for later runs: python launch/prepare.py NAME [DIR].
 
-Once for a directory that all hosts share; on every host, without DIR, where they share none.
+Run it once if DIR is a directory that all hosts share. Otherwise run it on every host, without DIR.
 """
 
 import sys
@@ -11,7 +11,7 @@ from aft_jax.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
-    """Prepares the set `arguments[0]`, in the directory `arguments[1]` if there is one; returns the exit status."""
+    """Prepares the data set `arguments[0]`, in the directory `arguments[1]` if given; returns the exit status."""
     if len(arguments) not in (1, 2):
         print('launch: python launch/prepare.py NAME [DIR] takes a data set and a directory.', file=sys.stderr)
         return 2

@@ -1,16 +1,16 @@
-"""Runs an experiment on a Cloud TPU slice, from creating it to deleting it; launch/README.md tells the whole way.
+"""Runs an experiment on a Cloud TPU slice, from creating it to deleting it; launch/README.md explains every step.
 
-    python launch/tpu.py create  NAME --zone=Z --accelerator=v5litepod-16 [--spot]     a slice, now or not at all
-    python launch/tpu.py queue   NAME --zone=Z --accelerator=v5litepod-16 [--spot]     the same, when there is one
+    python launch/tpu.py create  NAME --zone=Z --accelerator=v5litepod-16 [--spot]     creates a slice now, or fails
+    python launch/tpu.py queue   NAME --zone=Z --accelerator=v5litepod-16 [--spot]     waits in the queue for a slice
     python launch/tpu.py status  NAME --zone=Z
     python launch/tpu.py setup   NAME --zone=Z --mount=SERVER:/SHARE [--dataset=cifar10 --data-dir=/mnt/aft_jax/tfds]
     python launch/tpu.py run     NAME --zone=Z -- --config=configs/cifar10.py --workdir=/mnt/aft_jax/runs/cifar10
-    python launch/tpu.py stop    NAME --zone=Z                                         save and end what runs there
+    python launch/tpu.py stop    NAME --zone=Z                                         saves and ends what is running
     python launch/tpu.py babysit NAME, with the flags of queue, setup and run          all of that, until it is done
-    python launch/tpu.py delete  NAME --zone=Z                                         ends the bill
+    python launch/tpu.py delete  NAME --zone=Z                                         ends the costs
 
---dry-run prints the commands and runs none. Exit status: that of the program (0 done, 75 start again), 2 something that
-you can put right, 130 interrupted (what runs on the hosts goes on).
+--dry-run prints the commands and runs none. Exit status: that of the program (0 done, 75 start again), 2 a mistake that
+you can correct, 130 interrupted (the program on the hosts continues).
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         say(str(error))
         return error.status
     except KeyboardInterrupt:
-        say('interrupted; what runs on the hosts goes on, and so does the bill.')
+        say('interrupted; the program on the hosts continues, and the slice still costs money.')
         return INTERRUPTED
 
 
@@ -60,7 +60,9 @@ def _dispatch(arguments: list[str]) -> int:
             return _status(pod)
         case 'setup':
             if options.data_dir and not options.dataset:
-                raise LaunchError('--data-dir says where to prepare a data set; name it with --dataset.')
+                raise LaunchError(
+                    '--data-dir is the directory for a prepared data set; name the data set with --dataset.'
+                )
             return setup(pod, _job(options, after))
         case 'run':
             return _run(pod, _job(options, after), options.attempt)
@@ -78,12 +80,12 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _create(pod: Pod, machine: Machine) -> int:
     pod.create(machine)
-    _remind(pod, 'is in the queue, and costs money once ACTIVE' if machine.queued else 'is there, and costs money')
+    _remind(pod, 'is in the queue, and costs money once ACTIVE' if machine.queued else 'is created, and costs money')
     return 0
 
 
 def _status(pod: Pod) -> int:
-    state = pod.look()
+    state = pod.check_state()
     if not pod.shell.dry_run:
         print(f'queued resource {pod.name}: {state.request or "not found"}')
         print(f'TPU VM {pod.name}: {state.node or "not found"}')
@@ -93,12 +95,12 @@ def _status(pod: Pod) -> int:
 def _run(pod: Pod, job: Job, attempt: str) -> int:
     program(job)
     attempt = attempt or new_attempt()
-    say(f'this start is {attempt}; after a lost connection the same command with --attempt={attempt} finds it again.')
+    say(f'the name of this start is {attempt}; after a lost connection use the same command with --attempt={attempt}.')
     return run(pod, job, attempt)
 
 
 def _delete(pod: Pod) -> int:
-    state = pod.look()
+    state = pod.check_state()
     if state.absent:
         say(f'there is neither a queued resource nor a TPU VM {pod.name} in {pod.zone}; nothing was deleted.')
         return 0
@@ -111,7 +113,7 @@ def _delete(pod: Pod) -> int:
 def _remind(pod: Pod, what: str) -> None:
     if not pod.shell.dry_run:
         project = f' --project={pod.project}' if pod.project else ''
-        say(f'{pod.name} {what}; this ends it: python launch/tpu.py delete {pod.name} --zone={pod.zone}{project}')
+        say(f'{pod.name} {what}; this deletes it: python launch/tpu.py delete {pod.name} --zone={pod.zone}{project}')
 
 
 def _split(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
@@ -123,7 +125,9 @@ def _split(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
 
 def _check_place(options: argparse.Namespace) -> None:
     if not re.fullmatch('[a-z]([a-z0-9-]{0,60}[a-z0-9])?', options.name):
-        raise LaunchError(f'{options.name!r} is no name for a slice: use lower-case letters, digits and hyphens.')
+        raise LaunchError(
+            f'{options.name!r} is not a valid name for a slice: use lower-case letters, digits and hyphens.'
+        )
     if not re.fullmatch(r'[a-z]+-[a-z]+\d+-[a-z]', options.zone):
         raise LaunchError(f'--zone={options.zone} is not a zone such as us-west4-a.')
 
@@ -157,12 +161,12 @@ def _from_zero(kind: Callable[[str], float]) -> Callable[[str], float]:
             raise ValueError
         return value
 
-    convert.__name__ = 'number'  # as argparse calls it
+    convert.__name__ = 'number'  # the name in messages of argparse
     return convert
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells mistakes in one sentence."""
+    """Reports mistakes in one sentence."""
 
     def error(self, message: str) -> NoReturn:
         raise LaunchError(f'{message}; see python launch/tpu.py --help.')
@@ -170,19 +174,22 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     place = _Parser(add_help=False)
-    place.add_argument('name', metavar='NAME', help='of the slice')
+    place.add_argument('name', metavar='NAME', help='name of the slice')
     place.add_argument('--zone', required=True)
-    place.add_argument('--project', help="gcloud's own by default")
+    place.add_argument('--project', help='Google Cloud project (default: that of gcloud)')
     place.add_argument('--dry-run', action='store_true', help='print the commands, run none')
     machine = _Parser(add_help=False)
     machine.add_argument('--accelerator', required=True, help='TPU type, such as v5litepod-16')
-    machine.add_argument('--runtime-version', help='image of the hosts; by default the one of the generation')
-    machine.add_argument('--spot', action='store_true', help='cheaper, and can be taken away at any time')
+    machine.add_argument('--runtime-version', help='image of the hosts (default: that of the generation)')
+    machine.add_argument('--spot', action='store_true', help='spot machine: cheaper, and can be taken away at any time')
     machine.add_argument(
-        '--gcloud-flag', action='append', default=[], help='for its create command: --gcloud-flag=--network=mine'
+        '--gcloud-flag',
+        action='append',
+        default=[],
+        help='flag for the create command of gcloud: --gcloud-flag=--network=mine',
     )
     shared = _Parser(add_help=False)
-    shared.add_argument('--data-dir', default='', help='shared directory for prepared data, made by one host for all')
+    shared.add_argument('--data-dir', default='', help='shared directory where one host prepares the data for all')
     data = _Parser(add_help=False, parents=[shared])
     data.add_argument('--mount', default='', help=f'SERVER:/SHARE or gs://BUCKET, mounted at {SHARED} on all hosts')
     data.add_argument('--dataset', default='', help='data set to prepare, such as cifar10')
@@ -194,19 +201,19 @@ def _parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=about, description=about, parents=[place, *parents], allow_abbrev=False)
 
     add('create', 'Create a slice now.', machine)
-    add('queue', 'Ask for a slice in the queue.', machine)
+    add('queue', 'Request a slice in the queue.', machine)
     add('status', 'Print the state.')
     add('setup', 'Copy the code to all hosts, install it, prepare data.', data)
     one = add('run', 'Run aft_jax.main on all hosts; its arguments follow --.', shared)
     one.set_defaults(mount='', dataset='')
-    one.add_argument('--attempt', default='', help='follow the start of that name, if the hosts know it')
-    add('stop', 'Tell what runs on the hosts to save and end.')
+    one.add_argument('--attempt', default='', help='name of an earlier start to follow')
+    add('stop', 'Make the program on the hosts save and end.')
     kept = add('babysit', 'Create, set up and run until it is done; its arguments follow --.', machine, data)
     kept.add_argument('--queued', action='store_true', help='create through the queue')
     kept.add_argument(
-        '--poll', type=_from_zero(float), default=60.0, help='seconds between two looks at the state (60)'
+        '--poll', type=_from_zero(float), default=60.0, help='seconds between two checks of the state (60)'
     )
-    kept.add_argument('--max-restarts', type=_from_zero(int), default=20, help='of the program (20)')
+    kept.add_argument('--max-restarts', type=_from_zero(int), default=20, help='maximum number of restarts (20)')
     add('delete', 'Delete the slice and its queued resource.')
     return parser
 

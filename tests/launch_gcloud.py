@@ -1,12 +1,12 @@
-"""A gcloud of our own: keeps its slices in $FAKE_GCLOUD/world.json and writes every call to $FAKE_GCLOUD/calls.jsonl.
+"""A fake gcloud: stores its slices in $FAKE_GCLOUD/world.json and logs every call in $FAKE_GCLOUD/calls.jsonl.
 
-The world has
-    request, node   state of the queued resource and of the TPU VM; absent: there is none
-    queue           states through which a new queued resource goes, one a look; ACTIVE brings the TPU VM
-    create_errors   what the next calls of create say instead of creating
-    looks_fail      how many of the next looks fail, after looks_work more that do not
-    setups, runs    what the next calls of on_worker.sh do: the exit status of a single host or the statuses of several,
-                    and states of the world that follow
+Keys of world.json:
+    request, node   states of the queued resource and of the TPU VM; a missing key: it does not exist
+    queue           next states of a new queued resource, one for each call of describe; ACTIVE creates the TPU VM
+    create_errors   messages with which the next calls of create fail
+    describe_fails  number of calls of describe that fail, after describe_works calls that work
+    setups, runs    results of the next calls of on_worker.sh: the exit status of one host or the statuses of several,
+                    and the keys of world.json that change
 """
 
 import argparse
@@ -66,7 +66,7 @@ def act(world: dict, arguments: list[str]) -> int:
 
 
 def parser(group: str, verb: str) -> argparse.ArgumentParser:
-    """Knows the flags of gcloud's that launch/ uses, and no others."""
+    """Builds a parser for the flags that launch/ uses; it rejects all others."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument('name', nargs='+' if verb == 'scp' else None)
     parser.add_argument('--zone', required=True)
@@ -111,10 +111,10 @@ def create(world: dict, group: str) -> int:
 
 
 def describe(world: dict, group: str) -> int:
-    if world.get('looks_work', 0):
-        world['looks_work'] -= 1
-    elif world.get('looks_fail', 0):
-        world['looks_fail'] -= 1
+    if world.get('describe_works', 0):
+        world['describe_works'] -= 1
+    elif world.get('describe_fails', 0):
+        world['describe_fails'] -= 1
         fail('There was a problem refreshing your current auth tokens: no network')
     if group == 'queued-resources' and world.get('waiting'):
         world['request'] = world['waiting'].pop(0)

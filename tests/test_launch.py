@@ -1,4 +1,4 @@
-"""The launchers, with a gcloud, a SLURM and a Python that only pretend (tests/launch_gcloud.py)."""
+"""Tests of the launchers with a fake gcloud (tests/launch_gcloud.py), a fake SLURM and a fake Python."""
 
 import contextlib
 import json
@@ -17,6 +17,8 @@ import yaml
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / 'launch'
 SCRIPTS = sorted(LAUNCH.glob('*.sh'))
+# The launcher and the fake need the standard library only, and start faster without site-packages.
+PYTHON = [sys.executable, '-S', '-E']
 PLACE = ['pod', '--zone=us-west4-a']
 MACHINE = ['--accelerator=v5litepod-16', '--spot']
 PROGRAM = ['--config=configs/cifar10.py', '--workdir=/mnt/aft_jax/runs/one']
@@ -31,12 +33,12 @@ def executable(path: Path, text: str) -> Path:
 
 
 class Cloud:
-    """A world of slices, and the launcher in it."""
+    """A fake Google Cloud with its slices, and the launcher that uses it."""
 
     def __init__(self, home: Path):
         self.home = home
         fake = shlex.quote(str(Path(__file__).with_name('launch_gcloud.py')))
-        executable(home / 'bin' / 'gcloud', f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {fake} "$@"\n')
+        executable(home / 'bin' / 'gcloud', f'#!/bin/sh\nexec {" ".join(map(shlex.quote, PYTHON))} {fake} "$@"\n')
         self.environment = os.environ | {
             'PATH': f'{home}/bin:{os.environ["PATH"]}',
             'FAKE_GCLOUD': str(home),
@@ -53,7 +55,7 @@ class Cloud:
 
     @property
     def calls(self) -> list[str]:
-        """What was asked of gcloud, in few words; looks at the state are left out."""
+        """The gcloud commands in short form, without the checks of the state."""
         words = []
         for line in (self.home / 'calls.jsonl').read_text().splitlines():
             group, verb, *rest = json.loads(line)[2:]
@@ -64,7 +66,7 @@ class Cloud:
 
     def launch(self, *arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, 'launch/tpu.py', *arguments],
+            [*PYTHON, 'launch/tpu.py', *arguments],
             cwd=ROOT,
             env=self.environment,
             capture_output=True,
@@ -82,12 +84,12 @@ def cloud(tmp_path):
 def end(process: subprocess.Popen) -> tuple[int, str]:
     """Waits for a process; returns its exit status and its output."""
     try:
-        output, said = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=30)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
         raise
-    return process.returncode, output + (said or '')
+    return process.returncode, output + (errors or '')
 
 
 def assert_one_sentence(done: subprocess.CompletedProcess, expected: str, status: int = 2):
@@ -99,7 +101,7 @@ def assert_one_sentence(done: subprocess.CompletedProcess, expected: str, status
 # ---- TPU slices, command by command
 
 
-def test_create_status_delete(cloud):
+def test_create_status_and_delete(cloud):
     done = cloud.launch('create', *PLACE, *MACHINE, '--gcloud-flag=--network=mine')
     assert done.returncode == 0 and 'costs money' in done.stderr, done.stderr
     assert cloud.world == {'node': 'READY'}
@@ -113,7 +115,7 @@ def test_create_status_delete(cloud):
     assert done.returncode == 0 and 'nothing was deleted' in done.stderr
 
 
-def test_queue_status_delete(cloud):
+def test_queue_status_and_delete(cloud):
     cloud.set(queue=['WAITING_FOR_RESOURCES', 'ACTIVE'])
     assert 'in the queue' in cloud.launch('queue', *PLACE, *MACHINE).stderr
     assert cloud.launch('status', *PLACE).stdout == (
@@ -124,7 +126,7 @@ def test_queue_status_delete(cloud):
     assert 'request' not in cloud.world and 'node' not in cloud.world
 
 
-def test_setup_prepares_once_where_hosts_share(cloud):
+def test_setup_prepares_data_once_in_a_shared_directory(cloud):
     cloud.set(node='READY')
     shared = cloud.launch(
         'setup', *PLACE, '--mount=10.0.0.2:/share', '--dataset=cifar10', '--data-dir=/mnt/aft_jax/tfds'
@@ -139,7 +141,7 @@ def test_setup_prepares_once_where_hosts_share(cloud):
     assert '"--worker=0"' not in (cloud.home / 'calls.jsonl').read_text()
 
 
-def test_setup_takes_what_the_hosts_need(cloud):
+def test_setup_packs_the_files_that_hosts_need(cloud):
     cloud.set(node='READY')
     assert cloud.launch('setup', *PLACE).returncode == 0
     archive = ROOT / 'build' / 'aft_jax-pod' / 'aft_jax.tar.gz'
@@ -148,7 +150,7 @@ def test_setup_takes_what_the_hosts_need(cloud):
     assert not [name for name in names if '__pycache__' in name or name.startswith(('.git', 'runs', 'tests'))]
 
 
-def test_run_passes_the_arguments_and_the_status(cloud):
+def test_run_passes_arguments_and_status(cloud):
     cloud.set(node='READY', runs=[{'status': 75}, {'status': 127}])
     done = cloud.launch('run', *PLACE, '--data-dir=/d', '--attempt=mine', '--', *PROGRAM, "--config.stages=('a', 'b')")
     assert done.returncode == 75 and 'worker says: run' in done.stdout, done.stderr
@@ -166,7 +168,7 @@ def test_run_passes_the_arguments_and_the_status(cloud):
 # ---- babysitting
 
 
-def test_babysit_survives_a_preemption(cloud):
+def test_babysit_recreates_a_preempted_slice(cloud):
     cloud.set(runs=[{'status': 255, 'node': 'PREEMPTED'}, {'status': 0}])
     done = cloud.launch(*BABYSIT, '--', *PROGRAM)
     assert done.returncode == 0, done.stderr
@@ -175,7 +177,7 @@ def test_babysit_survives_a_preemption(cloud):
     assert 'pod is lost (PREEMPTED)' in done.stderr and 'tpu.py delete pod' in done.stderr
 
 
-def test_babysit_in_the_queue(cloud):
+def test_babysit_recreates_a_queued_slice(cloud):
     cloud.set(
         queue=['WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE'],
         runs=[{'status': 75, 'request': 'SUSPENDED', 'node': 'PREEMPTED'}, {'status': 0}],
@@ -184,17 +186,17 @@ def test_babysit_in_the_queue(cloud):
     assert done.returncode == 0, done.stderr
     create = ['queued-resources create', 'scp', 'setup', 'run']
     assert cloud.calls == [*create, 'queued-resources delete', *create]
-    assert 'without a TPU VM, queued resource WAITING_FOR_RESOURCES; looking again' in done.stderr
+    assert 'without a TPU VM, queued resource WAITING_FOR_RESOURCES; checking again' in done.stderr
 
 
-def test_babysit_finds_a_queued_slice_without_being_told(cloud):
+def test_babysit_detects_a_queued_slice(cloud):
     cloud.set(request='SUSPENDED', node='PREEMPTED', runs=[{'status': 0}])
     assert cloud.launch(*BABYSIT, '--', *PROGRAM).returncode == 0
     assert cloud.calls[:2] == ['queued-resources delete', 'queued-resources create']
 
 
 @pytest.mark.parametrize('status', [1, 2])
-def test_babysit_does_not_repeat_what_would_fail_again(cloud, status):
+def test_babysit_returns_failures_of_the_program(cloud, status):
     cloud.set(node='READY', runs=[{'status': status}])
     done = cloud.launch(*BABYSIT, '--', *PROGRAM)
     assert done.returncode == status
@@ -204,7 +206,7 @@ def test_babysit_does_not_repeat_what_would_fail_again(cloud, status):
 @pytest.mark.parametrize(
     'statuses, runs', [([134, 2], 1), ([134, 1, 75], 2), ([75, 255], 2), ([1, 134], 1), ([134, 134], 2)]
 )
-def test_babysit_goes_by_the_host_that_knows(cloud, statuses, runs):
+def test_babysit_uses_the_most_informative_host_status(cloud, statuses, runs):
     cloud.set(node='READY', runs=[{'statuses': statuses}, {'status': 0}])
     done = cloud.launch(*BABYSIT, '--', *PROGRAM)
     assert cloud.calls.count('run') == runs
@@ -212,20 +214,20 @@ def test_babysit_goes_by_the_host_that_knows(cloud, statuses, runs):
     assert cloud.calls.count('setup') == (1 if 255 in statuses else runs)
 
 
-def test_babysit_knows_a_failure_that_is_a_preemption(cloud):
+def test_babysit_restarts_after_a_failure_by_preemption(cloud):
     cloud.set(node='READY', runs=[{'status': 1, 'node': 'PREEMPTED'}, {'status': 0}])
     assert cloud.launch(*BABYSIT, '--', *PROGRAM).returncode == 0
     assert cloud.calls.count('run') == 2
 
 
-def test_babysit_stops_after_all_restarts(cloud):
+def test_babysit_stops_after_max_restarts(cloud):
     cloud.set(node='READY', runs=[{'status': 75}] * 5)
     done = cloud.launch(*BABYSIT, '--max-restarts=2', '--', *PROGRAM)
     assert done.returncode == 75 and 'used up all of its 2 restarts' in done.stderr
     assert cloud.calls.count('run') == 3
 
 
-def test_babysit_finds_the_run_again_after_a_lost_connection(cloud):
+def test_babysit_reconnects_after_a_lost_connection(cloud):
     cloud.set(node='READY', runs=[{'status': 255}, {'status': 0}])
     assert cloud.launch(*BABYSIT, '--', *PROGRAM).returncode == 0
     assert cloud.calls == ['scp', 'setup', 'run', 'run']  # nothing is installed under a program that runs
@@ -234,7 +236,7 @@ def test_babysit_finds_the_run_again_after_a_lost_connection(cloud):
     assert len(starts) == 1
 
 
-def test_every_start_has_a_name_of_its_own(cloud):
+def test_babysit_names_each_start_differently(cloud):
     cloud.set(node='READY', runs=[{'status': 75}, {'status': 0}])
     assert cloud.launch(*BABYSIT, '--', *PROGRAM).returncode == 0
     calls = [json.loads(line) for line in (cloud.home / 'calls.jsonl').read_text().splitlines()]
@@ -253,17 +255,17 @@ def test_babysit_waits_for_capacity_but_not_for_quota(cloud):
     assert done.returncode == 2 and cloud.calls == ['tpu-vm create']
 
 
-def test_babysit_gives_up_a_slice_that_never_comes(cloud):
+def test_babysit_gives_up_a_slice_that_never_becomes_ready(cloud):
     cloud.set(queue=['FAILED'])
     done = cloud.launch(*BABYSIT, '--queued', '--max-restarts=1', '--', *PROGRAM)
     assert done.returncode == 2 and 'lost before it could be used' in done.stderr
     assert cloud.calls.count('queued-resources create') == 2
 
 
-def test_babysit_outlives_a_network_failure_but_not_a_wrong_login(cloud):
-    cloud.set(node='READY', looks_work=4, looks_fail=3)
+def test_babysit_retries_network_failures_but_not_a_missing_login(cloud):
+    cloud.set(node='READY', describe_works=4, describe_fails=3)
     assert cloud.launch(*BABYSIT, '--', *PROGRAM).returncode == 0
-    cloud.set(node='READY', runs=[{'status': 75}], looks_work=4, looks_fail=3)
+    cloud.set(node='READY', runs=[{'status': 75}], describe_works=4, describe_fails=3)
     done = cloud.launch(*BABYSIT, '--', *PROGRAM)
     assert done.returncode == 0 and 'no network' in done.stderr
     cloud.set(logged_out=True)
@@ -286,11 +288,11 @@ MISTAKES = {
     'create pod --zone=us-west4-a --accelerator=v5e-16': 'v5e slices are called v5litepod',
     'create pod --zone=us-west4-a --accelerator=v9-16': 'need --runtime-version',
     'create pod --zone=us-west4-a --accelerator=v6e': 'is not a type such as',
-    'create Pod_1 --zone=us-west4-a --accelerator=v6e-8': "'Pod_1' is no name",
+    'create Pod_1 --zone=us-west4-a --accelerator=v6e-8': "'Pod_1' is not a valid name",
     'create pod --zone=us-west4-a --accelerator=v6e-8 -- x': 'takes nothing after --',
     'fly pod --zone=us-west4-a': "invalid choice: 'fly'",
     'status pod --zone=us-west4-a --spot': 'unrecognized arguments: --spot',
-    'setup pod --zone=us-west4-a --data-dir=/d': 'name it with --dataset',
+    'setup pod --zone=us-west4-a --data-dir=/d': 'name the data set with --dataset',
     'setup pod --zone=us-west4-a --dataset=cifar10 --data-dir=d': 'a directory that all hosts share',
     'setup pod --zone=us-west4-a --mount=/mnt': 'neither SERVER:/SHARE nor gs://BUCKET',
     'run pod --zone=us-west4-a': 'at least -- --config=... --workdir=...',
@@ -306,18 +308,18 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize('line', MISTAKES)
-def test_mistakes(cloud, line):
+def test_tpu_reports_mistakes_in_one_sentence(cloud, line):
     assert_one_sentence(cloud.launch(*line.split()), MISTAKES[line])
     assert cloud.calls == []
 
 
-def test_gcloud_refuses(cloud):
+def test_tpu_reports_a_missing_login(cloud):
     cloud.set(logged_out=True)
     for command in (['create', *PLACE, *MACHINE], ['status', *PLACE], ['delete', *PLACE]):
         assert_one_sentence(cloud.launch(*command), 'active account selected; run gcloud auth login.')
 
 
-def test_gcloud_is_missing(cloud):
+def test_tpu_reports_a_missing_gcloud(cloud):
     cloud.environment['PATH'] = str(cloud.home / 'nothing')
     assert_one_sentence(cloud.launch('status', *PLACE), 'gcloud is not on the PATH; install the Google Cloud CLI')
 
@@ -337,14 +339,14 @@ DRY = {
 
 
 @pytest.mark.parametrize('command', DRY)
-def test_dry_run_prints_what_a_shell_can_read_and_runs_nothing(cloud, command):
+def test_dry_run_prints_shell_commands_and_runs_nothing(cloud, command):
     done = cloud.launch(command, '--dry-run', *DRY[command])
     assert done.returncode == 0, done.stderr
     assert (cloud.home / 'calls.jsonl').read_text() == ''
     lines = done.stdout.splitlines()
     assert lines and {shlex.split(line)[0] for line in lines} <= {'gcloud', 'tar', 'mkdir'}
     assert subprocess.run(['bash', '-n'], input=done.stdout, text=True, check=False).returncode == 0
-    # A shell that runs the lines gives gcloud what gcloud knows.
+    # The fake gcloud accepts the printed lines when a shell runs them.
     cloud.set(request='ACTIVE', node='READY')
     if command in ('setup', 'run', 'status', 'stop'):
         ran = subprocess.run(['bash', '-e'], input=done.stdout, text=True, env=cloud.environment, capture_output=True)
@@ -354,13 +356,13 @@ def test_dry_run_prints_what_a_shell_can_read_and_runs_nothing(cloud, command):
 # ---- what runs on the hosts
 
 
-# Without a child that a signal would end as well, about which bash would say something.
+# Waits without a child process: bash would print a message when a signal ends a child.
 FOR_EVER = 'exec 9<> <(:); while :; do read -rt 0.05 -u 9; done'
-SAVES_WHEN_TOLD = f'trap "echo saved; exit 75" TERM; echo "$@" >>~/starts; touch ~/up; {FOR_EVER}'
+SAVES_ON_SIGTERM = f'trap "echo saved; exit 75" TERM; echo "$@" >>~/starts; touch ~/up; {FOR_EVER}'
 
 
 class Host:
-    """One host of a slice, where the program is a script of ours."""
+    """One host of a slice, where the program is a shell script of the test."""
 
     def __init__(self, home: Path, program: str):
         self.home = home
@@ -393,14 +395,14 @@ def make_host(tmp_path):
                 os.killpg(pid, signal.SIGKILL)
 
 
-def test_a_host_runs_the_program_and_hands_back_its_status(make_host):
+def test_on_worker_run_returns_the_status_of_the_program(make_host):
     host = make_host('printf "%s\\n" "$@"; exit 3')
     status, output = end(host.start('run', 'one', '--config=c', "--config.stages=('a b',)"))
     assert status == 3
     assert output.splitlines() == ['-m', 'aft_jax.main', '--distributed', '--config=c', "--config.stages=('a b',)"]
 
 
-def test_a_lost_connection_does_not_end_the_program_nor_start_a_second(make_host, tmp_path):
+def test_on_worker_run_finds_the_program_after_a_lost_connection(make_host, tmp_path):
     host = make_host('echo started; touch ~/up; while [ ! -e ~/go ]; do sleep 0.05; done; echo done; exit 7')
     lost = host.start('run', 'one')
     host.wait_for('up')
@@ -413,8 +415,8 @@ def test_a_lost_connection_does_not_end_the_program_nor_start_a_second(make_host
     assert end(host.start('run', 'one')) == (7, 'started\ndone\n')
 
 
-def test_stop_and_a_new_start_let_the_program_save(make_host, tmp_path):
-    host = make_host(SAVES_WHEN_TOLD)
+def test_on_worker_stop_and_new_run_let_the_program_save(make_host, tmp_path):
+    host = make_host(SAVES_ON_SIGTERM)
     first = host.start('run', 'one')
     host.wait_for('up')
     (tmp_path / 'up').unlink()
@@ -426,8 +428,8 @@ def test_stop_and_a_new_start_let_the_program_save(make_host, tmp_path):
     assert len((tmp_path / 'starts').read_text().splitlines()) == 2
 
 
-def test_a_program_that_was_killed_or_whose_host_started_anew_asks_for_a_restart(make_host, tmp_path):
-    host = make_host(SAVES_WHEN_TOLD)
+def test_on_worker_run_asks_for_a_restart_after_a_kill_or_reboot(make_host, tmp_path):
+    host = make_host(SAVES_ON_SIGTERM)
     process = host.start('run', 'one')
     host.wait_for('up')
     start = tmp_path / '.aft_jax' / 'starts' / 'one'
@@ -439,13 +441,13 @@ def test_a_program_that_was_killed_or_whose_host_started_anew_asks_for_a_restart
     assert end(host.start('run', 'one'))[0] == 75
 
 
-def test_a_host_that_is_not_set_up(make_host, tmp_path):
+def test_on_worker_run_requires_setup(make_host, tmp_path):
     host = make_host('')
     shutil.rmtree(tmp_path / '.aft_jax' / 'code')
     assert end(host.start('run', 'one')) == (127, 'launch: this host is not set up.\n')
 
 
-def test_setup_on_a_host(make_host, tmp_path):
+def test_on_worker_setup_installs_the_code(make_host, tmp_path):
     host = make_host('')
     log = tmp_path / 'log'
     executable(tmp_path / 'bin' / 'python3', f'#!/bin/sh\necho "$PWD: $@" >>{log}\n')
@@ -458,7 +460,7 @@ def test_setup_on_a_host(make_host, tmp_path):
     assert (tmp_path / '.aft_jax' / 'code' / 'pyproject.toml').exists()
 
 
-def test_prepare_tells_mistakes_in_one_sentence(capsys, monkeypatch):
+def test_prepare_reports_mistakes_in_one_sentence(capsys, monkeypatch):
     monkeypatch.syspath_prepend(LAUNCH)
     import prepare
 
@@ -473,7 +475,7 @@ def test_prepare_tells_mistakes_in_one_sentence(capsys, monkeypatch):
 
 
 def slurm(home: Path, status: int, *arguments: str, **environment: str) -> tuple[int, list[str], str]:
-    """Returns the exit status of launch/slurm.sh, what it called, and what it said."""
+    """Runs launch/slurm.sh; returns its exit status, the commands that it called, and its stderr."""
     log = home / 'log'
     for name, ends in {'srun': status, 'scontrol': 0, 'python': 0}.items():
         executable(home / 'bin' / name, f'#!/bin/sh\necho "{name} [$JAX_LOCAL_DEVICE_IDS] $*" >>{log}\nexit {ends}\n')
@@ -487,43 +489,45 @@ def slurm(home: Path, status: int, *arguments: str, **environment: str) -> tuple
     return done.returncode, log.read_text().splitlines() if log.exists() else [], done.stderr
 
 
-def test_slurm_runs_once_and_ends(tmp_path):
+def test_slurm_runs_once_and_returns_success(tmp_path):
     status, calls, _ = slurm(tmp_path, 0, *PROGRAM, SLURM_GPUS_ON_NODE='4', SLURM_NTASKS_PER_NODE='1')
     assert status == 0
     assert calls == [f'srun [0,1,2,3] --kill-on-bad-exit=0 python -m aft_jax.main --distributed {" ".join(PROGRAM)}']
 
 
-def test_slurm_leaves_one_gpu_to_each_of_several_processes(tmp_path):
+def test_slurm_gives_one_gpu_to_each_process(tmp_path):
     _, calls, _ = slurm(tmp_path, 0, SLURM_GPUS_ON_NODE='4', SLURM_NTASKS_PER_NODE='4')
     assert calls[0].startswith('srun [] ')
 
 
-def test_slurm_requeues_what_was_saved_and_nothing_else(tmp_path):
+def test_slurm_requeues_after_status_75_only(tmp_path):
     status, calls, _ = slurm(tmp_path, 75)
     assert status == 75 and calls[1] == 'scontrol [] requeue 17'
     (tmp_path / 'log').unlink()
     assert len(slurm(tmp_path, 2)[1]) == 1
     (tmp_path / 'log').unlink()
-    status, calls, said = slurm(tmp_path, 75, SLURM_RESTART_COUNT='3', MAX_RESTARTS='3')
-    assert status == 75 and len(calls) == 1 and said.startswith('launch: the job was started again 3 times')
+    status, calls, stderr = slurm(tmp_path, 75, SLURM_RESTART_COUNT='3', MAX_RESTARTS='3')
+    assert status == 75 and len(calls) == 1 and stderr.startswith('launch: the job was started again 3 times')
 
 
-def test_slurm_needs_an_interpreter(tmp_path):
-    status, calls, said = slurm(tmp_path, 0, PYTHON='/no/python')
-    assert status == 2 and not calls and said.startswith('launch: PYTHON=/no/python is not a program')
+def test_slurm_requires_an_interpreter(tmp_path):
+    status, calls, stderr = slurm(tmp_path, 0, PYTHON='/no/python')
+    assert status == 2 and not calls and stderr.startswith('launch: PYTHON=/no/python is not a program')
 
 
 # ---- several processes of one machine
 
 
 def local(home: Path, program: str, count: int | str, *arguments: str, **environment: str) -> subprocess.Popen:
-    """Starts launch/local.sh with a script of ours for an interpreter; `$id` in it is the process's number."""
-    given = 'for word in "$@"; do case $word in --process_id=*) id=${word#*=} ;; esac; done'
-    python = executable(home / 'python', f'#!/usr/bin/env bash\ncd {home}\n{given}\n{program}\n')
+    """Starts launch/local.sh with a shell script as its interpreter; `$id` in the script is the process number."""
+    read_id = 'for word in "$@"; do case $word in --process_id=*) id=${word#*=} ;; esac; done'
+    python = executable(home / 'python', f'#!/usr/bin/env bash\ncd {home}\n{read_id}\n{program}\n')
     # A shell cannot trap a signal that was ignored when it started, as SIGINT is in the background of a script.
-    hears = 'import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp("bash", sys.argv[1:])'
+    exec_with_sigint = (
+        'import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp("bash", sys.argv[1:])'
+    )
     return subprocess.Popen(
-        [sys.executable, '-c', hears, 'bash', LAUNCH / 'local.sh', str(count), *arguments],
+        [*PYTHON, '-c', exec_with_sigint, 'bash', LAUNCH / 'local.sh', str(count), *arguments],
         env=os.environ | {'PYTHON': str(python), 'LOGS': str(home / 'logs')} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -538,7 +542,7 @@ def wait_for_files(home: Path, pattern: str, count: int) -> None:
         time.sleep(0.02)
 
 
-def test_local_starts_processes_that_know_each_other(tmp_path):
+def test_local_passes_ids_and_coordinator_to_processes(tmp_path):
     process = local(
         tmp_path,
         'printf "%s\\n" "$@" "$JAX_NUM_CPU_DEVICES" >arguments-$id; echo says $id',
@@ -560,39 +564,39 @@ def test_local_starts_processes_that_know_each_other(tmp_path):
     assert len(coordinators) == 1 and coordinators.pop().startswith('--coordinator=127.0.0.1:')
 
 
-def test_local_ends_all_when_one_fails(tmp_path):
+def test_local_ends_all_processes_when_one_fails(tmp_path):
     program = f'if [ $id = 1 ]; then echo why; exit 5; fi; trap "exit 75" TERM; {FOR_EVER}'
-    status, said = end(local(tmp_path, program, 3))
-    assert (status, said) == (5, 'launch: process 1 ended with exit status 5; ending the others.\nwhy\n')
+    status, stderr = end(local(tmp_path, program, 3))
+    assert (status, stderr) == (5, 'launch: process 1 ended with exit status 5; ending the others.\nwhy\n')
 
 
-def test_local_waits_for_those_that_still_save(tmp_path):
+def test_local_waits_for_processes_that_still_save(tmp_path):
     process = local(tmp_path, 'if [ $id = 1 ]; then exit 75; fi; sleep 1; touch saved; exit 75', 2)
     assert end(process) == (75, '') and (tmp_path / 'saved').exists()
 
 
-@pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT])
-def test_local_forwards_signals(tmp_path, sent):
-    program = f'trap "touch told-$id; exit 75" {sent.name}; touch up-$id; {FOR_EVER}'
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_local_forwards_signals(tmp_path, number):
+    program = f'trap "touch signal-$id; exit 75" {number.name}; touch up-$id; {FOR_EVER}'
     process = local(tmp_path, program, 3)
     wait_for_files(tmp_path, 'up-*', 3)
-    process.send_signal(sent)
-    assert end(process) == (75, '') and len(list(tmp_path.glob('told-*'))) == 3
+    process.send_signal(number)
+    assert end(process) == (75, '') and len(list(tmp_path.glob('signal-*'))) == 3
 
 
-def test_local_tells_mistakes_in_one_sentence(tmp_path):
+def test_local_reports_mistakes_in_one_sentence(tmp_path):
     for count in ('', '0', '--config=c'):
-        status, said = end(local(tmp_path, '', count))
-        assert status == 2 and said.startswith('launch: ') and len(said.splitlines()) == 1
-    status, said = end(local(tmp_path, '', 2, PYTHON='/no/python'))
-    assert status == 2 and 'PYTHON=/no/python is not a program' in said
+        status, stderr = end(local(tmp_path, '', count))
+        assert status == 2 and stderr.startswith('launch: ') and len(stderr.splitlines()) == 1
+    status, stderr = end(local(tmp_path, '', 2, PYTHON='/no/python'))
+    assert status == 2 and 'PYTHON=/no/python is not a program' in stderr
 
 
 # ---- files that other programs read
 
 
 @pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: path.name)
-def test_shell_scripts_are_sound(script):
+def test_shell_scripts_pass_shellcheck(script):
     assert subprocess.run(['bash', '-n', script], check=False).returncode == 0
     shellcheck = shutil.which('shellcheck', path=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
     assert shellcheck, "shellcheck is missing: pip install 'aft_jax[test]' brings it"
@@ -600,11 +604,11 @@ def test_shell_scripts_are_sound(script):
     assert done.returncode == 0, done.stdout
 
 
-def test_all_scripts_are_checked():
+def test_shell_scripts_are_all_found():
     assert [path.name for path in SCRIPTS] == ['local.sh', 'on_worker.sh', 'slurm.sh']
 
 
-def test_jobset():
+def test_jobset_is_consistent():
     document = yaml.safe_load((LAUNCH / 'jobset.yaml').read_text())
     claim = yaml.safe_load((LAUNCH / 'storage.yaml').read_text())
     assert document['apiVersion'] == 'jobset.x-k8s.io/v1alpha2' and document['kind'] == 'JobSet'
@@ -637,7 +641,7 @@ def test_jobset():
         flags['--config.data.dir']
         == jobs['prepare']['template']['spec']['template']['spec']['containers'][0]['args'][1]
     )
-    # Only a user's mistake ends it; whatever else goes back to JobSet, which starts all again.
+    # Only a user's mistake ends the job. After any other failure JobSet restarts all pods.
     assert job_spec['backoffLimit'] == 0
     codes = [rule['onExitCodes'] for rule in job_spec['podFailurePolicy']['rules'] if rule['action'] == 'FailJob']
     assert codes == [{'containerName': container['name'], 'operator': 'In', 'values': [2]}]
@@ -646,7 +650,7 @@ def test_jobset():
     assert claim['spec']['accessModes'] == ['ReadWriteMany']
 
 
-def test_what_the_image_copies_is_there():
+def test_dockerfile_copies_existing_files():
     for line in (LAUNCH / 'Dockerfile').read_text().splitlines():
         if line.startswith('COPY '):
             assert all((ROOT / word).exists() for word in line.split()[1:-1]), line
