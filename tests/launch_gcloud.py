@@ -13,22 +13,23 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 from typing import NoReturn
 
-HOME = Path(os.environ['FAKE_GCLOUD'])
+HOME = os.environ['FAKE_GCLOUD']
 UNUSABLE = ('PREEMPTED', 'TERMINATED', 'STOPPED')
 
 
 def main(arguments: list[str]) -> int:
-    with (HOME / 'calls.jsonl').open('a') as log:
+    with open(f'{HOME}/calls.jsonl', 'a') as log:
         log.write(json.dumps(arguments) + '\n')
-    path = HOME / 'world.json'
-    world = json.loads(path.read_text())
+    path = f'{HOME}/world.json'
+    with open(path) as file:
+        world = json.load(file)
     try:
         return act(world, arguments)
     finally:
-        path.write_text(json.dumps(world))
+        with open(path, 'w') as file:
+            json.dump(world, file)
 
 
 def act(world: dict, arguments: list[str]) -> int:
@@ -46,7 +47,7 @@ def act(world: dict, arguments: list[str]) -> int:
             return delete(world, group)
         case 'scp':
             usable(world)
-            assert all(Path(name).is_file() for name in options.name[:-1]), options.name
+            assert all(os.path.isfile(name) for name in options.name[:-1]), options.name
             return 0
         case _:
             usable(world)
