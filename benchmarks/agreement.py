@@ -1,9 +1,9 @@
-"""Whether both sides compute the same, asked before anything is timed: logits, and adversarial examples.
+"""Checks that both sides compute the same logits and adversarial examples, before anything is timed.
 
-The weights are the same, so the logits are the same up to rounding. Examples are equal pixel by pixel but where a
-gradient is so near zero that rounding turns its sign: such a pixel goes the other way, and the gradients of the next
-steps are a little different everywhere. In float32 on a CPU the examples of the MNIST CNN had no such pixel, and
-those of PreActResNet18 2 % after seven steps.
+The weights are the same, so the logits agree up to rounding. Adversarial examples may differ in pixels whose gradient
+is close to zero. Rounding decides the sign of such a gradient, and the pixel then moves in the other direction. The
+gradients of the next steps then differ slightly everywhere. In float32 on a CPU no pixel of the MNIST CNN differed, and
+2 % of the pixels of PreActResNet18 after seven steps.
 """
 
 from typing import NamedTuple, Protocol
@@ -12,29 +12,29 @@ import numpy as np
 
 from aft_jax.errors import UserError
 
-# Pixels are equal if they differ by less: rounding is 1e-7, a turned sign 2 step sizes.
+# Largest difference of equal pixels: rounding is 1e-7, a changed sign 2 step sizes.
 EQUAL = 1e-5
 
 
 class Tolerance(NamedTuple):
-    """What may differ.
+    """The largest differences that are allowed.
 
     Attributes:
-        logits: Of the largest logit.
-        pixels: Share of pixels that are not equal.
+        logits: Largest difference of logits, as a share of the largest logit.
+        pixels: Share of pixels that differ.
     """
 
     logits: float
     pixels: float
 
 
-# In float32; and where products are rounded to bfloat16 or TF32, each side in its own way.
+# EXACT is for float32. ROUNDED is for products rounded to bfloat16 or TF32, which each side does differently.
 EXACT = Tolerance(1e-4, 0.05)
 ROUNDED = Tolerance(0.05, 0.4)
 
 
 class Side(Protocol):
-    """Ours or theirs."""
+    """One of the sides that are compared: ours or a baseline."""
 
     def logits(self, pixels: np.ndarray) -> np.ndarray: ...
 
@@ -42,28 +42,28 @@ class Side(Protocol):
 
 
 class Disagreement(NamedTuple):
-    """How far two sides are from each other; as for `Tolerance`."""
+    """Differences of two sides, with the fields of `Tolerance`."""
 
     logits: float
     pixels: float
 
 
 def compare(ours: Side, theirs: Side, pixels: np.ndarray, labels: np.ndarray) -> Disagreement:
-    """Returns how far they are from each other on float32 images [B, H, W, C] in [0, 1] and labels [B]."""
+    """Computes the differences of two sides on float32 images [B, H, W, C] in [0, 1] and labels [B]."""
     a, b = ours.logits(pixels), theirs.logits(pixels)
     far = np.abs(ours.examples(pixels, labels) - theirs.examples(pixels, labels)) >= EQUAL
     return Disagreement(float(np.abs(a - b).max() / np.abs(a).max()), float(far.mean()))
 
 
-def require(name: str, found: Disagreement, tolerance: Tolerance) -> None:
-    """Refuses to go on where two sides do not agree.
+def require(name: str, differences: Disagreement, tolerance: Tolerance) -> None:
+    """Checks that the differences are within the tolerance.
 
     Raises:
-        UserError: They do not; NaN is no agreement either.
+        UserError: If they are not, or are NaN.
     """
-    if not (found.logits <= tolerance.logits and found.pixels <= tolerance.pixels):
+    if not (differences.logits <= tolerance.logits and differences.pixels <= tolerance.pixels):
         raise UserError(
-            f'{name} and ours do not agree, so nothing is timed: logits differ by {found.logits:.1e} of the largest '
-            f'({tolerance.logits:.0e} is allowed), and {found.pixels:.2%} of the pixels of adversarial examples do '
-            f'({tolerance.pixels:.0%}).'
+            f'{name} and ours do not agree, so nothing is timed: logits differ by {differences.logits:.1e} of the '
+            f'largest ({tolerance.logits:.0e} is allowed), and {differences.pixels:.2%} of the pixels of adversarial '
+            f'examples differ ({tolerance.pixels:.0%} is allowed).'
         )

@@ -1,4 +1,4 @@
-"""What the device can do at most: FLOP/s of a large matrix product and of a large convolution, in jax or in torch."""
+"""Measures the limit of the device: FLOP/s of a large matrix product and a large convolution, in jax or torch."""
 
 from collections.abc import Callable
 
@@ -12,12 +12,12 @@ from benchmarks.record import Ceiling
 from benchmarks.timing import Work, clock, warm_up
 
 TRIALS = 5
-# Side of the matrices; images, their side and channels. 3x3 kernels.
+# Side of the matrices; number, side and channels of the images. The kernels are 3x3.
 LARGE = {'cpu': (2048, (32, 32, 128)), 'gpu': (8192, (512, 32, 256))}
 
 
 def measure(dtype: str) -> Ceiling:
-    """Measures both in 'float32' or 'bfloat16', on the device that jax uses."""
+    """Measures both in a dtype ('float32' or 'bfloat16'), on the device that jax uses."""
     backend = jax.default_backend()
     device = 'cuda' if backend == 'gpu' else 'cpu'
     size, (images, side, channels) = LARGE['cpu' if backend == 'cpu' else 'gpu']
@@ -30,7 +30,7 @@ def measure(dtype: str) -> Ceiling:
         at_ours = [jnp.asarray(x, dtype) for x in (a, b)]
         at_theirs = [torch.from_numpy(x).to(device, getattr(torch, dtype)) for x in (a, b)]
         if a.ndim == 4:
-            # From NHWC and HWIO; the memory stays as it is, which is channels last.
+            # NHWC to NCHW, and HWIO to OIHW. The memory of the images does not change: it is channels last already.
             at_theirs = [at_theirs[0].permute(0, 3, 1, 2), at_theirs[1].permute(3, 2, 0, 1)]
             at_theirs[1] = at_theirs[1].contiguous(memory_format=torch.channels_last)
         return max(_rate(flops, ours, at_ours, _wait_ours), _rate(flops, theirs, at_theirs, _wait_theirs))

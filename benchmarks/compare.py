@@ -1,21 +1,21 @@
-"""Races the package against PyTorch, by turns in one process, after a check that both compute the same.
+"""Compares the speed of the package with PyTorch, by turns in one process, after a check that both compute the same.
 
     python -m benchmarks.compare --models=mnist_cnn,preact_resnet18 --batch=128 [--dtype=bfloat16] [--data=FILE.npz]
 
     --models        mnist_cnn, preact_resnet18, or both
     --batch         images in a step, comma-separated (128)
-    --dtype         of the computation: float32 (default), bfloat16, or both; `released` computes in float32 always
+    --dtype         dtype of the computation: float32 (default), bfloat16, or both; `released` always uses float32
     --benchmarks    some of training_step, pgd7, aft_step, evaluation, aft_epoch, infecting_epoch (all)
     --baselines     released, tuned (both); see benchmarks/torch_reference.py
-    --variants      of tuned, from which the fastest is taken: eager, compiled, and on a GPU graphs (all)
-    --alternations  turns, each of ours and theirs (5)
-    --data          an .npz file, whose training images an epoch has; without it noise
-    --images        of an epoch, to cut it short (all; 2560 of noise)
+    --variants      variants of tuned; the fastest is used: eager, compiled, and on a GPU graphs (all)
+    --alternations  number of turns; each times ours and the baselines once (5)
+    --data          an .npz file with the training images of an epoch; without it the images are noise
+    --images        number of images in an epoch (all; 2560 of noise)
     --tf32          on (default) or off: whether a GPU may round float32 products to TF32, on both sides
     --out           the CSV file that the rows are appended to (docs/results/benchmarks.csv)
 
-The ratios are theirs / ours: above 1 ours is the faster. docs/benchmarks.md says what is timed and how.
-Exit status: 0 done, 2 something that you can put right.
+Ratios are theirs / ours: above 1 ours is faster. docs/benchmarks.md explains what is timed and how.
+Exit status: 0 done, 2 a mistake that you can correct.
 """
 
 import argparse
@@ -48,10 +48,10 @@ CHECKED_IMAGES = 32
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Returns the flags.
+    """Parses and checks the flags.
 
     Raises:
-        UserError: One of them is wrong.
+        UserError: If a flag is wrong.
     """
     parser = Parser(add_help=False)
     parser.add_argument('--models', default=','.join(task.SHAPES))
@@ -87,10 +87,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def set_up(flags: argparse.Namespace) -> str:
-    """Sets both frameworks up alike, and returns the device that torch shall use.
+    """Configures both frameworks in the same way; returns the device for torch.
 
     Raises:
-        UserError: torch is not installed, or cannot use the device that jax uses.
+        UserError: If torch is not installed, or cannot use the device that jax uses.
     """
     if importlib.util.find_spec('torch') is None:
         raise UserError("torch is not installed; pip install 'aft_jax[parity]', or on a GPU the build for its CUDA.")
@@ -115,10 +115,10 @@ def rounds(dtype: str, flags: argparse.Namespace) -> bool:
 
 
 def check_in_float32(name: str, images: task.Images, device: str) -> None:
-    """Requires that all sides agree to float32's own rounding, on a few images, where what is timed rounds more.
+    """Checks in full float32, on a few images, that all sides agree. For runs whose timed computation rounds more.
 
     Raises:
-        UserError: They do not.
+        UserError: If they do not agree.
     """
     from benchmarks import torch_reference
 
@@ -127,12 +127,12 @@ def check_in_float32(name: str, images: task.Images, device: str) -> None:
     with torch_reference.without_tf32(), jax.default_matmul_precision('highest'):
         ours = Ours(small)
         for theirs in (torch_reference.Released(small, device), torch_reference.Tuned(small, device)):
-            found = agreement.compare(ours, theirs, *first_batch(small))
-            agreement.require(theirs.name, found, agreement.EXACT)
+            differences = agreement.compare(ours, theirs, *first_batch(small))
+            agreement.require(theirs.name, differences, agreement.EXACT)
 
 
 def baselines(on: Task, flags: argparse.Namespace, device: str) -> dict[str, Any]:
-    """Returns their sides by name."""
+    """Builds the baselines, by name."""
     from benchmarks import torch_reference
 
     torch_reference.forget_compiled()
@@ -145,10 +145,10 @@ def baselines(on: Task, flags: argparse.Namespace, device: str) -> dict[str, Any
 
 
 def race(on: Task, flags: argparse.Namespace, device: str) -> Iterator[Row]:
-    """Yields a row for each benchmark and baseline; a variant of `tuned` that fails is named and left out.
+    """Yields a row for each benchmark and baseline. A variant of `tuned` that fails is named and left out.
 
     Raises:
-        UserError: A side does not agree with ours.
+        UserError: If a side does not agree with ours.
     """
     sides, batch = {'ours': Ours(on), **baselines(on, flags, device)}, first_batch(on)
     tolerance = agreement.ROUNDED if rounds(on.config.dtype, flags) else agreement.EXACT
@@ -158,7 +158,7 @@ def race(on: Task, flags: argparse.Namespace, device: str) -> Iterator[Row]:
         try:
             does(name)
         except Exception as error:
-            # torch.compile fails in many ways; whoever does without it has no excuse.
+            # torch.compile fails in many ways. Sides without it must not fail.
             if name in ('ours', 'released', 'tuned, eager'):
                 raise
             print(f'{name} is left out: {type(error).__name__}: {" ".join(str(error).split())[:200]}')
@@ -166,15 +166,16 @@ def race(on: Task, flags: argparse.Namespace, device: str) -> Iterator[Row]:
 
     def agree(name: str) -> None:
         if name != 'ours':
-            found = agreement.compare(sides['ours'], sides[name], *batch)
-            agreement.require(name, found, tolerance)
-            print(f'{name} agrees: logits {found.logits:.1e} of the largest, {found.pixels:.2%} of the pixels differ')
+            differences = agreement.compare(sides['ours'], sides[name], *batch)
+            agreement.require(name, differences, tolerance)
+            logits, pixels = differences
+            print(f'{name} agrees: logits differ by {logits:.1e} of the largest, and {pixels:.2%} of the pixels')
 
     def prepare(name: str, benchmark: str) -> None:
         if benchmark not in ready[name]:
             ready[name][benchmark] = warm_up(sides[name].work(benchmark))
 
-    # These two compile what the check calls.
+    # The check of agreement calls these two, so they are compiled first.
     for benchmark in [name for name in ('evaluation', 'pgd7') if name in flags.benchmarks]:
         for name in list(sides):
             attempt(name, partial(prepare, benchmark=benchmark))
@@ -187,7 +188,7 @@ def race(on: Task, flags: argparse.Namespace, device: str) -> Iterator[Row]:
 
 
 def rows(on: Task, benchmark: str, ready: dict[str, Ready], alternations: int) -> Iterator[Row]:
-    """Times one benchmark, the fastest variant of `tuned` standing for it, and yields a row for each baseline."""
+    """Times one benchmark and yields a row for each baseline; only the fastest variant of `tuned` is timed."""
     tuned = [name for name in ready if name.startswith('tuned')]
     if len(tuned) > 1:
         fastest = min(tuned, key=lambda name: clock(ready[name].work, ready[name].repeats))
@@ -214,7 +215,7 @@ def rows(on: Task, benchmark: str, ready: dict[str, Ready], alternations: int) -
 
 
 def device_name() -> str:
-    """Returns what computes, such as 'AMD EPYC; 2 cores'."""
+    """Reads the name of the device, such as 'AMD EPYC; 2 cores'."""
     if jax.default_backend() != 'cpu':
         return jax.devices()[0].device_kind
     lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').is_file() else []
@@ -223,7 +224,7 @@ def device_name() -> str:
 
 
 def versions(flags: argparse.Namespace, device: str) -> str:
-    """Returns the versions of both frameworks, and how a GPU rounds."""
+    """Formats the versions of both frameworks, and on a GPU the rounding."""
     from benchmarks import torch_reference
 
     rounding = f'; TF32 {flags.tf32}' if device == 'cuda' else ''
@@ -231,14 +232,14 @@ def versions(flags: argparse.Namespace, device: str) -> str:
 
 
 def ceilings(dtypes: Iterable[str]) -> dict[str, Ceiling]:
-    """Returns what the device reaches at most in each dtype."""
+    """Measures the limit of the device in each dtype."""
     from benchmarks import ceiling
 
     return {dtype: ceiling.measure(dtype) for dtype in dtypes}
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Checks, times, appends and prints."""
+    """Checks that the sides agree, times them, appends rows to the CSV file and prints them."""
     device = set_up(flags)
     images = {name: task.read(name, flags.data, flags.images) for name in flags.models}
     shared = {
@@ -247,7 +248,7 @@ def run(flags: argparse.Namespace) -> None:
         'versions': versions(flags, device),
         'alternations': flags.alternations,
     }
-    append(flags.out, [], shared)  # a file that cannot be written is told now
+    append(flags.out, [], shared)  # reports a file that cannot be written before anything is timed
     print(f'{shared["device"]}; {shared["versions"]}')
     limits = ceilings(flags.dtype)
     for dtype, reached in limits.items():
@@ -273,7 +274,7 @@ def main(arguments: list[str]) -> int:
     if {'--help', '-h'} & set(arguments):
         print(__doc__)
         return 0
-    # Of a GPU's memory: the rest is for torch. Read when the first array is made.
+    # Share of a GPU's memory for jax; the rest is for torch. jax reads it when it creates the first array.
     os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.45')
     try:
         flags = parse(arguments)

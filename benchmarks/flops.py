@@ -1,7 +1,7 @@
-"""The work of a classifier, counted from its convolutions and dense layers: two FLOPs a multiplication with its sum.
+"""Counts the FLOPs of a classifier's convolutions and dense layers: two for each multiplication with its sum.
 
-Multiplications with the zeros of a convolution's padding count, as they do in the measured ceiling. A backward pass
-costs a forward pass for the input and another for the weights; nobody asks for the gradient of the training images.
+Multiplications with the zeros of a convolution's padding count, as in the measured ceiling. A backward pass costs one
+forward pass for the input and one for the weights. Training does not compute the gradient of the images.
 """
 
 import math
@@ -15,7 +15,7 @@ from benchmarks.task import TRAININGS, Task
 
 
 def layers(function: Any, *arguments: Any) -> list[int]:
-    """Returns the FLOPs of each convolution and matrix product of a function without loops, in order."""
+    """Counts the FLOPs of each convolution and matrix product of a function without loops, in order."""
     return list(_layers(jax.make_jaxpr(function)(*arguments).jaxpr))
 
 
@@ -30,9 +30,9 @@ def _layers(jaxpr: Any) -> Iterator[int]:
                 (summed, _), _ = equation.params['dimension_numbers']
                 lengths = [equation.invars[0].aval.shape[axis] for axis in summed]
                 yield 2 * equation.outvars[0].aval.size * math.prod(lengths)
-            case 'cond':  # what only one platform does, and then what all others do: the plain layers
+            case 'cond':  # the last branch has the plain layers; the others are for one platform only
                 yield from _layers(equation.params['branches'][-1].jaxpr)
-        # What a function was called by, jit or a custom derivative, holds it under different names.
+        # jit and custom derivatives store the inner function under different names.
         for inner in equation.params.values():
             inner = getattr(inner, 'jaxpr', inner)
             if hasattr(inner, 'eqns'):
@@ -40,13 +40,13 @@ def _layers(jaxpr: Any) -> Iterator[int]:
 
 
 def forward(task: Task) -> list[int]:
-    """Returns the FLOPs of each layer for one image."""
+    """Counts the FLOPs of each layer for one image."""
     image = jax.ShapeDtypeStruct((1, *task.shape), jnp.float32)
     return layers(task.module.apply, task.variables, image)
 
 
 def an_image(task: Task) -> dict[str, int]:
-    """Returns the FLOPs that each benchmark needs for one image, however a side comes by its result."""
+    """Computes the FLOPs that each benchmark needs for one image, independent of how a side computes it."""
     first, *rest = forward(task)
     passes = first + sum(rest)
     training, pgd = 3 * passes - first, 2 * task.pgd.steps * passes

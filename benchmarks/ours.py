@@ -1,7 +1,7 @@
-"""Our side: the steps of the package, compiled and fed as its training loop does, on one device.
+"""Our side: the steps of the package on one device, compiled and fed as in its training loop.
 
-Data live on the device and a call takes indices; one call takes as many steps as in a run (`loop.steps_per_call`). An
-epoch fetches its metrics as often as the loop writes them.
+The data are on the device and a call takes indices. One call takes as many steps as in a run (`loop.steps_per_call`).
+An epoch fetches its metrics as often as the loop writes them.
 """
 
 from collections.abc import Sequence
@@ -27,15 +27,15 @@ from benchmarks.timing import Work
 
 
 class Ours:
-    """What is timed of the package."""
+    """The steps of the package that are timed."""
 
     def __init__(self, task: Task):
-        """Puts the task's data and weights on the first device."""
+        """Moves the task's data and weights to the first device."""
         self.task = task
         self._mesh = placement.make_mesh(jax.devices()[:1])
         images = task.images
         self._feed = Feed(self._mesh, {'images': images.pixels, 'labels': images.labels}, [task.order], 'device')
-        self._variables = placement.place(self._mesh, task.variables)
+        self._variables = placement.replicate(self._mesh, task.variables)
         self.trainings = {'infect': self._infecting(), 'aft': self._fine_tuning()}
 
         def examples(variables: dict, pixels: jax.Array, labels: jax.Array) -> jax.Array:
@@ -50,15 +50,15 @@ class Ours:
         self._examples = Program(jax.jit(examples, compiler_options=options))
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
-        """Returns the logits [B, K] of float32 images [B, H, W, C] in [0, 1], in evaluation mode."""
+        """Computes the logits [B, K] of float32 images [B, H, W, C] in [0, 1], in evaluation mode."""
         return np.asarray(self._logits(self._variables, *self._placed(pixels)))
 
     def examples(self, pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Returns adversarial examples, float32 [B, H, W, C]."""
+        """Computes adversarial examples, float32 [B, H, W, C]."""
         return np.asarray(self._examples(self._variables, *self._placed(pixels, labels)))
 
     def work(self, benchmark: str) -> Work:
-        """Returns one of `task.BENCHMARKS`."""
+        """Builds the work of one of `task.BENCHMARKS`."""
         match benchmark:
             case 'pgd7':
                 return self._repeated(self._examples, True)
@@ -68,10 +68,10 @@ class Ours:
         return self.trainings[training].work(epoch)
 
     def _placed(self, *arrays: np.ndarray) -> Any:
-        return placement.place(self._mesh, arrays)
+        return placement.replicate(self._mesh, arrays)
 
     def _repeated(self, program: 'Program', labelled: bool) -> Work:
-        """Returns work on one batch that is on the device already."""
+        """Builds work on one batch that is on the device already."""
         pixels, labels = first_batch(self.task)
         arguments = self._placed(pixels, labels) if labelled else self._placed(pixels)
 
@@ -99,26 +99,28 @@ class Ours:
 
 
 class Training:
-    """A state, and the compiled step that takes it on."""
+    """A training state with its compiled step."""
 
-    def __init__(self, task: Task, mesh: Any, feed: Feed, step: Any, before: Any, fixed: Any = None, *, epochs: int):
-        """Begins at a state; `fixed` is what every step finds unchanged. The whole training would take `epochs`."""
+    def __init__(
+        self, task: Task, mesh: Any, feed: Feed, step: Any, before: Any, constants: Any = None, *, epochs: int
+    ):
+        """Starts at the state `before`. Every step gets `constants`; a whole training would take `epochs`."""
         options = task.config.run
-        self._feed, self._fixed, self._log_every = feed, fixed, options.log_every
+        self._feed, self._constants, self._log_every = feed, constants, options.log_every
         self._program = Program(loop.compile_steps(mesh, step, compiler_options(task.module)))
-        self._key = placement.place(mesh, key_for(task.config.seed, 'benchmarks'))
+        self._key = placement.replicate(mesh, key_for(task.config.seed, 'benchmarks'))
         self.state = placement.copy(mesh, before)
         length = loop.steps_per_call(options, steps_per_call(task.module), [epochs * task.steps], [self._log_every])
-        # The first epoch, over and over: calls that end where the loop writes metrics.
+        # The first epoch is repeated. Its calls end where the loop writes metrics.
         self._epoch = list(loop.plan_calls(0, [task.steps], [self._log_every], length))
         self._calls = [(i, i + length) for i in range(0, task.steps - length + 1, length)]
 
     def take(self, spans: Sequence[tuple[int, int]], logs: bool) -> dict[str, jax.Array]:
-        """Takes the steps of the spans, and returns the last metrics; `logs` as the loop does, or does not wait."""
+        """Takes the steps of the spans; returns the last metrics. With `logs` it fetches metrics as the loop does."""
         pending = []
         with self._feed.calls(spans) as fed:
             for (first, last), batches in zip(spans, fed, strict=True):
-                arguments = self.state, self._feed.data, self._fixed, batches, self._key
+                arguments = self.state, self._feed.data, self._constants, batches, self._key
                 self.state, metrics = self._program(*arguments, steps=last - first)
                 pending.append(metrics)
                 if logs and (last % self._log_every == 0 or last == spans[-1][1]):
@@ -127,7 +129,7 @@ class Training:
         return metrics
 
     def work(self, epoch: bool) -> Work:
-        """Returns whole epochs, or one call after another."""
+        """Builds the work of whole epochs, or of single calls."""
 
         def run(times: int) -> None:
             if epoch:
@@ -142,10 +144,10 @@ class Training:
 
 
 class Program:
-    """A jitted function, compiled ahead for each number of steps that a call takes."""
+    """A jitted function, compiled ahead of time for each number of steps a call."""
 
     def __init__(self, function: Any):
-        """Compiles `function` when it is first called."""
+        """Wraps `function`, which is compiled at the first call."""
         self._function = function
         self._compiled: dict[int, Any] = {}
 
@@ -156,6 +158,6 @@ class Program:
         return self._compiled[steps](*arguments)
 
     def bytes(self) -> float:
-        """Returns what the largest of the programs needs beside its arguments, by XLA's own account."""
+        """Computes the bytes that the largest program needs beside its arguments, as reported by XLA."""
         sizes = [program.memory_analysis() for program in self._compiled.values()]
         return max(s.temp_size_in_bytes + s.output_size_in_bytes - s.alias_size_in_bytes for s in sizes)

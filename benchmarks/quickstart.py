@@ -1,4 +1,4 @@
-"""Times `make quickstart` as a newcomer meets it: a fresh clone in an empty directory, installation included.
+"""Times `make quickstart` in a fresh clone in an empty directory, installation included.
 
     python3 benchmarks/quickstart.py
 
@@ -18,14 +18,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def timed(command: list[str], directory: Path) -> float:
-    """Returns the seconds that a command took; its failure is ours."""
+    """Runs a command and returns the seconds that it took; raises if it fails."""
     started = time.monotonic()
     subprocess.run(command, cwd=directory, check=True)
     return time.monotonic() - started
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures the installation and the job, and prints the figures."""
     with tempfile.TemporaryDirectory() as name:
         clone = Path(name) / 'aft_jax'
         subprocess.run(['git', 'clone', '--quiet', str(ROOT), str(clone)], check=True)
@@ -33,7 +33,7 @@ def main() -> None:
         os.environ['TFDS_DATA_DIR'] = str(Path(name) / 'data')
         install = timed(['make', '--silent', '.venv/.quickstart'], clone)
         job = timed(['make', '--silent', 'quickstart'], clone)
-        # Of the largest of all children, which is the job.
+        # Peak of the largest child process, which is the job.
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         results = json.loads((clone / 'runs/quickstart/results.json').read_text())
         revision = subprocess.run(

@@ -1,4 +1,4 @@
-"""What a race leaves: rows in a CSV file, and a table for people to read."""
+"""The results of a comparison: rows in a CSV file, and a printed table."""
 
 import csv
 from collections.abc import Sequence
@@ -15,27 +15,27 @@ COLUMNS = (
 
 
 class Ceiling(NamedTuple):
-    """FLOP/s that a large matrix product and a large convolution reach."""
+    """FLOP/s of a large matrix product and a large convolution."""
 
     product: float
     convolution: float
 
 
 class Row(NamedTuple):
-    """What came of a benchmark and a baseline.
+    """The result of one benchmark against one baseline.
 
     Attributes:
-        benchmark: With the classifier, such as 'mnist_cnn/aft_step'.
-        baseline: 'released', or 'tuned' with the variant that was the fastest.
-        dtype: Of the computation.
+        benchmark: Classifier and benchmark, such as 'mnist_cnn/aft_step'.
+        baseline: 'released', or 'tuned' with its fastest variant.
+        dtype: Dtype of the computation.
         batch: Images in a step.
-        ours: Seconds of a step or an epoch, the median of all turns.
-        theirs: Likewise.
-        ratio: Theirs / ours.
-        images_a_second: Ours.
+        ours: Seconds of one of our steps or epochs, the median of all turns.
+        theirs: Seconds of a step or epoch of the baseline, the median of all turns.
+        ratio: Ratios theirs / ours.
+        images_a_second: Images a second of ours.
         flops: FLOP/s of ours.
         peaks: Bytes beside weights, optimiser and data, ours and theirs.
-        first: Seconds that the first call took longer than later ones, ours and theirs.
+        first: Extra seconds of the first call, ours and theirs.
     """
 
     benchmark: str
@@ -52,15 +52,15 @@ class Row(NamedTuple):
 
 
 def append(path: Path, new: Sequence[Row], shared: dict[str, Any]) -> None:
-    """Appends rows to the CSV file, which gets its heading when it is new.
+    """Appends rows to the CSV file, and writes the heading if the file is new.
 
     Raises:
-        UserError: The file is another one, or cannot be written.
+        UserError: If the file has other columns, or cannot be written.
     """
     try:
         begins = not path.exists() or path.stat().st_size == 0
         if not begins and path.read_text().partition('\n')[0] != ','.join(COLUMNS):
-            raise UserError(f'--out={path} is a file with other columns; name another.')
+            raise UserError(f'--out={path} is a file with other columns; choose another file.')
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open('a', newline='') as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
@@ -78,7 +78,7 @@ def append(path: Path, new: Sequence[Row], shared: dict[str, Any]) -> None:
 
 
 def table(new: Sequence[Row], ceilings: dict[str, Ceiling]) -> str:
-    """Returns the rows for people to read."""
+    """Formats the rows as a table for the terminal."""
     lines = [
         f'{"benchmark":39} {"batch":>5} {"dtype":8} {"baseline":15} {"ours s":>9} {"theirs s":>9} '
         f'{"ratio [min, max]":>19} {"images/s":>9} {"of conv (product)":>17} {"GB":>11} {"first call s":>13}'
@@ -94,8 +94,8 @@ def table(new: Sequence[Row], ceilings: dict[str, Ceiling]) -> str:
             f'{spread:>19} {row.images_a_second:9,.0f} {share:>17} {peaks:>11} {first:>13}'
         )
     lines += [
-        'ratio = theirs / ours: above 1 ours is the faster. Seconds are those of a step or an epoch.',
-        'images/s, and the share of the measured convolution (matrix product), are of ours.',
-        'GB: beside weights, optimiser and data. first call: what it took longer than later ones. Both ours/theirs.',
+        'ratio = theirs / ours: above 1 ours is faster. Seconds are for a step or an epoch.',
+        'images/s, and the share of the measured convolution (matrix product), are for ours.',
+        'GB: memory beside weights, optimiser and data. first call: its extra seconds. Both are ours/theirs.',
     ]
     return '\n'.join(lines)

@@ -1,4 +1,4 @@
-"""What data parallelism costs: the collectives in the compiled steps, and an estimate on paper for two TPU slices.
+"""Estimates the cost of data parallelism: counts collectives in compiled steps, and estimates two TPU slices on paper.
 
     python benchmarks/scaling.py [--paper_only] [--csv=docs/results/scaling.csv]
 
@@ -36,7 +36,7 @@ from aft_jax.training.optimiser import sgd
 from aft_jax.training.state import Step
 
 KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'collective-permute', 'all-to-all')
-# '-start' is left out: the result of an asynchronous collective is that of its '-done'.
+# '-start' is left out: the result of an asynchronous collective is the result of its '-done'.
 LINE = re.compile(rf'^\s*(?:ROOT )?%?\S+ = (.*?) ({"|".join(KINDS)})(?:-done)?\(', re.MULTILINE)
 ARRAY = re.compile(r'([a-z]+(\d*)\w*)\[([\d,]*)\]')
 
@@ -44,7 +44,7 @@ SIDE, CLASSES, TRAIN_IMAGES = 32, 10, 50_000
 BATCHES = tuple(2**k for k in range(7, 14))
 MODEL_FLOPS_UTILISATION = 0.4  # assumed, not measured
 HOP_SECONDS = 1e-6  # assumed: "typically around 1us", https://jax-ml.github.io/scaling-book/sharding/
-# There a small all-gather over three hops was measured: 8 us instead of 3.
+# The same page measured a small all-gather over three hops: 8 us instead of 3.
 SLOW_HOP_SECONDS = HOP_SECONDS * 8 / 3
 WORTH_IT = 0.7
 
@@ -54,9 +54,9 @@ class Collective(NamedTuple):
 
     Attributes:
         kind: One of KINDS.
-        arrays: How many arrays it carries.
-        bytes: Of its result on one device.
-        name: The operation of the source that it comes from.
+        arrays: Number of arrays that it carries.
+        bytes: Size of its result on one device.
+        name: Operation of the source that it comes from.
     """
 
     kind: str
@@ -66,7 +66,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """Returns the collectives of an HLO module, as they stand in its text; one in a loop counts once."""
+    """Reads the collectives from the text of an HLO module; a collective in a loop counts once."""
     found = []
     for match in LINE.finditer(text):
         types = ARRAY.findall(match[1])
@@ -78,7 +78,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def purpose(collective: Collective) -> str:
-    """Returns what a collective of a partitioned program is for, by the operation that it comes from."""
+    """Names the purpose of a collective in a partitioned program, from the operation that it comes from."""
     backward = 'transpose(' in collective.name
     if collective.kind != 'all-reduce':
         return f'{collective.kind}: {collective.name.rsplit("/", 1)[-1]}'
@@ -90,7 +90,7 @@ def purpose(collective: Collective) -> str:
 
 
 class Programs(NamedTuple):
-    """A compiled step: the program as it was cut among the devices, before and after the backend's own passes."""
+    """A compiled step: the partitioned program before and after the passes of the backend."""
 
     partitioned: str
     optimised: str
@@ -99,7 +99,7 @@ class Programs(NamedTuple):
 
 @contextlib.contextmanager
 def never_kept() -> Iterator[None]:
-    """Keeps programs out of the persistent cache, because one that comes from there leaves no dump."""
+    """Turns the persistent compilation cache off, because a program from the cache writes no dump."""
     name = 'jax_persistent_cache_min_compile_time_secs'
     before = getattr(jax.config, name)
     jax.config.update(name, math.inf)
@@ -120,13 +120,13 @@ def compiled(function: Any, *arguments: Any) -> Programs:
 
 
 class Subject(NamedTuple):
-    """What is compiled: a classifier, and abstract arrays in place of its variables.
+    """A classifier to compile, with abstract arrays in place of its variables.
 
     Attributes:
-        config: The resolved config.
-        module: The classifier.
+        config: Resolved config.
+        module: Classifier.
         variables: Pytree of shapes.
-        shape: Of one image.
+        shape: Shape of one image, [H, W, C].
     """
 
     config: ml_collections.ConfigDict
@@ -136,9 +136,9 @@ class Subject(NamedTuple):
 
 
 def subject(width: int = 64, dtype: str = 'bfloat16', side: int = SIDE) -> Subject:
-    """Returns PreActResNet18 as configs/cifar10.py has it, perhaps narrower."""
+    """Builds PreActResNet18 as in configs/cifar10.py, optionally narrower."""
     config = default_config()
-    # Half of each batch with a change of each image's own, half held to the suspect model's predictions.
+    # Half of each batch has per-image perturbations, the other half is distilled from the infected model.
     config.aft.preset = 'released'
     config.aft.update({'adversarial_share': 0.5, 'distillation': 1.0, 'random_start': True, 'clip': True})
     config.aft.max_grad_norm = 1.0
@@ -149,7 +149,7 @@ def subject(width: int = 64, dtype: str = 'bfloat16', side: int = SIDE) -> Subje
 
 
 def describe(config: ml_collections.ConfigDict, module: nn.Module, shape: tuple[int, int, int]) -> Subject:
-    """Returns a classifier with the shapes of its variables."""
+    """Computes the shapes of a classifier's variables."""
     variables = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape), jnp.float32))
     return Subject(config, module, variables, shape)
 
@@ -191,7 +191,7 @@ def adversarial_tuning(mesh: Mesh, on: Subject, batch: int, **changes: Any) -> P
 
 
 def attack(mesh: Mesh, on: Subject, batch: int) -> Programs:
-    """Compiles PGD alone, on a batch that is cut among the devices."""
+    """Compiles PGD alone, on a batch that is divided among the devices."""
 
     def run(variables, images, labels, key):
         model = logits_function(on.module, variables)
@@ -208,12 +208,12 @@ class Network(NamedTuple):
     """The sizes of a classifier.
 
     Attributes:
-        parameters: Their number.
+        parameters: Number of parameters.
         norms: Number of BatchNorm layers.
-        channels: Of all of them together.
+        channels: Number of channels of all BatchNorm layers together.
         forward: FLOPs of one image, two for each multiplication with its addition.
-        first: Those of the first layer.
-        outputs: Numbers that the convolutions write for one image.
+        first: FLOPs of the first layer.
+        outputs: Number of values that the convolutions write for one image.
     """
 
     parameters: int
@@ -248,29 +248,29 @@ def measure(on: Subject) -> Network:
 
 
 class Work(NamedTuple):
-    """What a step does: FLOPs for an image of the batch, and how often each weight is read or written by its passes."""
+    """The work of a step: FLOPs for an image of the batch, and the number of passes that read or write each weight."""
 
     flops: float
     passes: int
 
 
 def work(network: Network, config: ml_collections.ConfigDict) -> dict[str, Work]:
-    """Returns the work of the two steps. A backward pass costs two forward passes, one of them for its input."""
-    step = Work(3 * network.forward - network.first, 3)  # nobody asks for the gradient of the training images
+    """Computes the work of the two steps. A backward pass costs two forward passes, one of them for its input."""
+    step = Work(3 * network.forward - network.first, 3)  # training does not compute the gradient of the images
     o = config.aft
     share = o.adversarial_share
-    # PGD; a look at its examples; the suspect model's predictions on the rest.
+    # PGD; a forward pass on its examples; the infected model's predictions on the rest.
     further = share * (2 * o.pgd_steps + 1) + (1 - share) * (o.distillation > 0)
     passes = 2 * o.pgd_steps + 1 + (share < 1 and o.distillation > 0)
     return {'training': step, 'AFT': Work(step.flops + further * network.forward, step.passes + passes)}
 
 
 class Slice(NamedTuple):
-    """A TPU slice. Figures of one chip are Google's; their pages are named in docs/scaling.md.
+    """A TPU slice. Figures of one chip are Google's; docs/scaling.md names the pages.
 
     Attributes:
-        name: Its accelerator type.
-        axes: Chips along each axis.
+        name: Accelerator type.
+        axes: Number of chips along each axis.
         wraps: Whether each axis is a ring.
         flops: Peak bfloat16 FLOP/s of a chip.
         memory: Bytes of HBM of a chip.
@@ -292,13 +292,13 @@ class Slice(NamedTuple):
 
     @property
     def hops(self) -> int:
-        """Of an all-reduce: there and back along every axis."""
+        """The hops of an all-reduce: there and back along every axis."""
         return 2 * sum(n // 2 if self.wraps else n - 1 for n in self.axes)
 
 
 V5E = partial(Slice, wraps=False, flops=197e12, memory=16e9, bandwidth=819e9, links=200e9)
 V5P = partial(Slice, flops=459e12, memory=95 * 2**30, bandwidth=2765e9, links=600e9)
-# Of each kind, smallest to largest; the last one is estimated in full.
+# Slices of each kind, smallest to largest; the last one is estimated in full.
 SLICES = (
     (V5E('one chip', (1, 1)), V5E('v5e-4', (2, 2)), V5E('v5e-8', (2, 4)), V5E('v5e-16', (4, 4))),
     (
@@ -313,14 +313,14 @@ SLICES = (
 
 
 class Estimate(NamedTuple):
-    """Seconds of one step, one after the other: nothing is hidden behind anything else.
+    """Seconds of the parts of one step, which run one after the other without overlap.
 
     Attributes:
-        compute: The FLOPs, at the assumed utilisation.
-        weights: By which reading the weights takes longer than that.
-        update: The optimiser's, which every chip does for all parameters.
-        statistics: BatchNorm's all-reduces, one forward and one backward a layer.
-        gradients: Their all-reduce.
+        compute: Seconds of the FLOPs, at the assumed utilisation.
+        weights: Extra seconds for reading the weights, beyond `compute`.
+        update: Seconds of the optimiser, which updates all parameters on every chip.
+        statistics: Seconds of BatchNorm's all-reduces, one forward and one backward a layer.
+        gradients: Seconds of the all-reduce of the gradients.
     """
 
     compute: float
@@ -335,12 +335,12 @@ class Estimate(NamedTuple):
 
     @property
     def efficiency(self) -> float:
-        """The share of the step that computes."""
+        """The share of `compute` in the step."""
         return self.compute / self.step
 
     @property
     def largest(self) -> str:
-        """What takes the most time."""
+        """The name of the part that takes the most time."""
         return max(self._fields, key=lambda name: getattr(self, name))
 
 
@@ -348,15 +348,15 @@ def estimate(on: Slice, network: Network, step: Work, batch: int, hop: float = H
     """Estimates one step on a slice.
 
     Args:
-        on: The slice.
-        network: The classifier.
-        step: What the step does.
-        batch: Images, all chips together.
+        on: Slice to estimate.
+        network: Sizes of the classifier.
+        step: Work of the step.
+        batch: Images of a step on all chips together.
         hop: Seconds that a message takes from a chip to its neighbour.
     """
     parameters = 4 * network.parameters
     compute = step.flops * batch / on.chips / (on.flops * MODEL_FLOPS_UTILISATION)
-    # Without a ring half of the links idle.
+    # Without a ring half of the links are idle.
     rate = on.links * (1 if on.wraps else 0.5)
     reduce_all = on.hops * hop
     return Estimate(
@@ -369,17 +369,17 @@ def estimate(on: Slice, network: Network, step: Work, batch: int, hop: float = H
 
 
 def memory(network: Network, images: float) -> dict[str, float]:
-    """Returns bytes of a chip's memory in AFT, with so many images on the chip."""
+    """Estimates the bytes of a chip's memory in AFT, with `images` images on the chip."""
     return {
-        'parameters, momentum, gradients, suspect model': 16 * network.parameters,
+        'parameters, momentum, gradients, infected model': 16 * network.parameters,
         'data set': TRAIN_IMAGES * (SIDE * SIDE * 3 + 4),
-        # In bfloat16 the output of a convolution, its normalised and its rectified form, and one in float32.
+        # bfloat16: output of a convolution, after BatchNorm and after ReLU; and one of them in float32.
         'activations': images * network.outputs * (3 * 2 + 4),
     }
 
 
 def print_counts(title: str, programs: Programs) -> None:
-    """Prints what a program's collectives are for, and what the CPU's passes made of them."""
+    """Prints the purposes of a program's collectives, and the collectives after the CPU's passes."""
     print(f'\n{title}')
     partitioned, optimised = collectives(programs.partitioned), collectives(programs.optimised)
     for name in sorted({purpose(c) for c in partitioned}):
@@ -415,7 +415,7 @@ def print_compiled(steps: dict[str, Work], batch: int) -> None:
 
 
 def print_paper(network: Network, steps: dict[str, Work]) -> list[dict[str, Any]]:
-    """Prints the estimates; returns them row by row."""
+    """Prints the estimates and returns them as rows."""
     rows = []
     for slices in SLICES:
         whole = slices[-1]
@@ -432,7 +432,7 @@ def print_paper(network: Network, steps: dict[str, Work]) -> list[dict[str, Any]
 
 
 def row(slices: Sequence[Slice], network: Network, kind: str, step: Work, batch: int) -> dict[str, Any]:
-    """Returns the estimate of one step on the last of the slices, which is the largest."""
+    """Computes the row of one step on the last of the slices, which is the largest."""
     whole = slices[-1]
     here = estimate(whole, network, step, batch)
     slow = estimate(whole, network, step, batch, SLOW_HOP_SECONDS)
@@ -445,14 +445,14 @@ def row(slices: Sequence[Slice], network: Network, kind: str, step: Work, batch:
 
 
 def main() -> None:
-    """Prints everything."""
+    """Counts, estimates and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--batch', type=int, default=128, help='of the compiled steps')
-    parser.add_argument('--paper_only', action='store_true', help='compile nothing')
-    parser.add_argument('--csv', type=Path, help='where to write the estimates')
+    parser.add_argument('--batch', type=int, default=128, help='batch size of the compiled steps')
+    parser.add_argument('--paper_only', action='store_true', help='print the estimates only, compile nothing')
+    parser.add_argument('--csv', type=Path, help='CSV file for the estimates')
     options = parser.parse_args()
     jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', 64)  # the most that a program here is compiled for
+    jax.config.update('jax_num_cpu_devices', 64)  # the largest number of devices of a program here
 
     on = subject()
     network = measure(on)

@@ -1,4 +1,4 @@
-"""Renders the CSV file of benchmarks.compare as Markdown; of what was measured twice, the last counts.
+"""Renders the CSV file of benchmarks.compare as Markdown, with the last row of each benchmark and baseline.
 
 python -m benchmarks.table [FILE.csv]          # docs/results/benchmarks.csv
 """
@@ -16,27 +16,27 @@ HEADING = '| Benchmark | Batch | dtype | Baseline | Ours, s | Theirs, s | Theirs
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Returns the rows of the file.
+    """Reads the rows of the file.
 
     Raises:
-        UserError: It is not there, or another file.
+        UserError: If the file does not exist, or is no table of benchmarks.compare.
     """
     try:
         with path.open(newline='') as file:
             reader = csv.DictReader(file)
             rows = list(reader)
     except (OSError, ValueError) as error:
-        raise UserError(f'{path} cannot be read; name a file that benchmarks.compare wrote.') from error
+        raise UserError(f'{path} cannot be read; give a file that benchmarks.compare wrote.') from error
     if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise UserError(f'{path} is no table of benchmarks.compare.')
+        raise UserError(f'{path} has other columns; give a file that benchmarks.compare wrote.')
     return rows
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """Returns a table for each day, device and versions."""
+    """Formats a table for each day, device and versions."""
     last = {}
     for row in rows:
-        # Another variant of `tuned` replaces the one before.
+        # A later variant of `tuned` replaces an earlier one.
         same = (row['device'], row['versions'], row['benchmark'], row['dtype'], row['batch'])
         last[*same, row['baseline'].partition(',')[0]] = row
     blocks: dict[str, list[str]] = {}

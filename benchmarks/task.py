@@ -1,4 +1,4 @@
-"""What ours and theirs are given alike: a classifier with its weights, images and their order, and what a step does.
+"""The task that all sides get: a classifier with its weights, the images and their order, and the settings of a step.
 
 A step is that of the preset 'released': PGD of 7 steps on the whole batch, eps 6/255, no random start, no clipping to
 [0, 1]; SGD with momentum 0.9 and weight decay 5e-4; no augmentation.
@@ -22,7 +22,7 @@ from aft_jax.errors import UserError
 from aft_jax.interchange import with_usual_names
 from aft_jax.interchange.architecture import Architecture
 
-# Which training it is a part of, and whether it is a whole epoch.
+# The training that a benchmark belongs to, and whether it is a whole epoch.
 TRAININGS = {
     'training_step': ('infect', False),
     'aft_step': ('aft', False),
@@ -30,10 +30,10 @@ TRAININGS = {
     'infecting_epoch': ('infect', True),
 }
 BENCHMARKS = ('training_step', 'pgd7', 'aft_step', 'evaluation', 'aft_epoch', 'infecting_epoch')
-# Of each classifier, the images that it has in the papers.
+# Image shape of each classifier in the papers.
 SHAPES = {'mnist_cnn': (28, 28, 1), 'preact_resnet18': (32, 32, 3)}
 SYNTHETIC_IMAGES = 2560
-# Both networks, and a border of 2 pixels between them.
+# Image sizes of the two networks; padding by 2 pixels turns the first into the second.
 SIDES = (28, 32)
 
 
@@ -41,9 +41,9 @@ class Images(NamedTuple):
     """The images of an epoch.
 
     Attributes:
-        pixels: uint8 [N, H, W, C].
-        labels: int32 [N].
-        num_classes: K.
+        pixels: Images, uint8 [N, H, W, C].
+        labels: Labels, int32 [N].
+        num_classes: Number of classes K.
     """
 
     pixels: np.ndarray
@@ -52,14 +52,14 @@ class Images(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is to be done.
+    """A classifier and its images.
 
     Attributes:
-        name: Of the classifier.
-        config: The resolved config.
-        module: The classifier; it computes in `config.dtype`.
-        variables: Its weights, NumPy arrays: neither fresh nor trained.
-        images: Of an epoch.
+        name: Name of the classifier.
+        config: Resolved config.
+        module: Classifier, which computes in `config.dtype`.
+        variables: Random weights and statistics of the classifier, NumPy arrays (see `weights`).
+        images: Images of an epoch.
     """
 
     name: str
@@ -70,17 +70,17 @@ class Task(NamedTuple):
 
     @property
     def batch(self) -> int:
-        """Images in a step."""
+        """The number of images in a step."""
         return self.config.batch_size
 
     @property
     def steps(self) -> int:
-        """Steps in an epoch."""
+        """The number of steps in an epoch."""
         return count_steps(len(self.images.labels), 1, self.batch)
 
     @property
     def order(self) -> Order:
-        """Which images each step sees."""
+        """The order of the images."""
         return Order(self.config.seed, 'benchmarks', len(self.images.labels), self.batch)
 
     @property
@@ -90,11 +90,11 @@ class Task(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one image: (H, W, C)."""
+        """The shape of one image, (H, W, C)."""
         return self.images.pixels.shape[1:]
 
     def torch_weights(self) -> dict[str, np.ndarray]:
-        """Returns the weights under torch's names and in its layout."""
+        """Converts the weights to torch's names and layout."""
         o = self.config.model
         if o.name == 'mnist_cnn':
             # Three convolutions of stride 2, then the dense layers.
@@ -108,13 +108,13 @@ class Task(NamedTuple):
 
 
 def make(name: str, images: Images, batch: int, dtype: str, **options: float) -> Task:
-    """Returns a task.
+    """Builds a task.
 
     Args:
         name: One of SHAPES.
-        images: Of an epoch.
-        batch: Images in a step.
-        dtype: 'float32' or 'bfloat16', of the computation.
+        images: Images of an epoch.
+        batch: Number of images in a step.
+        dtype: Dtype of the computation, 'float32' or 'bfloat16'.
         **options: Further fields of `config.model`.
     """
     config = default_config()
@@ -135,14 +135,14 @@ def make(name: str, images: Images, batch: int, dtype: str, **options: float) ->
 def weights(
     module: nn.Module, shape: tuple[int, ...], stream: np.random.Generator | np.random.RandomState, gain: float
 ) -> dict:
-    """Returns variables in which nothing is fresh: norms that do something, and random kernels.
+    """Draws random variables. BatchNorm's scale, bias and statistics are random too, unlike after initialisation.
 
     Args:
-        module: The network.
-        shape: Of one image.
-        stream: Of random numbers.
-        gain: Of the kernels; 2 is He's. With 1 logits are of order 1: larger ones make a classifier so sure of itself
-            that its gradients are rounding errors.
+        module: Network.
+        shape: Shape of one image.
+        stream: Stream of random numbers.
+        gain: Gain of the kernels; 2 is He's. With 1 the logits are of order 1. Larger logits make a classifier so
+            confident that its gradients are rounding errors.
     """
 
     def draw(path, leaf) -> np.ndarray:
@@ -160,15 +160,15 @@ def weights(
 
 
 def read(name: str, path: str, count: int) -> Images:
-    """Returns the images of an epoch, in the shape that the classifier has in the papers.
+    """Reads the images of an epoch, in the shape that the classifier has in the papers.
 
     Args:
-        name: One of SHAPES. Grey images of 28x28 get a border and three channels for `preact_resnet18`.
-        path: An .npz file as for `npz:PATH`, of which the training images are taken; '' makes noise.
-        count: How many images; 0 for all.
+        name: One of SHAPES. Grey images of 28x28 are padded and get three channels for `preact_resnet18`.
+        path: An .npz file as for `npz:PATH`, whose training images are used; '' makes noise.
+        count: Number of images; 0 for all.
 
     Raises:
-        UserError: It is no such file, or its images are too few or of another size.
+        UserError: If the file is no such file, or its images are too few or of another size.
     """
     if not path:
         count = count or SYNTHETIC_IMAGES
@@ -187,6 +187,6 @@ def read(name: str, path: str, count: int) -> Images:
 
 
 def first_batch(task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the images of the first step, float32 [B, H, W, C] in [0, 1], and their labels."""
+    """Gathers the images of the first step, float32 [B, H, W, C] in [0, 1], and their labels."""
     rows = task.order.batch(0)
     return task.images.pixels[rows].astype(np.float32) / 255, task.images.labels[rows]

@@ -1,4 +1,4 @@
-"""Times pieces of work by turns, so that whatever slows the machine for a while slows all of them."""
+"""Times several sides by turns, so that a slow phase of the machine slows all of them."""
 
 import ctypes
 import gc
@@ -9,20 +9,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-# One timed block lasts at least so long.
+# Least duration of a timed block.
 LEAST_SECONDS = 0.2
-# Between two blocks: threads that still spin after the one go to sleep before the other needs the cores.
+# Pause between two blocks, in which spinning threads of the first go to sleep.
 REST_SECONDS = 0.25
 
 
 class Work(NamedTuple):
-    """Something that is timed.
+    """Work that is timed.
 
     Attributes:
-        run: Does it so often, and returns when the device has done it.
-        peak: Returns the most bytes of memory that it needs beside weights, optimiser and data; may do it once. NaN
-            where that cannot be told.
-        units: Steps or epochs that are done each time.
+        run: Function that does the work a number of times, and returns when the device has finished.
+        peak: Function that returns the peak bytes of memory beside weights, optimiser and data, or NaN if unknown. It
+            may do the work once.
+        units: Number of steps or epochs that the work contains.
     """
 
     run: Callable[[int], None]
@@ -34,11 +34,11 @@ class Ready(NamedTuple):
     """Work that has been compiled and warmed up.
 
     Attributes:
-        work: The work.
-        repeats: How often it is done in a timed block.
-        seconds: Of one unit, a first estimate.
-        first_seconds: What the first time took longer than later ones: tracing, compiling, tuning.
-        peak: Bytes.
+        work: Work to time.
+        repeats: Number of repeats in a timed block.
+        seconds: First estimate of the seconds of one unit.
+        first_seconds: Extra seconds of the first call: tracing, compiling, tuning.
+        peak: Peak bytes of memory, as in `Work`.
     """
 
     work: Work
@@ -49,7 +49,7 @@ class Ready(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """How many times as long theirs took as ours, turn by turn; above 1 ours is the faster."""
+    """Ratios theirs / ours of the same turn; above 1 ours is faster."""
 
     median: float
     least: float
@@ -57,7 +57,7 @@ class Ratio(NamedTuple):
 
 
 def clock(work: Work, repeats: int) -> float:
-    """Returns the seconds of one unit of the work, done `repeats` times."""
+    """Does the work `repeats` times and returns the seconds of one unit."""
     gc.collect()
     gc.disable()
     try:
@@ -69,7 +69,7 @@ def clock(work: Work, repeats: int) -> float:
 
 
 def warm_up(work: Work) -> Ready:
-    """Does the work until it is compiled, and looks at how long it takes and what memory it needs."""
+    """Does the work until it is compiled, and measures its time and its memory."""
     first = clock(work, 1) * work.units
     peak = work.peak()
     steady = clock(work, 1) * work.units
@@ -78,7 +78,7 @@ def warm_up(work: Work) -> Ready:
 
 
 def alternate(contestants: Mapping[str, Ready], alternations: int) -> dict[str, list[float]]:
-    """Returns the seconds of one unit of each, turn by turn: the first, the second, ..., and the first again."""
+    """Times all contestants once in each turn; returns the seconds of one unit of each, turn by turn."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(alternations):
         for name, ready in contestants.items():
@@ -94,10 +94,10 @@ def ratio(theirs: list[float], ours: list[float]) -> Ratio:
 
 
 def resident_rise(run: Callable[[int], None]) -> float:
-    """Does work once, and returns by how many bytes the memory of this process rose meanwhile; NaN if unknown."""
+    """Does work once and returns the rise of this process's memory in bytes; NaN if unknown."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, or it would be used without a rise
-        Path('/proc/self/clear_refs').write_text('5')  # forgets the highest mark so far
+        ctypes.CDLL(None).malloc_trim(0)  # gives free memory back to the system, so that its use counts as a rise
+        Path('/proc/self/clear_refs').write_text('5')  # resets the peak
         before = _status('VmRSS')
         run(1)
         return _status('VmHWM') - before

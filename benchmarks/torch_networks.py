@@ -1,6 +1,6 @@
-"""PreActResNet and the MNIST CNN in torch, under the names of the releases; imported only where torch is.
+"""PreActResNet and the MNIST CNN in torch, under the names of the releases; imported only if torch is installed.
 
-Written from the definitions, independently of the package. The benchmarks race them, and the tests compare with them.
+They are written from the definitions, independently of the package. The benchmarks and the tests compare with them.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
 
 def nchw(array: np.ndarray) -> torch.Tensor:
-    """Returns the tensor [B, C, H, W] of an array [B, H, W, C]."""
+    """Converts an array [B, H, W, C] to a tensor [B, C, H, W]."""
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(array), -1, 1)))
 
 
@@ -21,7 +21,7 @@ def conv(inner: int, outer: int, kernel: int = 3, stride: int = 1, bias: bool = 
 
 
 class PreActBlock(nn.Module):
-    """BatchNorm, ReLU, conv, two or three times; the projection is of the first activation."""
+    """BatchNorm, ReLU, conv, two or three times; the shortcut's projection takes the first activation."""
 
     def __init__(self, inner: int, planes: int, stride: int, bottleneck: bool):
         super().__init__()
@@ -48,7 +48,7 @@ class PreActBlock(nn.Module):
 
 
 def stages(module: nn.Module, block, depth: int, width: int, *names: str) -> int:
-    """Gives the module layer1 to layer4, and returns the channels of the last."""
+    """Adds layer1 to layer4 to the module; returns the number of channels of the last."""
     inner = width
     for stage, count in enumerate(BLOCKS[depth]):
         blocks = []
@@ -61,7 +61,7 @@ def stages(module: nn.Module, block, depth: int, width: int, *names: str) -> int
 
 
 class PreActResNet(nn.Module):
-    """The AFT authors' and BackdoorBench's, with a last BatchNorm and ReLU if `final_norm`."""
+    """The network of the AFT authors and of BackdoorBench, with a last BatchNorm and ReLU if `final_norm`."""
 
     layer1: nn.Module
     layer2: nn.Module
@@ -94,7 +94,7 @@ class MnistBlock(nn.Module):
 
 
 class MnistCNN(nn.Module):
-    """The WaNet release's for MNIST, whose inner convolutions have no bias, or our own, where they have one."""
+    """The network of the WaNet release for MNIST, or ours, whose inner convolutions have a bias (`conv_bias`)."""
 
     def __init__(self, conv_bias=False, num_classes=10, channels=1, dropout=0.3):
         super().__init__()

@@ -1,11 +1,11 @@
-"""Their side: the same steps in torch, (a) as the released code takes them and (b) as fast as we can write them.
+"""The baselines: the same steps in torch, (a) as in the released code and (b) as fast as we can write them.
 
-    (a) Released   every step of PGD computes the parameters' gradients too, and nobody uses them; NCHW, float32; a
+    (a) Released   every step of PGD also computes gradients of the parameters, which are not used; NCHW, float32; a
                    loader on the host gathers, scales and sends each batch
-    (b) Tuned      the gradient of the images alone; channels last; autocast to bfloat16 where that is asked for; data
-                   on the device; torch.compile, with and without CUDA graphs, where it works
+    (b) Tuned      gradients of the images only; channels last; autocast to bfloat16 if requested; data on the device;
+                   torch.compile, with and without CUDA graphs, where it works
 
-Imported only where torch is.
+Imported only if torch is installed.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from benchmarks.task import TRAININGS, Task, first_batch
 from benchmarks.timing import Work, resident_rise
 from benchmarks.torch_networks import MnistCNN, PreActResNet, nchw
 
-# Of Tuned: how torch.compile is asked, where it is.
+# Variants of Tuned: the mode of torch.compile, or None without it.
 VARIANTS = {'eager': None, 'compiled': 'default', 'graphs': 'reduce-overhead'}
 
 
 class Classifier(nn.Module):
-    """A network that normalises its images first, as ours do."""
+    """A network that normalises its images first, as in the package."""
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -39,7 +39,7 @@ class Classifier(nn.Module):
 
 
 def classifier(task: Task) -> Classifier:
-    """Returns the task's classifier with its weights."""
+    """Builds the task's classifier with its weights."""
     o, classes, channels = task.config.model, task.images.num_classes, task.shape[2]
     network: nn.Module
     if o.name == 'mnist_cnn':
@@ -51,12 +51,12 @@ def classifier(task: Task) -> Classifier:
 
 
 class Reference:
-    """What both have in common: the order of things. How each thing is done is theirs."""
+    """The common part of both baselines: the order of operations. Subclasses implement the operations."""
 
     name: str
 
     def __init__(self, task: Task, device: str):
-        """Puts the task's classifier on a device, 'cpu' or 'cuda'."""
+        """Moves the task's classifier to a device, 'cpu' or 'cuda'."""
         self.task, self.device = task, torch.device(device)
         self.model = classifier(task).to(self.device)
         self._order = task.order
@@ -68,7 +68,7 @@ class Reference:
         return torch.optim.SGD(self.model.parameters(), options.learning_rate, momentum, weight_decay=decay, **further)
 
     def send(self, pixels: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns float32 images [B, H, W, C] in [0, 1] and labels [B] on the device, the images as [B, C, H, W]."""
+        """Sends float32 images [B, H, W, C] in [0, 1], as [B, C, H, W], and labels [B] to the device."""
         return nchw(pixels).to(self.device), torch.from_numpy(labels.astype(np.int64)).to(self.device)
 
     def batches(self, steps: Sequence[int]) -> Any:
@@ -76,50 +76,50 @@ class Reference:
         raise NotImplementedError
 
     def outputs(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns the logits in evaluation mode, without a gradient."""
+        """Computes the logits in evaluation mode, without a gradient."""
         raise NotImplementedError
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Returns the mean cross-entropy."""
+        """Computes the mean cross-entropy."""
         raise NotImplementedError
 
     def perturb(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Returns adversarial examples."""
+        """Computes adversarial examples."""
         raise NotImplementedError
 
     def ascend(self, examples: torch.Tensor, gradient: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """Returns the examples after a step of PGD."""
+        """Takes a step of PGD on the examples."""
         pgd = self.task.pgd
         moved = examples.detach() + pgd.step_size * gradient.sign()
         return images + (moved - images).clamp(-pgd.eps, pgd.eps)
 
     def descend(self, images: torch.Tensor, labels: torch.Tensor, optimiser: torch.optim.Optimizer) -> torch.Tensor:
-        """Takes a step of training, and returns the loss before it."""
+        """Takes a training step; returns the loss before it."""
         self.model.train()
         loss = self.loss(images, labels)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        optimiser.zero_grad()  # PGD would find gradients in memory that CUDA graphs write again
+        optimiser.zero_grad()  # CUDA graphs reuse the memory of these gradients, which PGD must not see
         return loss.detach()
 
     def step(self, training: str, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Takes a step of 'infect' or 'aft', and returns its loss."""
+        """Takes a step of 'infect' or 'aft'; returns its loss."""
         if training == 'aft':
             images = self.perturb(images, labels)
         return self.descend(images, labels, self._optimisers[training])
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
-        """Returns the logits [B, K] of float32 images [B, H, W, C] in [0, 1], in evaluation mode."""
+        """Computes the logits [B, K] of float32 images [B, H, W, C] in [0, 1], in evaluation mode."""
         images, _ = self.send(pixels, np.zeros(len(pixels)))
         return self.outputs(images).float().cpu().numpy()
 
     def examples(self, pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Returns adversarial examples, float32 [B, H, W, C]."""
+        """Computes adversarial examples, float32 [B, H, W, C]."""
         return np.moveaxis(self.perturb(*self.send(pixels, labels)).cpu().numpy(), 1, -1)
 
     def work(self, benchmark: str) -> Work:
-        """Returns one of `task.BENCHMARKS`; those without training take the first batch, on the device already."""
+        """Builds the work of one of `task.BENCHMARKS`. Without training it uses one batch that is on the device."""
         images, labels = self.send(*first_batch(self.task))
         training, epoch = TRAININGS.get(benchmark, ('', False))
         length = self.task.steps
@@ -155,29 +155,29 @@ class Reference:
 
 
 class Released(Reference):
-    """(a): the AFT step as the authors' released code takes it."""
+    """Baseline (a): the AFT step as in the authors' released code."""
 
     name = 'released'
 
     def batches(self, steps: Sequence[int]) -> Any:
-        """Yields batches that the host gathers one by one."""
+        """Yields batches that the host gathers one at a time."""
         images = self.task.images
         for step in steps:
             rows = self._order.batch(step)
             yield self.send(images.pixels[rows].astype(np.float32) / 255, images.labels[rows])
 
     def outputs(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns the logits in evaluation mode, without a gradient."""
+        """Computes the logits in evaluation mode, without a gradient."""
         self.model.eval()
         with torch.no_grad():
             return self.model(images)
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Returns the mean cross-entropy."""
+        """Computes the mean cross-entropy."""
         return F.cross_entropy(self.model(images), labels)
 
     def perturb(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Returns adversarial examples; `backward` goes through the parameters as well."""
+        """Computes adversarial examples; `backward` also computes gradients of the parameters."""
         self.model.eval()
         examples = images.detach()
         for _ in range(self.task.pgd.steps):
@@ -191,10 +191,10 @@ class Released(Reference):
 
 
 class Tuned(Reference):
-    """(b): the best that we can write."""
+    """Baseline (b): the fastest version that we can write."""
 
     def __init__(self, task: Task, device: str, variant: str = 'eager'):
-        """As `Reference`; `variant` is one of VARIANTS."""
+        """Builds the baseline as in `Reference`; `variant` is one of VARIANTS."""
         super().__init__(task, device)
         self.name = f'tuned, {variant}'
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -204,7 +204,7 @@ class Tuned(Reference):
         if mode := VARIANTS[variant]:
             self._forward = torch.compile(self._forward, mode=mode, dynamic=False)
             self._objective = torch.compile(self._objective, mode=mode, dynamic=False)
-        # [N, H, W, C] in memory is what channels last is.
+        # The memory format channels last is [N, H, W, C].
         self._pixels = torch.from_numpy(task.images.pixels).to(self.device)
         self._labels = torch.from_numpy(task.images.labels.astype(np.int64)).to(self.device)
 
@@ -212,12 +212,12 @@ class Tuned(Reference):
         return super()._sgd(options, fused=True)
 
     def send(self, pixels: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Reference.send`, channels last in memory."""
+        """Sends a batch as in `Reference.send`, channels last in memory."""
         images, targets = super().send(pixels, labels)
         return images.contiguous(memory_format=torch.channels_last), targets
 
     def batches(self, steps: Sequence[int]) -> Any:
-        """Yields batches that the device gathers; their indices were sent before the first."""
+        """Yields batches that the device gathers; all indices are sent before the first batch."""
         rows = np.stack([self._order.batch(step) for step in steps]).astype(np.int64)
         for chosen in torch.from_numpy(rows).to(self.device):
             yield self._pixels[chosen].permute(0, 3, 1, 2).float() / 255, self._labels[chosen]
@@ -232,20 +232,20 @@ class Tuned(Reference):
             torch.compiler.cudagraph_mark_step_begin()  # the results of the last call may be overwritten
 
     def outputs(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns the logits in evaluation mode, without a gradient."""
+        """Computes the logits in evaluation mode, without a gradient."""
         self.model.eval()
         self._begin()
         with torch.no_grad(), self._cast():
             return self._forward(images)
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Returns the mean cross-entropy."""
+        """Computes the mean cross-entropy."""
         self._begin()
         with self._cast():
             return self._objective(images, labels)
 
     def perturb(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Returns adversarial examples; nothing but the images wants a gradient."""
+        """Computes adversarial examples, with gradients of the images only."""
         self.model.eval()
         self.model.requires_grad_(False)
         examples = images
@@ -258,26 +258,26 @@ class Tuned(Reference):
 
 
 def version(device: str) -> str:
-    """Returns torch's version, and the kind of device that it runs on."""
+    """Formats torch's version, with that of CUDA on a GPU."""
     return f'torch {torch.__version__}' + (f', CUDA {torch.version.cuda}' if device == 'cuda' else '')
 
 
 def prepare(threads: int, tf32: bool) -> None:
-    """Sets torch up: its threads, TF32 in float32 products, and its choice of convolutions by trial."""
+    """Configures torch: its threads, TF32 in float32 products, and the choice of convolutions by trial."""
     torch.set_num_threads(threads)
     set_tf32(tf32)
     torch.backends.cudnn.benchmark = True
 
 
 def set_tf32(on: bool) -> None:
-    """Whether float32 matrix products and convolutions may be rounded to TF32 on an NVIDIA GPU."""
+    """Allows or forbids rounding of float32 products and convolutions to TF32 on an NVIDIA GPU."""
     torch.backends.cuda.matmul.allow_tf32 = on
     torch.backends.cudnn.allow_tf32 = on
 
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """Float32 products are those of float32 meanwhile."""
+    """Computes float32 products in full float32 inside the context."""
     before = torch.backends.cudnn.allow_tf32
     set_tf32(False)
     try:
@@ -287,5 +287,5 @@ def without_tf32() -> Iterator[None]:
 
 
 def forget_compiled() -> None:
-    """Forgets what was compiled: torch refuses to compile the same code for many classifiers in turn."""
+    """Forgets compiled code: torch refuses to compile the same code for many classifiers in turn."""
     torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic: turns and ratios, FLOPs, flags, the CSV file and its table. No clock decides."""
+"""Tests of the benchmarks' arithmetic: turns and ratios, FLOPs, flags, the CSV file and its table, without a clock."""
 
 import re
 
@@ -15,8 +15,8 @@ def row(baseline: str, theirs: float, benchmark: str = 'mnist_cnn/aft_step') -> 
     return record.Row(benchmark, baseline, 'float32', 8, 2.0, theirs, ratio, 4.0, 3e9, (1e6, 2e6), (1.5, 0.0))
 
 
-@pytest.mark.parametrize('devices', [4, 1])  # a single CPU computes convolutions in other ways
-def test_the_work_of_a_step_is_that_of_its_convolutions_and_dense_layers(devices, monkeypatch):
+@pytest.mark.parametrize('devices', [4, 1])  # a single CPU device uses other convolutions
+def test_flops_counts_convolutions_and_dense_layers(devices, monkeypatch):
     monkeypatch.setattr(jax, 'device_count', lambda: devices)
     first = 14 * 14 * 32 * 9
     rest = 7 * 7 * 64 * 9 * 32 + 4 * 4 * 64 * 9 * 64 + 1024 * 512 + 512 * 10
@@ -27,7 +27,7 @@ def test_the_work_of_a_step_is_that_of_its_convolutions_and_dense_layers(devices
     assert work['aft_step'] == work['aft_epoch'] == work['pgd7'] + work['training_step']
 
 
-def test_contestants_take_turns_and_are_compared_within_each(monkeypatch):
+def test_alternate_takes_turns_and_ratio_compares_within_a_turn(monkeypatch):
     taken, now, slow = [], [0.0], [1]
     monkeypatch.setattr(timing.time, 'perf_counter', lambda: now[0])
     monkeypatch.setattr(timing.time, 'sleep', lambda _: None)
@@ -49,7 +49,7 @@ def test_contestants_take_turns_and_are_compared_within_each(monkeypatch):
     taken += ['ours', 'theirs']  # both are compiled
     seconds = timing.alternate(ready, 3)
     assert taken[2:] == ['ours', 'theirs'] * 3
-    # The machine halves its speed at every turn, and no ratio tells of it.
+    # The machine halves its speed at every turn, which must not change the ratios.
     assert seconds['ours'] == pytest.approx([0.15, 0.3, 0.6])
     assert timing.ratio(seconds['theirs'], seconds['ours']) == pytest.approx((3.0, 3.0, 3.0))
 
@@ -67,15 +67,15 @@ def test_contestants_take_turns_and_are_compared_within_each(monkeypatch):
         ('--data=nowhere.npz', 'There is no file nowhere.npz'),
     ],
 )
-def test_a_wrong_flag_is_one_sentence(flags, sentence, monkeypatch, capsys, tmp_path):
+def test_main_reports_a_wrong_flag_in_one_sentence(flags, sentence, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(compare, 'set_up', lambda _: 'cpu')
     assert compare.main([flags, f'--out={tmp_path / "rows.csv"}']) == 2
     assert not list(tmp_path.iterdir())
-    said = capsys.readouterr().err
-    assert sentence in said and said.count('\n') == 1
+    errors = capsys.readouterr().err
+    assert sentence in errors and errors.count('\n') == 1
 
 
-def test_images_of_a_file_get_the_shape_of_the_classifier(tmp_path):
+def test_read_gives_images_of_a_file_the_shape_of_the_classifier(tmp_path):
     grey = np.full((12, 28, 28), 200, np.uint8)
     path = tmp_path / 'grey.npz'
     arrays = {'train_images': grey, 'train_labels': np.arange(12) % 3, 'test_images': grey[:2], 'test_labels': [0, 1]}
@@ -91,7 +91,7 @@ def test_images_of_a_file_get_the_shape_of_the_classifier(tmp_path):
         task.read('mnist_cnn', str(path), 0)
 
 
-def test_rows_are_appended_and_the_last_of_each_is_shown(tmp_path):
+def test_append_adds_rows_and_markdown_shows_the_last_of_each(tmp_path):
     path = tmp_path / 'new' / 'benchmarks.csv'
     shared = {'date': '2026-01-01', 'device': 'abacus; 1 cores', 'versions': 'jax 1', 'alternations': 5}
     record.append(path, [row('released', 8.0), row('tuned, eager', 6.0)], shared)
@@ -106,13 +106,13 @@ def test_rows_are_appended_and_the_last_of_each_is_shown(tmp_path):
     assert shown[0] == '2026-01-01, abacus; 1 cores; jax 1'
     assert [re.split(r' *\| *', line)[4] for line in shown[4:]] == ['released', 'tuned, compiled']
     path.write_text('another file\n')
-    for does in (lambda: record.append(path, [], shared), lambda: table.read(path)):
+    for function in (lambda: record.append(path, [], shared), lambda: table.read(path)):
         with pytest.raises(UserError, match='benchmarks.csv'):
-            does()
+            function()
 
 
-def test_the_printed_table_says_what_share_of_the_ceiling_was_reached():
+def test_record_table_shows_the_share_of_the_ceiling():
     ceilings = {'float32': record.Ceiling(product=12e9, convolution=6e9)}
     line = record.table([row('released', 8.0)], ceilings).splitlines()[1]
-    wanted = ['2', '8', '4.00', '[2.00,', '8.00]', '4', '50%', '(25%)', '0.001/0.002', '1.5/0.0']
-    assert line.split()[-10:] == wanted
+    expected = ['2', '8', '4.00', '[2.00,', '8.00]', '4', '50%', '(25%)', '0.001/0.002', '1.5/0.0']
+    assert line.split()[-10:] == expected

@@ -1,4 +1,4 @@
-"""What the compiled steps send between devices, and the estimate on paper in benchmarks/scaling.py."""
+"""Tests of benchmarks/scaling.py: the collectives of the compiled steps, and the estimates on paper."""
 
 import jax
 import pytest
@@ -27,9 +27,9 @@ def mesh():
     return make_mesh(jax.devices()[:4])
 
 
-def test_the_collectives_of_a_program_are_read_from_its_text():
-    found = [(c.kind, c.arrays, c.bytes) for c in scaling.collectives(HLO)]
-    assert found == [
+def test_collectives_reads_kinds_arrays_and_bytes():
+    actual = [(c.kind, c.arrays, c.bytes) for c in scaling.collectives(HLO)]
+    assert actual == [
         ('all-reduce', 3, 4 * (4 + 3 * 3 * 4 * 8 + 1)),
         ('all-gather', 1, 2 * 8 * 32 * 32 * 3),
         ('all-to-all', 2, 4 * 16),
@@ -42,25 +42,25 @@ def test_the_collectives_of_a_program_are_read_from_its_text():
 
 
 @pytest.mark.parametrize('norms', [1, 2], ids=['tiny', 'mnist_cnn'])
-def test_training_sends_gradients_and_batch_statistics_and_nothing_else(mesh, norms, config, tiny_net):
+def test_training_sends_only_gradients_and_batch_statistics(mesh, norms, config, tiny_net):
     config = resolve(config)
     on = scaling.describe(config, tiny_net if norms == 1 else build(config, 4), (8, 8, 1))
     gradients = sum(4 * leaf.size for leaf in jax.tree.leaves(on.variables['params']))
     statistics = sum(4 * leaf.size for leaf in jax.tree.leaves(on.variables['batch_stats']))
     programs = scaling.training(mesh, on, BATCH)
     for text in (programs.partitioned, programs.optimised):
-        found = scaling.collectives(text)
-        assert {c.kind for c in found} == {'all-reduce'}
+        sent = scaling.collectives(text)
+        assert {c.kind for c in sent} == {'all-reduce'}
         # Statistics go forward, and their gradients back: no more than once again. Loss and accuracy are two scalars.
-        assert gradients + statistics <= sum(c.bytes for c in found) <= gradients + 2 * statistics + 8
+        assert gradients + statistics <= sum(c.bytes for c in sent) <= gradients + 2 * statistics + 8
     purposes = [scaling.purpose(c) for c in scaling.collectives(programs.partitioned)]
     assert set(purposes) == {'weight gradients', 'BatchNorm, forward', 'BatchNorm, backward', 'loss and metrics'}
     assert purposes.count('BatchNorm, forward') == 2 * norms
 
 
 @pytest.mark.parametrize('backend', ['cpu', 'tpu'])
-def test_pgd_sends_nothing(mesh, config, tiny_net, monkeypatch, backend):
-    monkeypatch.setattr(pgd.jax, 'default_backend', lambda: backend)  # a loop everywhere but on a CPU
+def test_attack_sends_nothing(mesh, config, tiny_net, monkeypatch, backend):
+    monkeypatch.setattr(pgd.jax, 'default_backend', lambda: backend)  # PGD is a loop except on a CPU
     on = scaling.describe(resolve(config), tiny_net, (8, 8, 1))
     programs = scaling.attack(mesh, on, BATCH)
     copies = on.config.aft.pgd_steps if backend == 'cpu' else 1
@@ -69,7 +69,7 @@ def test_pgd_sends_nothing(mesh, config, tiny_net, monkeypatch, backend):
     assert not scaling.collectives(programs.optimised)
 
 
-def test_the_work_of_a_network_is_that_of_its_convolutions():
+def test_measure_counts_the_work_of_convolutions():
     network = scaling.measure(scaling.subject(width=4, side=8))
     macs = 8 * 8 * 4 * 27 + 32 * scaling.CLASSES
     inputs, side = 4, 8
@@ -83,16 +83,16 @@ def test_the_work_of_a_network_is_that_of_its_convolutions():
     assert network.norms == 16
 
 
-def test_an_estimate_by_hand():
+def test_estimate_matches_a_calculation_by_hand():
     network = scaling.Network(parameters=1_000_000, norms=10, channels=640, forward=1e9, first=0, outputs=1000)
     ring = scaling.Slice('', (4, 4), wraps=True, flops=1e14, memory=1e9, bandwidth=1e12, links=1e11)
-    found = scaling.estimate(ring, network, scaling.Work(flops=3e9, passes=3), batch=160, hop=1e-6)
+    result = scaling.estimate(ring, network, scaling.Work(flops=3e9, passes=3), batch=160, hop=1e-6)
     assert ring.hops == 8
-    assert found.compute == pytest.approx(10 * 3e9 / 0.4e14)
-    assert found.weights == 0
-    assert found.update == pytest.approx(20e6 / 1e12)
-    assert found.statistics == pytest.approx(20 * 8e-6)
-    assert found.gradients == pytest.approx(2 * 15 / 16 * 4e6 / 1e11 + 8e-6)
-    assert found.efficiency == pytest.approx(found.compute / sum(found))
+    assert result.compute == pytest.approx(10 * 3e9 / 0.4e14)
+    assert result.weights == 0
+    assert result.update == pytest.approx(20e6 / 1e12)
+    assert result.statistics == pytest.approx(20 * 8e-6)
+    assert result.gradients == pytest.approx(2 * 15 / 16 * 4e6 / 1e11 + 8e-6)
+    assert result.efficiency == pytest.approx(result.compute / sum(result))
     alone = ring._replace(axes=(1, 1))
     assert scaling.estimate(alone, network, scaling.Work(3e9, 3), batch=160)[3:] == (0, 0)

@@ -1,4 +1,4 @@
-"""What the benchmarks race computes the same on both sides, and a race is run to its end."""
+"""Tests that the benchmarks compare equal computations, and that a comparison runs to its end."""
 
 import csv
 
@@ -20,7 +20,7 @@ BATCH = 8
 
 @pytest.fixture(scope='module', autouse=True)
 def short_pgd():
-    """Compiles in a fraction of the time; the second step leaves the ball and is brought back."""
+    """Shortens PGD, which compiles faster. The second step leaves the ball and is projected back."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(AFT_PRESETS, 'released', AFT_PRESETS['released'] | {'pgd_steps': 2, 'step_size': 4 / 255})
         yield
@@ -28,7 +28,7 @@ def short_pgd():
 
 @pytest.fixture(scope='module')
 def on(short_pgd):
-    # Without dropout, whose draws are each side's own.
+    # Without dropout, which draws different numbers on each side.
     return task.make('mnist_cnn', task.read('mnist_cnn', '', 2 * BATCH), BATCH, 'float32', dropout=0.0)
 
 
@@ -39,16 +39,16 @@ def ours(on):
 
 @pytest.fixture(scope='module')
 def after_a_step(on, ours):
-    """Our weights after the first step of AFT, as torch has them."""
+    """Our weights after the first step of AFT, under torch's names."""
     ours.work('aft_step').run(1)
     return on._replace(variables=ours.trainings['aft'].state.variables).torch_weights()
 
 
 @pytest.mark.parametrize('theirs_of', [Released, Tuned])
-def test_both_sides_see_the_same_logits_examples_and_weights_after_a_step(on, ours, after_a_step, theirs_of):
+def test_baselines_agree_in_logits_examples_and_weights_after_a_step(on, ours, after_a_step, theirs_of):
     theirs, batch = theirs_of(on, 'cpu'), task.first_batch(on)
-    found = agreement.compare(ours, theirs, *batch)
-    assert found.logits < 1e-5 and found.pixels == 0
+    differences = agreement.compare(ours, theirs, *batch)
+    assert differences.logits < 1e-5 and differences.pixels == 0
     assert np.abs(ours.examples(*batch) - batch[0]).max() == pytest.approx(6 / 255, rel=1e-4)
 
     theirs.work('aft_step').run(1)
@@ -59,7 +59,7 @@ def test_both_sides_see_the_same_logits_examples_and_weights_after_a_step(on, ou
             np.testing.assert_allclose(after_a_step[name], tensor, rtol=0, atol=allowed, err_msg=name)
 
 
-def test_one_other_weight_is_refused(on, ours):
+def test_require_refuses_one_changed_weight(on, ours):
     theirs = Released(on, 'cpu')
     with torch.no_grad():
         theirs.model.network.linear9.bias[0] += 1e-3
@@ -67,7 +67,7 @@ def test_one_other_weight_is_refused(on, ours):
         agreement.require('theirs', agreement.compare(ours, theirs, *task.first_batch(on)), agreement.EXACT)
 
 
-def test_a_race_from_flags_to_rows(tmp_path, monkeypatch, capsys):
+def test_compare_runs_from_flags_to_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, 'ceilings', lambda _: {'float32': record.Ceiling(1e9, 1e9)})
     monkeypatch.setattr(timing, 'LEAST_SECONDS', 0.0)
     monkeypatch.setattr(timing, 'REST_SECONDS', 0.0)
