@@ -293,7 +293,7 @@ def test_npz_with_a_wrong_array(tmp_path, changes, fragments):
 @pytest.mark.parametrize('name', list(GOOD))
 def test_npz_lacks_an_array(tmp_path, name):
     np.savez(tmp_path / 'x.npz', **{key: value for key, value in GOOD.items() if key != name})
-    assert f'lacks {name}: wanted are train_images' in sentence(f'npz:{tmp_path}/x.npz')
+    assert f'lacks {name}: it needs train_images' in sentence(f'npz:{tmp_path}/x.npz')
 
 
 def test_npz_is_missing(tmp_path):
@@ -303,7 +303,7 @@ def test_npz_is_missing(tmp_path):
 @pytest.mark.parametrize('content', [b'', b'hello', b'PK\x03\x04 cut off'])
 def test_npz_is_something_else(tmp_path, content):
     (tmp_path / 'x.npz').write_bytes(content)
-    assert 'damaged or no .npz file' in sentence(f'npz:{tmp_path}/x.npz')
+    assert 'damaged or not an .npz file' in sentence(f'npz:{tmp_path}/x.npz')
 
 
 def test_npz_is_a_single_array(tmp_path):
@@ -316,7 +316,7 @@ def test_npz_is_truncated(tmp_path):
     path = tmp_path / 'x.npz'
     np.savez(path, **GOOD)
     path.write_bytes(path.read_bytes()[:-30])
-    assert 'damaged or no .npz file' in sentence(f'npz:{path}')
+    assert 'damaged or not an .npz file' in sentence(f'npz:{path}')
 
 
 @pytest.mark.parametrize('compressed', [False, True])

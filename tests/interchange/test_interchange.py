@@ -140,13 +140,13 @@ def test_a_mapping_file_can_name_every_key(tmp_path, name):
 @pytest.mark.parametrize(
     ('content', 'expected'),
     [
-        ('{', 'is no JSON'),
+        ('{', 'is not JSON'),
         ('[1]', 'should be an object of keys and paths'),
         ('{"conv1.weight": 3}', 'should be an object of keys and paths'),
-        ('{"conv1.wait": null}', "names 'conv1.wait', which .* does not hold. The nearest is 'conv1.weight'"),
+        ('{"conv1.wait": null}', "names 'conv1.wait', which is not in .*. The nearest is 'conv1.weight'"),
         ('{"conv1.weight": "params/Conv_0/kernl"}', "'params/Conv_0/kernl', which no network has. The nearest is"),
-        ('{"conv1.weight": "params/stem/kernel", "conv1.bias": "params/Dense_0/bias"}', 'of different networks'),
-        ('{"conv1.weight": "params/stem/kernel", "conv1.bias": "params/stem/kernel"}', 'one of our paths to two keys'),
+        ('{"conv1.weight": "params/stem/kernel", "conv1.bias": "params/Dense_0/bias"}', 'mixes paths of different networks'),
+        ('{"conv1.weight": "params/stem/kernel", "conv1.bias": "params/stem/kernel"}', 'the same path to two keys'),
     ],
 )
 def test_faults_of_a_mapping_file(tmp_path, stored, content, expected):
@@ -198,7 +198,7 @@ def test_another_network_is_named_as_unknown(tmp_path):
     state = {f'blocks.{i}.attention.weight': np.zeros((2, 2), np.float32) for i in range(12)}
     text = sentence(interchange.load, write(tmp_path / 'vit.safetensors', state))
     assert (
-        "of no network that is known (mnist_cnn, preact_resnet, resnet, vgg_bn): it has 12 keys, such as 'blo" in text
+        "holds none of the known networks (mnist_cnn, preact_resnet, resnet, vgg_bn): it has 12 keys, such as 'blo" in text
     )
 
 
@@ -254,9 +254,9 @@ def test_the_config_has_to_agree(config):
 def test_the_data_have_to_agree():
     check_data(MNIST, 10, (28, 28, 1), 'net.pt')
     check_data(MNIST, 10, (25, 32, 1), 'net.pt')
-    assert '10 classes apart, but the data have 43' in sentence(check_data, MNIST, 43, (28, 28, 1), 'net.pt')
+    assert 'has 10 classes, but the data have 43' in sentence(check_data, MNIST, 43, (28, 28, 1), 'net.pt')
     assert 'images of 1 channels, but the data have 3' in sentence(check_data, MNIST, 10, (28, 28, 3), 'net.pt')
-    assert '25 to 32 pixels a side, but those of the data are 28x33' in sentence(
+    assert '25 to 32 pixels per side, but the images of the data are 28x33' in sentence(
         check_data, MNIST, 10, (28, 33, 1), 'net.pt'
     )
 

@@ -220,10 +220,10 @@ def test_a_whole_module_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ('content', 'expected'),
     [
-        ('short', 'damaged, cut short, or not of PyTorch'),
-        ('legacy short', 'damaged, cut short, or not of PyTorch'),
-        ('text', 'damaged, cut short, or not of PyTorch'),
-        ('zip', 'damaged, cut short, or not of PyTorch'),
+        ('short', 'damaged, cut short, or not a file of PyTorch'),
+        ('legacy short', 'damaged, cut short, or not a file of PyTorch'),
+        ('text', 'damaged, cut short, or not a file of PyTorch'),
+        ('zip', 'damaged, cut short, or not a file of PyTorch'),
         ('list', 'holds no state dict'),
         ('numbers', 'holds no state dict'),
         ('sparse', 'conv1.weight of .* is not a plain tensor'),
