@@ -1,7 +1,7 @@
 """Winograd convolutions, 3x3 with stride 1, for CPUs: a quarter of the multiplications.
 
-XLA's own operation gives the same result up to float32 rounding, slower. Measured: with 32 channels or more this one is
-at least 1.5 times as fast (docs/benchmarks.md).
+XLA's own operation gives the same result up to float32 rounding, slower. Measured: with 32 channels this one is
+1.5 times as fast (docs/benchmarks.md).
 
 Each tile of 4x4 output pixels is computed from the 6x6 input pixels under it as a product of polynomials. Both factors
 are evaluated at six points (36 in two dimensions), multiplied there, and summed over the channels. Then the product is
