@@ -114,8 +114,8 @@ def _abandoned_reads_are_silent() -> Iterator[None]:
     """Keeps Orbax from printing tracebacks when it abandons the reads of other arrays after one has failed.
 
     The abandoned reads end in coroutines that Python collects later and in callbacks to a closed event loop. These
-    errors cannot be caught, and the first error has been raised already. Orbax 0.12.8 needs this function. It may go
-    with a version of Orbax for which `test_restore_prints_no_tracebacks` passes without it.
+    errors cannot be caught, and the first error has been raised already. Written for Orbax 0.12.8; it may go with a
+    version of Orbax that cancels the other reads after an error. It uses no private names.
     """
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
