@@ -5,12 +5,12 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from aft_jax import interchange
 from aft_jax.errors import UserError
 from aft_jax.interchange import state_file
 from aft_jax.interchange.card import write_card
-from aft_jax.interchange.convert import by_path
 from aft_jax.pipeline.given_model import Suspect
 from aft_jax.results.record import SHOWN_EPS
 
@@ -108,7 +108,7 @@ def _write(path: Path, suspect: Suspect, variables: dict) -> None:
     if suspect.imported is not None:
         interchange.save(path, variables, suspect.imported)
     elif suspect.source is not None:
-        leaves = by_path(variables)
+        leaves = flatten_dict(variables, sep='/')
         tensors = {key: np.asarray(leaves[key]).astype(old.dtype) for key, old in suspect.source.tensors.items()}
         state_file.write(path, suspect.source._replace(tensors=tensors))
     else:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from aft_jax import interchange
@@ -21,7 +22,6 @@ from aft_jax.data.dataset import Dataset
 from aft_jax.errors import UserError, user_path
 from aft_jax.interchange import state_file
 from aft_jax.interchange.architecture import Architecture, check_data, check_model
-from aft_jax.interchange.convert import by_path, nested
 from aft_jax.randomness import generator_for
 from aft_jax.training.prediction import Predictor
 
@@ -140,8 +140,8 @@ def _floats(source: state_file.StateFile) -> dict:
             raise UserError(f'{name} of {source.path} should be finite floating-point numbers.')
         leaves[name] = array.astype(np.float32)
     try:
-        return {'batch_stats': {}} | nested(leaves)
-    except (AttributeError, TypeError) as error:
+        return {'batch_stats': {}} | unflatten_dict(leaves, sep='/')
+    except (AttributeError, TypeError, IndexError) as error:
         raise UserError(f'{source.path}: one key is the beginning of another.') from error
 
 
@@ -178,8 +178,8 @@ def _check_variables(
         raise UserError(
             f'the module of model.factory={config.model.factory} cannot take images of {image_shape}: {reason}'
         ) from error
-    expected = {path: leaf.shape for path, leaf in by_path(fresh).items()}
-    found = {path: leaf.shape for path, leaf in by_path(variables).items()}
+    expected = {path: leaf.shape for path, leaf in flatten_dict(fresh, sep='/').items()}
+    found = {path: leaf.shape for path, leaf in flatten_dict(variables, sep='/').items()}
     differing = sorted(path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path))
     if differing:
         path = differing[0]

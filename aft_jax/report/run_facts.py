@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from aft_jax.files import flatten
+from flax.traverse_util import flatten_dict
 
 
 def config_rows(path: Path) -> list[tuple[str, str]]:
     """Returns the fields of a config.json as ('a.b', value); none where the file is not there."""
     if not path.exists():
         return []
-    return [(name, _plain(value)) for name, value in sorted(flatten(json.loads(path.read_text())).items())]
+    return [
+        (name, _plain(value)) for name, value in sorted(flatten_dict(json.loads(path.read_text()), sep='.').items())
+    ]
 
 
 def manifest_rows(path: Path, class_names: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+from flax.traverse_util import flatten_dict
 
 from aft_jax.errors import UserError
-from aft_jax.files import flatten, write_json
+from aft_jax.files import write_json
 
 # Fields that a later start may change in the same directory: how the work is done and how much of it.
 FREE_FIELDS = ('run', 'stages', 'defenses', 'data.dir', 'data.idx_dir')
@@ -66,8 +67,10 @@ def differences(workdir: Path, config: ml_collections.ConfigDict, defenses: Iter
     Raises:
         OSError, ValueError: There is no config.json, or a damaged one.
     """
-    kept = flatten(json.loads((workdir / 'config.json').read_text()))
-    return _differing(kept, flatten(json.loads(json.dumps(config.to_dict()))), _not_begun(workdir, defenses))
+    kept = flatten_dict(json.loads((workdir / 'config.json').read_text()), sep='.')
+    return _differing(
+        kept, flatten_dict(json.loads(json.dumps(config.to_dict())), sep='.'), _not_begun(workdir, defenses)
+    )
 
 
 def _not_begun(workdir: Path, defenses: Iterable[str]) -> set[str]:
@@ -88,12 +91,12 @@ def _differing(found: dict[str, Any], asked: dict[str, Any], open_sections: Iter
 
 def _check_same(path: Path, wanted: dict, open_sections: Iterable[str]) -> None:
     try:
-        found = flatten(json.loads(path.read_text()))
-    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError):
+        found = flatten_dict(json.loads(path.read_text()), sep='.')
+    except (json.JSONDecodeError, AssertionError, UnicodeDecodeError):
         raise UserError(
             f'{path} is damaged, so it cannot be told whose work this is; name another --workdir.'
         ) from None
-    asked = flatten(wanted)
+    asked = flatten_dict(wanted, sep='.')
     if found.get('data_checksum') != asked['data_checksum'] and found.get('dataset') == asked['dataset']:
         model = ', or the model of init_from,' if asked['init_from'] else ''
         raise UserError(
