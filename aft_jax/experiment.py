@@ -20,7 +20,7 @@ from aft_jax.attacks.poison import write_manifest
 from aft_jax.config import as_options, resolve
 from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
 from aft_jax.evaluation.evaluator import Evaluator, test_metrics
-from aft_jax.evaluation.scores import detection
+from aft_jax.evaluation.scores import poison_detection
 from aft_jax.models.cpu_compilation import compiler_options, steps_per_call
 from aft_jax.pipeline import export, given_model, stages
 from aft_jax.pipeline.given_model import Suspect
@@ -100,7 +100,7 @@ def carry_out(
     else:
         infected = InfectedModel(given.variables, None, 0.0)
     attack = infected.attack
-    before = evaluator(infected.variables, attack)
+    before = evaluator.evaluate(infected.variables, attack)
     if given is None:
         record.add_infected(outcome, before, infected.seconds)
     else:
@@ -115,9 +115,9 @@ def carry_out(
                 with_eval_hook(run, evaluator, attack), f'purify/{name}', held_data, defender_config(config, name)
             )
             purified[name] = cleansed.state.variables
-            record.add_purified(outcome, name, before, evaluator(purified[name], attack), cleansed.seconds)
+            record.add_purified(outcome, name, before, evaluator.evaluate(purified[name], attack), cleansed.seconds)
             if suspects is not None:
-                poison_found = detection(cleansed.scores, cleansed.subsets, suspects.indices)
+                poison_found = poison_detection(cleansed.scores, cleansed.subsets, suspects.indices)
                 record.add_detection(outcome, name, poison_found)
             if scan is not None:
                 outcome['purified'][name]['scan'] = scan(purified[name])
@@ -140,7 +140,7 @@ def with_eval_hook(run: Run, evaluator: Evaluator, attack: Attack | None) -> Run
     """Returns a run whose stages write test scores to metrics.jsonl, `run.purify_points` times each, for the report."""
 
     def evaluate(point: EvalPoint) -> dict[str, float]:
-        return {'epoch': point.epochs} | test_metrics(evaluator(point.state.variables, attack))
+        return {'epoch': point.epochs} | test_metrics(evaluator.evaluate(point.state.variables, attack))
 
     points = run.options.purify_points
     return run._replace(eval_hook=EvalHook(evaluate, points=points, at_start=True)) if points else run
