@@ -13,7 +13,7 @@ import jax
 import ml_collections
 
 from aft_jax import data, files, validation
-from aft_jax.analysis.backdoor_scan import Scanner
+from aft_jax.analysis.backdoor_scan import Scanner, choose_scan_images
 from aft_jax.analysis.observe import observe
 from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import write_manifest
@@ -92,7 +92,10 @@ def carry_out(
     writes = jax.process_index() == 0
     evaluator = stages.evaluator_for(run, scenario)
     outcome = record.begin(config, run.mesh, run.workdir / 'results.json')
-    scan = Scanner(scenario, run) if 'scan' in config.stages else None
+    scan = None
+    if 'scan' in config.stages:
+        images = choose_scan_images(scenario.dataset, scenario.clean, run.seed)
+        scan = Scanner(scenario.module, run.mesh, images, run.options.eval_batch_size).scan
     if given is None:
         infected = infect(run, scenario, config, evaluator)
         if writes:
