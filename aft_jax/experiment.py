@@ -23,7 +23,8 @@ from aft_jax.evaluation.evaluator import Evaluator, test_metrics
 from aft_jax.evaluation.scores import poison_detection
 from aft_jax.models.cpu_compilation import compiler_options, steps_per_call
 from aft_jax.pipeline import export, given_model, stages
-from aft_jax.pipeline.given_model import Suspect
+from aft_jax.pipeline.given_model import GivenModel
+from aft_jax.pipeline.normalisation import check_normalisation
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.pipeline.stages import defender_config, defender_data, infect, prepare, untrusted_training_set
 from aft_jax.report import requirements
@@ -65,8 +66,8 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
     scenario = processes.raise_everywhere(lambda: prepare(config, dataset, mesh))
     contents: Any = dataset.arrays
     if given is not None:
-        processes.raise_everywhere(partial(given_model.check_fits, given, scenario.module, config, dataset))
-        given = given_model.check_normalisation(given, scenario.module, config, dataset, mesh)
+        processes.raise_everywhere(partial(given_model.check_compatible, given, scenario.module, config, dataset))
+        given = check_normalisation(given, scenario.module, config, dataset, mesh)
         contents = dataset.arrays, given.variables
     # Only now: a config that cannot be carried out must not take the directory.
     content = checksum(contents)
@@ -79,7 +80,7 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
 
 
 def carry_out(
-    run: Run, scenario: Scenario, config: ml_collections.ConfigDict, given: Suspect | None = None
+    run: Run, scenario: Scenario, config: ml_collections.ConfigDict, given: GivenModel | None = None
 ) -> dict[str, Any]:
     """Infects, scans, purifies, measures and draws, as the config's stages say; returns what results.json holds.
 
