@@ -13,17 +13,18 @@ import jax
 import ml_collections
 
 from aft_jax import data, files, validation
-from aft_jax.analysis.backdoor_scan import Scanner
+from aft_jax.analysis.backdoor_scan import Scanner, choose_scan_images
 from aft_jax.analysis.observe import observe
 from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import write_manifest
 from aft_jax.config import as_options, resolve
 from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
 from aft_jax.evaluation.evaluator import Evaluator, test_metrics
-from aft_jax.evaluation.scores import detection
+from aft_jax.evaluation.scores import poison_detection
 from aft_jax.models.cpu_compilation import compiler_options, steps_per_call
 from aft_jax.pipeline import export, given_model, stages
-from aft_jax.pipeline.given_model import Suspect
+from aft_jax.pipeline.given_model import GivenModel
+from aft_jax.pipeline.normalisation import check_normalisation
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.pipeline.stages import defender_config, defender_data, infect, prepare, untrusted_training_set
 from aft_jax.report import requirements
@@ -65,8 +66,8 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
     scenario = processes.raise_everywhere(lambda: prepare(config, dataset, mesh))
     contents: Any = dataset.arrays
     if given is not None:
-        processes.raise_everywhere(partial(given_model.check_fits, given, scenario.module, config, dataset))
-        given = given_model.check_normalisation(given, scenario.module, config, dataset, mesh)
+        processes.raise_everywhere(partial(given_model.check_compatible, given, scenario.module, config, dataset))
+        given = check_normalisation(given, scenario.module, config, dataset, mesh)
         contents = dataset.arrays, given.variables
     # Only now: a config that cannot be carried out must not take the directory.
     content = checksum(contents)
@@ -79,7 +80,7 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[s
 
 
 def carry_out(
-    run: Run, scenario: Scenario, config: ml_collections.ConfigDict, given: Suspect | None = None
+    run: Run, scenario: Scenario, config: ml_collections.ConfigDict, given: GivenModel | None = None
 ) -> dict[str, Any]:
     """Infects, scans, purifies, measures and draws, as the config's stages say; returns what results.json holds.
 
@@ -92,7 +93,10 @@ def carry_out(
     writes = jax.process_index() == 0
     evaluator = stages.evaluator_for(run, scenario)
     outcome = record.begin(config, run.mesh, run.workdir / 'results.json')
-    scan = Scanner(scenario, run) if 'scan' in config.stages else None
+    scan = None
+    if 'scan' in config.stages:
+        images = choose_scan_images(scenario.dataset, scenario.clean, run.seed)
+        scan = Scanner(scenario.module, run.mesh, images, run.options.eval_batch_size).scan
     if given is None:
         infected = infect(run, scenario, config, evaluator)
         if writes:
@@ -100,7 +104,7 @@ def carry_out(
     else:
         infected = InfectedModel(given.variables, None, 0.0)
     attack = infected.attack
-    before = evaluator(infected.variables, attack)
+    before = evaluator.evaluate(infected.variables, attack)
     if given is None:
         record.add_infected(outcome, before, infected.seconds)
     else:
@@ -115,9 +119,9 @@ def carry_out(
                 with_eval_hook(run, evaluator, attack), f'purify/{name}', held_data, defender_config(config, name)
             )
             purified[name] = cleansed.state.variables
-            record.add_purified(outcome, name, before, evaluator(purified[name], attack), cleansed.seconds)
+            record.add_purified(outcome, name, before, evaluator.evaluate(purified[name], attack), cleansed.seconds)
             if suspects is not None:
-                poison_found = detection(cleansed.scores, cleansed.subsets, suspects.indices)
+                poison_found = poison_detection(cleansed.scores, cleansed.subsets, suspects.indices)
                 record.add_detection(outcome, name, poison_found)
             if scan is not None:
                 outcome['purified'][name]['scan'] = scan(purified[name])
@@ -140,7 +144,7 @@ def with_eval_hook(run: Run, evaluator: Evaluator, attack: Attack | None) -> Run
     """Returns a run whose stages write test scores to metrics.jsonl, `run.purify_points` times each, for the report."""
 
     def evaluate(point: EvalPoint) -> dict[str, float]:
-        return {'epoch': point.epochs} | test_metrics(evaluator(point.state.variables, attack))
+        return {'epoch': point.epochs} | test_metrics(evaluator.evaluate(point.state.variables, attack))
 
     points = run.options.purify_points
     return run._replace(eval_hook=EvalHook(evaluate, points=points, at_start=True)) if points else run

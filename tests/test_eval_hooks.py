@@ -105,17 +105,17 @@ def test_with_eval_hook_writes_the_test_scores_of_a_defense(make_run):
     labels = np.array([0, 1, 2, 3])
     answers = {'clean': np.array([0, 1, 2, 0]), 'triggered': np.array([0, 0, 2, 0])}
 
-    def evaluator(variables, attack):
+    def evaluate(variables, attack):
         predictions = answers['triggered'] if attack else None
         return score(answers['clean'], predictions, labels, np.zeros(4, int) if attack else None, 4)
 
     run = make_run(purify_points=5)
     for attack, asr in ((object(), {'test_asr': pytest.approx(2 / 3)}), (None, {})):
-        hook = experiment.with_eval_hook(run, evaluator, attack).eval_hook
+        hook = experiment.with_eval_hook(run, SimpleNamespace(evaluate=evaluate), attack).eval_hook
         assert hook.points == 5 and hook.at_start
         point = EvalPoint('purify/aft', 7, 0.5, SimpleNamespace(variables={}))
         assert hook.evaluate(point) == {'epoch': 0.5, 'test_acc': 0.75} | asr
-    assert experiment.with_eval_hook(make_run('other'), evaluator, None).eval_hook is None
+    assert experiment.with_eval_hook(make_run('other'), SimpleNamespace(), None).eval_hook is None
 
 
 def test_validate_refuses_a_wrong_number_of_purify_points(config):

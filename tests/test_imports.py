@@ -156,7 +156,7 @@ def test_defenses_never_reach_an_oracle(graph, oracle):
     assert path_between(graph, 'aft_jax.defenses', lambda module: inside(module, forbidden)) is None
 
 
-@pytest.mark.parametrize('module', ['aft_jax.analysis.infection_score'])
+@pytest.mark.parametrize('module', ['aft_jax.analysis.infection_score', 'aft_jax.analysis.backdoor_scan'])
 def test_scores_without_a_trigger_never_reach_an_attack(graph, module):
     assert module in graph
     assert path_between(graph, module, lambda found: inside(found, 'aft_jax.attacks')) is None

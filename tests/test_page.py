@@ -13,7 +13,7 @@ from page_reader import BROWSER, Reader, look
 
 from aft_jax import attacks
 from aft_jax.analysis import observe as observe_module
-from aft_jax.analysis.observation import Observation, Seen
+from aft_jax.analysis.observation import ModelOutputs, Observation
 from aft_jax.attacks.poison import NO_INDICES, Poisoned, write_manifest
 from aft_jax.evaluation.bootstrap import NOTHING, Estimate
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
@@ -57,14 +57,14 @@ def observation(triggered=True, features=True):
 
     def seen():
         said = {kind: generator.integers(0, 3, 12, dtype=np.int32) for kind in kinds}
-        return Seen(said, {k: generator.random((12, 5), np.float32) for k in kinds} if features else {})
+        return ModelOutputs(said, {k: generator.random((12, 5), np.float32) for k in kinds} if features else {})
 
     return Observation(
         labels=labels,
         target_map=np.zeros(3, np.int32) if triggered else None,
         eps=8 / 255,
         images={kind: generator.integers(0, 256, (12, 6, 6, 1), np.uint8) for kind in kinds},
-        seen={name: seen() for name in models},
+        outputs={name: seen() for name in models},
         transferred={name: labels for name in models},
         swept_eps=(2 / 255, 4 / 255),
         swept={name: [NOTHING, Estimate(0.5, 0.25, 0.75)] for name in ('infected', 'aft')} if triggered else {},
@@ -244,7 +244,7 @@ def test_landings_are_counted(tmp_path):
 def test_the_components_are_those_of_the_singular_values(tmp_path):
     generator = np.random.default_rng(0)
     channels = {kind: generator.normal(size=(20, 4)).astype(np.float32) for kind in ('clean', 'adversarial')}
-    panel = observation_figures.features(tmp_path, 'aft', Seen({}, channels))
+    panel = observation_figures.features(tmp_path, 'aft', ModelOutputs({}, channels))
     stacked = np.concatenate(list(channels.values())).astype(np.float64)
     centred = stacked - stacked.mean(axis=0)
     _, singular, axes = np.linalg.svd(centred, full_matrices=False)
@@ -253,7 +253,7 @@ def test_the_components_are_those_of_the_singular_values(tmp_path):
     assert f'{100 * share:.1f}\u00a0% of the variance' in panel.alt
     assert f'is {np.linalg.norm(moved):.2f} from that of the clean ones.' in panel.alt
     channels['clean'][0, 0] = np.nan
-    assert observation_figures.features(tmp_path, 'aft', Seen({}, channels)) is None
+    assert observation_figures.features(tmp_path, 'aft', ModelOutputs({}, channels)) is None
 
 
 class Linear(nn.Module):
@@ -296,15 +296,15 @@ def test_what_is_observed(dataset, config, make_run):
     kernel, bias = (np.asarray(dense[name], np.float64) for name in ('kernel', 'bias'))
     for kind, images in found.images.items():
         logits = (images.reshape(len(images), -1) / 255 - 0.5) @ kernel + bias
-        np.testing.assert_allclose(found.seen['infected'].channels[kind], logits, atol=0.02)
+        np.testing.assert_allclose(found.outputs['infected'].channels[kind], logits, atol=0.02)
     gap = found.images['adversarial'].astype(int) - found.images['clean']
     assert 1 <= np.abs(gap).max() <= 8
-    np.testing.assert_array_equal(found.transferred['infected'], found.seen['infected'].said['adversarial'])
-    said = found.seen['infected'].said['adversarial']
+    np.testing.assert_array_equal(found.transferred['infected'], found.outputs['infected'].predictions['adversarial'])
+    said = found.outputs['infected'].predictions['adversarial']
     share = np.mean(said[said != found.labels] == 0)
     assert found.connection['target_share'] == pytest.approx(share, abs=1e-6)
     assert found.swept['infected'][found.swept_eps.index(found.eps)].value == pytest.approx(share)
-    assert list(found.seen) == ['infected', 'aft'] == list(found.swept)
+    assert list(found.outputs) == ['infected', 'aft'] == list(found.swept)
     purified = found.connection['purified']
     assert purified['ft'] == connected(0.3) and purified['aft'].keys() > {'fooled', 'norm'}
 
@@ -312,10 +312,10 @@ def test_what_is_observed(dataset, config, make_run):
 def test_what_is_observed_without_a_trigger_or_feature_maps(dataset, config, make_run):
     outcome = results(scores(0.9, None), attack='unknown')
     found, _ = observe(Hidden(), dataset, config, make_run, 'none', outcome)
-    assert found.images.keys() == {'clean', 'adversarial'} and found.seen.keys() == {'suspect', 'aft'}
+    assert found.images.keys() == {'clean', 'adversarial'} and found.outputs.keys() == {'suspect', 'aft'}
     assert len(found.labels) == len(dataset.test_labels)
     assert found.target_map is found.connection is None and not found.swept
-    assert found.seen['aft'].said.keys() == {'clean', 'adversarial'} and not found.seen['aft'].channels
+    assert found.outputs['aft'].predictions.keys() == {'clean', 'adversarial'} and not found.outputs['aft'].channels
 
 
 @pytest.mark.skipif(BROWSER is None, reason='no browser to measure the page with')

@@ -8,7 +8,7 @@ from aft_jax.attacks.poison import NO_INDICES, Poisoned, published_training_set
 from aft_jax.config import resolve
 from aft_jax.defenses import DefenderData, aft, pbe
 from aft_jax.errors import UserError
-from aft_jax.evaluation.scores import detection
+from aft_jax.evaluation.scores import poison_detection
 from aft_jax.pipeline.stages import defender_config
 from aft_jax.validation import validate
 
@@ -95,14 +95,14 @@ def test_rounds_train_on_what_the_round_before_kept(options, make_run, tiny_net,
 
 
 def test_finds_are_judged_by_who_was_poisoned():
-    found = detection(
+    found = poison_detection(
         [np.array([0.1, 0.9, 0.2, 0.8]), np.array([0.9, 0.1, 0.2, 0.3])],
         [np.array([0, 1]), np.array([1, 3])],
         np.array([0, 2]),
     )
     assert found.poisoned_shares == (0.5, 0.0)
     assert found.aucs == (1.0, 0.25)
-    assert np.isnan(detection([np.ones(4)], [np.arange(4)], NO_INDICES).aucs[0])
+    assert np.isnan(poison_detection([np.ones(4)], [np.arange(4)], NO_INDICES).aucs[0])
 
 
 def test_an_attacker_of_the_training_leaves_a_poisoned_set_behind(config, dataset):

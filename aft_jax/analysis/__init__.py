@@ -1,5 +1,5 @@
-"""The paper's observation, measured: untargeted adversarial examples of an infected model behave like triggered images.
+"""The paper's observation: untargeted adversarial examples of an infected model behave like triggered images.
 
-connection       three measurements of it, with the benign control, by whoever knows the trigger
-infection_score  a defender's: from the model and clean images alone, is it infected, and towards which labels?
+connection       three measurements of the observation, with a benign control; they need the trigger
+infection_score  a score that needs only the model and clean images: is the model infected, and what are the targets?
 """

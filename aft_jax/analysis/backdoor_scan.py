@@ -1,61 +1,102 @@
-"""Looking for a backdoor with nothing but clean images: the infection score, and where adversarial examples lead."""
+"""Scans models for a backdoor with clean images alone: the infection score, and the landing of adversarial examples."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import numpy as np
+from jax.sharding import Mesh
 
-from aft_jax.analysis.infection_score import Scorer
-from aft_jax.analysis.probe import Probe
-from aft_jax.pipeline.scenario import Scenario
+from aft_jax.analysis.infection_score import ONE, InfectionScore, Scorer
+from aft_jax.analysis.probe import ModelProbe
+from aft_jax.data.dataset import Dataset
 from aft_jax.randomness import generator_for
-from aft_jax.training.loop import Run
 
-# A class, for a score that means something.
-IMAGES_OF_A_CLASS = 20
-# More of a class add to the time alone.
-LARGEST_OF_A_CLASS = 50
+# Images per class that a meaningful score needs.
+MIN_IMAGES_PER_CLASS = 20
+# More images per class only cost time.
+MAX_IMAGES_PER_CLASS = 50
+
+
+class ScanImages(NamedTuple):
+    """Clean images for a scan.
+
+    Attributes:
+        images: Clean images in random order, uint8 [N, H, W, C].
+        labels: True labels, int32 [N].
+        num_classes: Number of classes K.
+        held_out: Whether no defense trains on any of the images.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    held_out: bool
+
+
+def choose_scan_images(dataset: Dataset, clean: np.ndarray, seed: int) -> ScanImages:
+    """Chooses the images for the scan of an experiment.
+
+    The images are the held-out ones, which no defense trains on, if there are enough. Otherwise they are all clean
+    images.
+
+    Args:
+        dataset: Data set; its test images are the held-out ones.
+        clean: Indices of the training images that the defender has, int.
+        seed: Seed of the experiment.
+    """
+    held_out = len(dataset.test_labels) >= MIN_IMAGES_PER_CLASS * dataset.num_classes
+    images, labels = dataset.test_images, dataset.test_labels
+    if not held_out:
+        images = np.concatenate([images, dataset.train_images[clean]])
+        labels = np.concatenate([labels, dataset.train_labels[clean]])
+    # Stored images may be sorted by class, and the score splits the images in halves.
+    order = generator_for(seed, 'scan').permutation(len(labels))
+    chosen = order[: MAX_IMAGES_PER_CLASS * dataset.num_classes]
+    return ScanImages(images[chosen], labels[chosen], dataset.num_classes, held_out)
 
 
 class Scanner:
-    """Scans models of one architecture on the same images.
+    """Scans models of one architecture on the same images. It knows no attack."""
 
-    These are the images held out, which no defense trains on, where they are enough, and all clean images otherwise.
-    """
+    def __init__(self, module: nn.Module, mesh: Mesh, images: ScanImages, batch_size: int):
+        """Creates a scanner for one architecture.
 
-    def __init__(self, scenario: Scenario, run: Run):
-        """Scans classifiers like the scenario's."""
-        dataset = scenario.dataset
-        self._num_classes = dataset.num_classes
-        self.held_out = len(dataset.test_labels) >= IMAGES_OF_A_CLASS * dataset.num_classes
-        images, labels = dataset.test_images, dataset.test_labels
-        if not self.held_out:
-            images = np.concatenate([images, dataset.train_images[scenario.clean]])
-            labels = np.concatenate([labels, dataset.train_labels[scenario.clean]])
-        # The score halves the images, which may be in the order of their classes.
-        order = generator_for(run.seed, 'scan').permutation(len(labels))
-        chosen = order[: LARGEST_OF_A_CLASS * dataset.num_classes]
-        self._images, self._labels = images[chosen], labels[chosen]
-        batch_size = min(run.options.eval_batch_size, len(chosen))
-        probe = Probe(scenario.module, run.mesh, batch_size)
-        self._score = Scorer(probe, scenario.module, run.mesh, batch_size)
-
-    def __call__(self, variables: dict) -> dict[str, Any]:
-        """Returns what a scan finds, as plain values for results.json.
-
-        Beside what `InfectionScore.as_dict` tells: 'images', how many were used; 'held_out', whether no defense trains
-        on them; 'suspected_label', the one label of a backdoor all2one, or None; 'fooled', the share of the images
-        that an adversarial example takes away from their class, by landing_eps; 'largest_landing', the share of those
-        that land in the class where most of them do.
+        Args:
+            module: Architecture.
+            mesh: Devices.
+            images: Images that all models are scanned on.
+            batch_size: Largest number of images per call.
         """
-        found = self._score(variables, self._images, self._labels, self._num_classes)
-        fooled = found.landing.sum(axis=(1, 2))
-        largest = found.landing.sum(axis=1).max(axis=1)
-        suspected = found.hypothesis.target_map
-        return {
-            'images': len(self._labels),
-            'held_out': self.held_out,
-            **found.as_dict(),
-            'suspected_label': int(suspected[0]) if found.hypothesis.kind == 'all2one' else None,
-            'fooled': [round(float(n) / len(self._labels), 6) for n in fooled],
-            'largest_landing': [round(float(a / b), 6) if b else None for a, b in zip(largest, fooled, strict=True)],
-        }
+        self._images = images
+        batch_size = min(batch_size, len(images.labels))
+        self._scorer = Scorer(ModelProbe(module, mesh, batch_size), module, mesh, batch_size)
+
+    def scan(self, variables: dict) -> dict[str, Any]:
+        """Scans a model, and returns the fields of `scan_fields`."""
+        images, labels, num_classes, held_out = self._images
+        result = self._scorer.score(variables, images, labels, num_classes)
+        return {'images': len(labels), 'held_out': held_out} | scan_fields(result, len(labels))
+
+
+def scan_fields(result: InfectionScore, num_images: int) -> dict[str, Any]:
+    """Converts an infection score to plain values for results.json.
+
+    Args:
+        result: Infection score of a model.
+        num_images: Number of images that the model was scanned on.
+
+    Returns:
+        The fields of `InfectionScore.as_dict`, and three more. 'suspected_label' is the target label of an all2one
+        backdoor; None for all2all. 'fooled' is the share of the images whose adversarial example fools the model, by
+        `landing_eps`. 'largest_landing' is the share of the fooling examples that end up in the same class, for the
+        class with the most of them, by `landing_eps`; None where no example fools the model.
+    """
+    fooled = result.landing.sum(axis=(1, 2))
+    largest = result.landing.sum(axis=1).max(axis=1)
+    suspected = result.hypothesis.target_map
+    return {
+        **result.as_dict(),
+        'suspected_label': int(suspected[0]) if result.hypothesis.kind == ONE else None,
+        'fooled': [round(float(n) / num_images, 6) for n in fooled],
+        'largest_landing': [round(float(a / b), 6) if b else None for a, b in zip(largest, fooled, strict=True)],
+    }

@@ -1,11 +1,12 @@
-"""The three measurements of the observation, from what models said; source: arXiv 2202.06312, section 3.
+"""The three measurements of the observation (arXiv 2202.06312, section 3).
 
-    target share      of the adversarial examples that fool the model, the share that get the commanded label
+    target share      share of the adversarial examples that fool the model which are classified as the target label
     feature distance  mean L2 distance in the last feature map between adversarial and triggered versions of images
-    neuron overlap    channels ranked by how much more active they are on triggered than on clean images, and likewise
-                      on adversarial ones: Jaccard overlap of the two top-k sets, and correlation of the two rises
+    neuron overlap    agreement of two rankings of channels: by the rise of their activation from clean to triggered
+                      images, and by the rise from clean to adversarial images. Measured as the Jaccard overlap of the
+                      top-k sets, and as the correlation of the rises.
 
-Images whose true label is the commanded one already are for the caller to leave out of the last two.
+The caller leaves images whose true label is the target label out of the last two.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,13 @@ from aft_jax.evaluation.bootstrap import Estimate
 
 
 class Overlap(NamedTuple):
-    """Neuron overlap: Jaccard overlaps of the top 5 % and 10 % of channels, and Pearson's correlation."""
+    """Neuron overlap.
+
+    Attributes:
+        top_5: Jaccard overlap of the top 5 % of channels.
+        top_10: Jaccard overlap of the top 10 % of channels.
+        correlation: Pearson's correlation of the rises.
+    """
 
     top_5: Estimate
     top_10: Estimate
@@ -25,48 +32,54 @@ class Overlap(NamedTuple):
 
 
 def target_share(predictions: np.ndarray, labels: np.ndarray, target_map: np.ndarray, seed: int = 0) -> Estimate:
-    """Returns the share of fooling adversarial examples that get the commanded label; NaN where none fools.
+    """Estimates the share of fooling adversarial examples that are classified as the target label.
 
     Args:
-        predictions: int [N], of untargeted adversarial examples.
-        labels: int [N], their true classes; images of a class that is its own target are left out.
-        target_map: int [K], the label that the trigger commands for each true class.
-        seed: Of the bootstrap.
+        predictions: Predictions for untargeted adversarial examples, int [N].
+        labels: True labels, int [N]. Images of a class that is its own target are left out.
+        target_map: Target label for each true label, int [K].
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The share; NaN if no example fools the model.
     """
-    commanded = target_map[labels]
-    fooled = (predictions != labels) & (commanded != labels)
-    return bootstrap.mean((predictions == commanded)[fooled], seed)
+    target_labels = target_map[labels]
+    fooled = (predictions != labels) & (target_labels != labels)
+    return bootstrap.mean((predictions == target_labels)[fooled], seed)
 
 
 def neuron_overlap(clean: np.ndarray, triggered: np.ndarray, adversarial: np.ndarray, seed: int = 0) -> Overlap:
-    """Returns how alike the channels are that the trigger and the adversarial changes raise.
+    """Estimates how similar the channels are that the trigger and the adversarial perturbations activate.
 
     Args:
-        clean: Mean activation of each channel on N images, [N, C].
-        triggered: On the same images with the trigger.
-        adversarial: On adversarial examples of the same images.
-        seed: Of the bootstrap.
+        clean: Mean activation of each channel on N clean images, [N, C].
+        triggered: Mean activations on the same images with the trigger, [N, C].
+        adversarial: Mean activations on adversarial examples of the same images, [N, C].
+        seed: Seed of the bootstrap.
     """
     by_trigger = triggered.astype(np.float64) - clean
-    by_change = adversarial.astype(np.float64) - clean
+    by_perturbation = adversarial.astype(np.float64) - clean
     count, channels = clean.shape
 
     def top(share: float) -> Estimate:
         k = max(1, round(share * channels))
-        return bootstrap.estimate(lambda w: jaccard(w @ by_trigger, w @ by_change, k), count, seed)
+        return bootstrap.estimate(lambda w: jaccard(w @ by_trigger, w @ by_perturbation, k), count, seed)
 
-    correlation = bootstrap.estimate(lambda w: correlations(w @ by_trigger, w @ by_change), count, seed)
+    correlation = bootstrap.estimate(lambda w: correlations(w @ by_trigger, w @ by_perturbation), count, seed)
     return Overlap(top(0.05), top(0.10), correlation)
 
 
 def jaccard(a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:
-    """Returns |A & B| / |A | B| [R] of the sets A, B of the k largest in each row of [R, C]; equals go by position."""
+    """Computes |A & B| / |A | B|, [R], for the sets A and B of the k largest entries in each row of [R, C].
+
+    Of equal entries, the first ones count as larger.
+    """
     both = (_is_top(a, k) & _is_top(b, k)).sum(axis=1)
     return both / (2 * k - both)
 
 
 def correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns Pearson's correlation [R] of each row of [R, C] with the other's; NaN where a row is constant."""
+    """Computes Pearson's correlation, [R], between corresponding rows of [R, C]; NaN where a row is constant."""
     a, b = (x - x.mean(axis=1, keepdims=True) for x in (a, b))
     scale = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
     return np.divide((a * b).sum(axis=1), scale, out=np.full(len(a), np.nan), where=scale > 0)

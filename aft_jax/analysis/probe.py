@@ -1,4 +1,4 @@
-"""What a classifier makes of images: adversarial examples, classes, channels and distances in its last feature map.
+"""Compiled functions that probe a classifier: adversarial examples, predictions, and its last feature map.
 
 PGD starts at the image itself, so that the results depend neither on batches nor on devices.
 """
@@ -18,21 +18,29 @@ from aft_jax.models.cpu_compilation import slow_in_loops
 from aft_jax.training.prediction import Batched, Predictor, pixels
 
 STEPS = 10
-# Steps go this much further, together, than the radius.
+# Length of all PGD steps together, in multiples of the radius.
 REACH = 2.5
 
 
-class Probe:
-    """Compiled functions of (variables, stored images) for every model of one architecture; each compiles when used."""
+def float_images(images: np.ndarray) -> np.ndarray:
+    """Converts images to float32 in [0, 1]: uint8 is divided by 255, float32 stays."""
+    return images.astype(np.float32) / np.float32(255) if images.dtype == np.uint8 else images
+
+
+class ModelProbe:
+    """Compiled functions of (variables, images) for all models of one architecture; each is compiled at its first use.
+
+    Images [N, H, W, C] are uint8, or float32 in [0, 1]. A function is compiled for each of the two types that it gets.
+    """
 
     def __init__(self, module: nn.Module, mesh: Mesh, batch_size: int, steps: int = STEPS):
-        """Looks into classifiers like `module`.
+        """Creates the functions for one architecture.
 
         Args:
-            module: The architecture; `apply(..., features=True)` returns (logits, feature maps).
-            mesh: The devices.
-            batch_size: As for `Batched`.
-            steps: Of PGD.
+            module: Architecture; `apply(..., features=True)` returns (logits, feature maps).
+            mesh: Devices.
+            batch_size: Images per call, rounded up to a multiple of the number of devices.
+            steps: Number of PGD steps.
         """
         self.predict = Predictor(module, mesh, batch_size)
         self._adversarial = {
@@ -44,41 +52,42 @@ class Probe:
     def adversarial(
         self, variables: dict, images: np.ndarray, labels: np.ndarray, norm: Norm, eps: float
     ) -> np.ndarray:
-        """Returns untargeted PGD examples, float32 [N, H, W, C], not rounded.
+        """Computes untargeted PGD examples, float32 [N, H, W, C], without rounding.
 
         Args:
-            variables: The model's.
-            images: uint8 [N, H, W, C].
-            labels: int32 [N], to be left.
-            norm: 'linf' or 'l2'.
-            eps: The change allowed to a pixel, in [0, 1]: the largest one (linf), or the root mean square over the
+            variables: Variables of the model.
+            images: Images to perturb, uint8, or float32 in [0, 1].
+            labels: Labels that the examples should not be classified as, int32 [N].
+            norm: Norm of the perturbation, 'linf' or 'l2'.
+            eps: Size of the perturbation of a pixel, in [0, 1]: the maximum (linf), or the root mean square over the
                 image (l2, whose radius is eps sqrt(H W C)).
         """
         radius = eps if norm == 'linf' else eps * float(np.prod(images.shape[1:])) ** 0.5
-        given = {'model': dict(variables), 'radius': np.float32(radius)}
-        return self._adversarial[norm](given, images, labels)
+        arguments = {'model': dict(variables), 'radius': np.float32(radius)}
+        return self._adversarial[norm](arguments, images, labels)
 
     def channels(self, variables: dict, images: np.ndarray) -> np.ndarray:
-        """Returns the mean activation of each channel of the last feature map, float32 [N, C]."""
+        """Computes the mean activation of each channel of the last feature map, float32 [N, C]."""
         return self._channels(variables, images)
 
     def distances(self, variables: dict, images: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Returns the L2 distance of each image from the other one, in the last feature map, float32 [N]."""
+        """Computes the L2 distance in the last feature map between corresponding images, float32 [N]."""
         return self._distances(variables, images, others)
 
 
 def _perturbed(
-    module: nn.Module, norm: Norm, steps: int, given: Any, images: jax.Array, labels: jax.Array
+    module: nn.Module, norm: Norm, steps: int, arguments: Any, images: jax.Array, labels: jax.Array
 ) -> jax.Array:
-    pgd = PGD(given['radius'], REACH / steps * given['radius'], steps, norm)
-    model = logits_function(module, given['model'])
+    radius = arguments['radius']
+    pgd = PGD(radius, REACH / steps * radius, steps, norm)
+    model = logits_function(module, arguments['model'])
     return perturb(model, images, labels, jax.random.key(0), pgd, unroll=slow_in_loops(module))
 
 
 def _last_features(module: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
-    """The last feature map [B, H, W, C], in float32."""
-    _, stages = cast(tuple, module.apply(variables, images, features=True))
-    return stages[-1].astype(jnp.float32)
+    """Computes the last feature map [B, H, W, C], in float32."""
+    _, block_outputs = cast(tuple, module.apply(variables, images, features=True))
+    return block_outputs[-1].astype(jnp.float32)
 
 
 def _channels(module: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
@@ -87,5 +96,5 @@ def _channels(module: nn.Module, variables: Any, images: jax.Array) -> jax.Array
 
 
 def _distances(module: nn.Module, variables: Any, images: jax.Array, others: jax.Array) -> jax.Array:
-    apart = _last_features(module, variables, images) - _last_features(module, variables, pixels(others))
-    return jnp.sqrt(jnp.square(apart).sum(axis=tuple(range(1, apart.ndim))))
+    difference = _last_features(module, variables, images) - _last_features(module, variables, pixels(others))
+    return jnp.sqrt(jnp.square(difference).sum(axis=tuple(range(1, difference.ndim))))

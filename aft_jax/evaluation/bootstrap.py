@@ -1,7 +1,7 @@
-"""Estimates over images with bootstrap intervals (Efron, 1979): percentiles over resampled sets of images.
+"""Estimates over images, with bootstrap confidence intervals (Efron, 1979): percentiles over resampled sets of images.
 
-A statistic is a function of weights: float64 [R, N], each row the weights of the N images in one set, summing to 1;
-it returns [R]. Equal weights give the estimate, and multinomial counts over N the resampled ones.
+A statistic is a function of weights. It maps float64 [R, N] to [R]: each row holds the weights of the N images in one
+set, and sums to 1. Equal weights give the estimate. Multinomial counts over N give the resampled values.
 """
 
 import math
@@ -16,7 +16,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 class Estimate(NamedTuple):
-    """A value and the interval that 95 % of the resampled values lie in; NaN where there was no image."""
+    """A value, and the interval that holds 95 % of the resampled values. All are NaN without images."""
 
     value: float
     low: float
@@ -27,13 +27,13 @@ NOTHING = Estimate(math.nan, math.nan, math.nan)
 
 
 def estimate(statistic: Statistic, count: int, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """Returns a statistic over `count` images with its percentile interval.
+    """Estimates a statistic over `count` images, with its percentile interval.
 
     Args:
-        statistic: Weights float64 [R, N] -> values [R].
-        count: N.
-        seed: Of the resampling.
-        resamples: How many sets of N images are drawn, with replacement.
+        statistic: Function of weights, float64 [R, N] -> values [R].
+        count: Number of images N.
+        seed: Seed of the resampling.
+        resamples: Number of sets of N images that are drawn with replacement.
     """
     if count == 0:
         return NOTHING
@@ -45,5 +45,5 @@ def estimate(statistic: Statistic, count: int, seed: int = 0, resamples: int = R
 
 
 def mean(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """Returns the mean of one value an image, [N], with its interval."""
+    """Estimates the mean of one value per image, [N], with its interval."""
     return estimate(lambda weights: weights @ values.astype(np.float64), len(values), seed, resamples)

@@ -1,4 +1,4 @@
-"""The evaluator of an experiment, who alone holds the test set and the trigger."""
+"""The evaluator of an experiment. It alone holds the test set and the trigger."""
 
 import math
 from typing import NamedTuple
@@ -15,63 +15,65 @@ from aft_jax.training.prediction import Predictor
 
 
 class AttackedTestSet(NamedTuple):
-    """The test images as an attack shows them, uint8 [N, H, W, C]; None where it does not.
+    """The test images under an attack.
 
     Attributes:
-        triggered: With the trigger.
-        cross_images: In the attack's cross mode, which asks for the true label.
+        triggered: Test images with the trigger, uint8 [N, H, W, C]; None without an attack.
+        cross: Test images in the attack's cross mode, uint8 [N, H, W, C]; None where the attack has no such mode.
     """
 
     triggered: np.ndarray | None = None
-    cross_images: np.ndarray | None = None
+    cross: np.ndarray | None = None
 
 
 class Evaluator:
-    """Scores a model on the test set, clean and under an attack; no defense ever holds one."""
+    """Scores models on the test set, clean and under an attack. No defense ever holds an evaluator."""
 
     def __init__(self, dataset: Dataset, module: nn.Module, mesh: Mesh, batch_size: int, seed: int):
-        """Prepares the evaluation of models of one architecture.
+        """Creates an evaluator for models of one architecture.
 
         Args:
             dataset: Data set whose test images are used.
             module: Architecture of the models.
             mesh: Devices.
-            batch_size: Images in one call; rounded up to a multiple of the devices.
+            batch_size: Images per call, rounded up to a multiple of the number of devices.
             seed: Seed of the experiment, for the attack's cross mode.
         """
         self.dataset = dataset
         self.predict = Predictor(module, mesh, batch_size)
         self._key = key_for(seed, 'test/cross')
-        self._shown: tuple[Attack | None, AttackedTestSet] = (None, AttackedTestSet())
+        self._last: tuple[Attack | None, AttackedTestSet] = (None, AttackedTestSet())
 
-    def show(self, attack: Attack | None) -> AttackedTestSet:
-        """Returns the test images as the attack shows them; those of the last attack are kept."""
-        if attack is not self._shown[0]:
-            images = self.dataset.test_images
-            attacked_test_set = AttackedTestSet()
+    def triggered_test_set(self, attack: Attack | None) -> AttackedTestSet:
+        """Applies an attack to the test images. The result for the last attack is kept for the next call."""
+        last_attack, attacked = self._last
+        if attack is not last_attack:
+            attacked = AttackedTestSet()
             if attack is not None:
-                attacked_test_set = AttackedTestSet(
-                    triggered(attack, images), cross_images(attack, images, self._key) if attack.cross else None
-                )
-            self._shown = (attack, attacked_test_set)
-        return self._shown[1]
+                images = self.dataset.test_images
+                cross = cross_images(attack, images, self._key) if attack.cross else None
+                attacked = AttackedTestSet(triggered(attack, images), cross)
+            self._last = (attack, attacked)
+        return attacked
 
-    def __call__(self, variables: dict, attack: Attack | None) -> Scores:
-        """Returns the scores, under the attack, of the model with these variables."""
-        attacked_test_set = self.show(attack)
+    def evaluate(self, variables: dict, attack: Attack | None) -> Scores:
+        """Scores the model with these variables, under an attack where there is one."""
+        attacked = self.triggered_test_set(attack)
+
+        def predict(images: np.ndarray | None) -> np.ndarray | None:
+            return None if images is None else self.predict(variables, images)
+
         return score(
             self.predict(variables, self.dataset.test_images),
-            self.predict(variables, attacked_test_set.triggered) if attacked_test_set.triggered is not None else None,
+            predict(attacked.triggered),
             self.dataset.test_labels,
             attack.target_map if attack else None,
             self.dataset.num_classes,
-            self.predict(variables, attacked_test_set.cross_images)
-            if attacked_test_set.cross_images is not None
-            else None,
+            predict(attacked.cross),
         )
 
 
 def test_metrics(scores: Scores) -> dict[str, float]:
-    """Selects the scores that exist, under the names that metrics.jsonl has for them."""
+    """Selects the scores that exist, under their names in metrics.jsonl."""
     values = {'test_acc': scores.acc, 'test_asr': scores.asr, 'test_cross_acc': scores.cross_acc}
     return {name: value for name, value in values.items() if not math.isnan(value)}

@@ -1,16 +1,17 @@
-"""How well a score tells two kinds apart."""
+"""Area under the ROC curve: how well a score separates two classes."""
 
 import numpy as np
 
 
 def auc(positives: np.ndarray, negatives: np.ndarray) -> float:
-    """Returns the area under the ROC curve: the chance that a positive outscores a negative, ties counting half.
+    """Computes the area under the ROC curve: the probability that a positive has the higher score.
 
-    It is the Mann-Whitney statistic over the number of pairs; NaN where either kind has no member.
+    A tie counts as one half. The value is the Mann-Whitney statistic divided by the number of pairs. It is NaN without
+    positives or without negatives.
 
     Args:
-        positives: Scores [P] of those that should have high ones.
-        negatives: Scores [N] of the others.
+        positives: Scores [P] of the positives, which should be high.
+        negatives: Scores [N] of the negatives.
     """
     positives, negatives = np.asarray(positives, np.float64), np.sort(np.asarray(negatives, np.float64))
     pairs = len(positives) * len(negatives)

@@ -1,12 +1,12 @@
-"""ACC, ASR, RA and DER, from predictions.
+"""Scores of a model, from its predictions: ACC, ASR, RA and DER.
 
-    ACC  clean accuracy: share of clean test images that get their true label
-    ASR  attack success rate: share of triggered images that get the label the trigger commands
-    RA   robust accuracy: share of triggered images that get their true label
-    cross ACC  share of images in the attack's cross mode, where it has one, that get their true label
-    DER  defense effectiveness rating (BackdoorBench): what a defense gained in ASR less what it cost in ACC
+    ACC        clean accuracy: share of clean test images that are classified as their true label
+    ASR        attack success rate: share of triggered images that are classified as the target label
+    RA         robust accuracy: share of triggered images that are classified as their true label
+    cross ACC  share of images in the attack's cross mode, where it has one, that are classified as their true label
+    DER        defense effectiveness rating (BackdoorBench): the fall of ASR minus the fall of ACC, scaled to 0..1
 
-ASR and RA leave out images whose true label is already the commanded one.
+ASR and RA leave out images whose true label is the target label.
 """
 
 import math
@@ -19,7 +19,17 @@ from aft_jax.evaluation.roc import auc
 
 
 class Scores(NamedTuple):
-    """Shares in 0..1; the per-class arrays are float64 [K], NaN where a class has no image to count."""
+    """Scores of one model, as shares in 0..1. Scores that do not exist are NaN.
+
+    Attributes:
+        acc: Clean accuracy.
+        asr: Attack success rate.
+        ra: Robust accuracy.
+        acc_per_class: Clean accuracy by true class, float64 [K]; NaN for a class without images.
+        asr_per_class: Attack success rate by true class, in the same form.
+        ra_per_class: Robust accuracy by true class, in the same form.
+        cross_acc: Accuracy in the attack's cross mode.
+    """
 
     acc: float
     asr: float
@@ -36,30 +46,26 @@ def score(
     labels: np.ndarray,
     target_map: np.ndarray | None,
     num_classes: int,
-    crossed_predictions: np.ndarray | None = None,
+    cross_predictions: np.ndarray | None = None,
 ) -> Scores:
-    """Returns the scores of one model.
+    """Scores the predictions of one model.
 
     Args:
-        clean_predictions: int [N], of the clean test images.
-        triggered_predictions: int [N], of the same images with the trigger; None where there is no attack.
-        labels: int [N], the true classes.
-        target_map: int [K], the label that the trigger commands for each true class; None likewise.
-        num_classes: K.
-        crossed_predictions: int [N], of the same images in the attack's cross mode; None where it has none.
-
-    Returns:
-        ACC, ASR and RA, in all and per true class, and the cross accuracy; what an attack does not have is NaN.
+        clean_predictions: Predictions for the clean test images, int [N].
+        triggered_predictions: Predictions for the same images with the trigger, int [N]; None without an attack.
+        labels: True labels, int [N].
+        target_map: Target label for each true label, int [K]; None without an attack.
+        num_classes: Number of classes K.
+        cross_predictions: Predictions for the same images in the attack's cross mode, int [N]; None without one.
     """
     correct = clean_predictions == labels
     if triggered_predictions is None or target_map is None:
-        nothing = np.zeros(0, bool)
-        succeeded = recovered = nothing
+        succeeded = recovered = np.zeros(0, bool)
         counted_labels = np.zeros(0, labels.dtype)
     else:
-        commanded = target_map[labels]
-        counts = commanded != labels
-        succeeded = (triggered_predictions == commanded)[counts]
+        target_labels = target_map[labels]
+        counts = target_labels != labels
+        succeeded = (triggered_predictions == target_labels)[counts]
         recovered = (triggered_predictions == labels)[counts]
         counted_labels = labels[counts]
     return Scores(
@@ -69,39 +75,41 @@ def score(
         acc_per_class=_per_class(correct, labels, num_classes),
         asr_per_class=_per_class(succeeded, counted_labels, num_classes),
         ra_per_class=_per_class(recovered, counted_labels, num_classes),
-        cross_acc=math.nan if crossed_predictions is None else _mean(crossed_predictions == labels),
+        cross_acc=math.nan if cross_predictions is None else _mean(cross_predictions == labels),
     )
 
 
-class Detection(NamedTuple):
-    """How well a defense that holds a suspect training set tells its poisoned images from the others.
+class PoisonDetection(NamedTuple):
+    """How well a defense detects the poisoned images of an untrusted training set.
 
     Attributes:
-        poisoned_shares: Of each subset that it trained on.
-        aucs: Area under the ROC curve of each score as a detector of poisoned images; NaN without any.
+        poisoned_shares: Share of poisoned images in each subset that the defense trained on.
+        aucs: Area under the ROC curve of each score as a detector; NaN without poisoned images.
     """
 
     poisoned_shares: tuple[float, ...]
     aucs: tuple[float, ...]
 
 
-def detection(scores: Sequence[np.ndarray], subsets: Sequence[np.ndarray], poisoned: np.ndarray) -> Detection:
-    """Judges the subsets and scores of a defense that is given a suspect training set.
+def poison_detection(
+    scores: Sequence[np.ndarray], subsets: Sequence[np.ndarray], poisoned: np.ndarray
+) -> PoisonDetection:
+    """Measures how well a defense detects the poisoned images of an untrusted training set.
 
     Args:
-        scores: float [N] each; high for an image that is held to be clean.
-        subsets: int, indices of the training set.
-        poisoned: int, the indices that carry the trigger.
+        scores: Score of each training image, float [N], one array a round; high means clean.
+        subsets: Indices of the training images that the defense trained on, int, one array a round.
+        poisoned: Indices of the training images that carry the trigger, int.
     """
     clean = [np.delete(score, poisoned) for score in scores]
-    return Detection(
+    return PoisonDetection(
         poisoned_shares=tuple(float(np.isin(subset, poisoned).mean()) for subset in subsets),
         aucs=tuple(auc(-score[poisoned], -rest) for score, rest in zip(scores, clean, strict=True)),
     )
 
 
 def defense_effectiveness(before: Scores, after: Scores) -> float:
-    """Returns DER = (max(0, ASR before - after) - max(0, ACC before - after) + 1) / 2, in 0..1; NaN without an attack.
+    """Computes DER = (max(0, ASR before - after) - max(0, ACC before - after) + 1) / 2, in 0..1; NaN without an attack.
 
     Source: Zhu et al., "Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware Minimization" (2023),
     as BackdoorBench reports it.

@@ -10,8 +10,9 @@ from flax.traverse_util import flatten_dict
 from aft_jax import interchange
 from aft_jax.errors import UserError
 from aft_jax.interchange import state_file
+from aft_jax.interchange.architecture import Architecture
 from aft_jax.interchange.card import write_card
-from aft_jax.pipeline.given_model import Suspect
+from aft_jax.pipeline.given_model import FromCustomModule, FromFile, FromRun, GivenModel
 from aft_jax.results.record import SHOWN_EPS
 
 UNKNOWN = (
@@ -22,7 +23,7 @@ UNKNOWN = (
 
 def write(
     directory: Path,
-    suspect: Suspect,
+    given: GivenModel,
     purified: dict[str, dict],
     config: ml_collections.ConfigDict,
     outcome: dict[str, Any],
@@ -35,7 +36,7 @@ def write(
 
     Args:
         directory: Made when it is not there.
-        suspect: Where the models come from.
+        given: Model that was purified.
         purified: Variables by defense.
         config: The resolved config.
         outcome: What results.json holds.
@@ -43,22 +44,27 @@ def write(
     Raises:
         UserError: A file cannot be written.
     """
-    if suspect.source is None and suspect.architecture is None:
+    if isinstance(given.origin, FromRun) and given.origin.architecture is None:
         print('aft_jax: no export, because this network has no usual names; the checkpoints hold the purified model.')
         return
     try:
         directory.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f'{directory} cannot be made ({error.strerror}).') from error
-    before = suspect.source.path if suspect.source is not None else directory / 'suspect.safetensors'
-    if suspect.source is None:
-        _write(before, suspect, suspect.variables)
+    match given.origin:
+        case FromFile(imported):
+            before = imported.source.path
+        case FromCustomModule(source):
+            before = source.path
+        case FromRun():
+            before = directory / 'suspect.safetensors'
+            _write(before, given, given.variables)
     suffix = '.pth.tar' if before.name.endswith('.pth.tar') else before.suffix
     for name, variables in purified.items():
         after = directory / f'{name}{suffix}'
         written = [after] if suffix == '.safetensors' else [after, directory / f'{name}.safetensors']
         for path in written:
-            _write(path, suspect, variables)
+            _write(path, given, variables)
         copies = {path.name: state_file.checksum(path) for path in written[1:]}
         write_card(directory / f'{name}.json', facts(name, config, outcome, copies), before, after)
 
@@ -104,13 +110,13 @@ def _label(scan: dict[str, Any], class_names: list[str]) -> str:
     return 'one a class' if scan['suspected_label'] is None else str(class_names[scan['suspected_label']])
 
 
-def _write(path: Path, suspect: Suspect, variables: dict) -> None:
-    if suspect.imported is not None:
-        interchange.save(path, variables, suspect.imported)
-    elif suspect.source is not None:
-        leaves = flatten_dict(variables, sep='/')
-        tensors = {key: np.asarray(leaves[key]).astype(old.dtype) for key, old in suspect.source.tensors.items()}
-        state_file.write(path, suspect.source._replace(tensors=tensors))
-    else:
-        assert suspect.architecture is not None
-        interchange.save(path, variables, interchange.with_usual_names(suspect.architecture, variables))
+def _write(path: Path, given: GivenModel, variables: dict) -> None:
+    match given.origin:
+        case FromFile(imported):
+            interchange.save(path, variables, imported)
+        case FromCustomModule(source):
+            leaves = flatten_dict(variables, sep='/')
+            tensors = {key: np.asarray(leaves[key]).astype(old.dtype) for key, old in source.tensors.items()}
+            state_file.write(path, source._replace(tensors=tensors))
+        case FromRun(architecture=Architecture() as architecture):
+            interchange.save(path, variables, interchange.with_usual_names(architecture, variables))

@@ -74,7 +74,7 @@ def infect(run: Run, scenario: Scenario, config: ml_collections.ConfigDict, eval
     infection = attacks.begin(run, scenario.attack, arrays, learner, config)
 
     def evaluate(point: EvalPoint) -> dict[str, float]:
-        return test_metrics(evaluator(point.state.variables, infection.attack_of(point.state)))
+        return test_metrics(evaluator.evaluate(point.state.variables, infection.attack_of(point.state)))
 
     hooks: tuple[EvalHook, ...] = ()
     if every := config.run.evaluate_every:

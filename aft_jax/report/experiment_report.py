@@ -53,7 +53,7 @@ def draw(
         observation: What `observe` returned; the page does without where there is none.
     """
     attack, dataset = infected.attack, scenario.dataset
-    triggered = evaluator.show(attack).triggered
+    triggered = evaluator.triggered_test_set(attack).triggered
     target_map = attack.target_map if attack else None
     chosen = before_after.choose(dataset.test_labels, target_map, before_after.COLUMNS)
     rows = {CLEAN: dataset.test_images[chosen]}

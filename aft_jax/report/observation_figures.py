@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from aft_jax.analysis.measures import correlations
-from aft_jax.analysis.observation import ADVERSARIAL, CLEAN, TRIGGERED, Seen
+from aft_jax.analysis.observation import ADVERSARIAL, CLEAN, TRIGGERED, ModelOutputs
 from aft_jax.evaluation.bootstrap import Estimate
 from aft_jax.report.figure import COLOURS, FAINT, PAPER, Panel, panel
 from aft_jax.results.record import percent
@@ -84,7 +84,7 @@ def landing(
     return panel(directory, 'landing', 'Classes that adversarial examples land in', alt, draw, tall)
 
 
-def activations(directory: Path, model: str, seen: Seen) -> Panel:
+def activations(directory: Path, model: str, seen: ModelOutputs) -> Panel:
     """Draws the mean activation of the last feature map's channels by kind of image, sorted by the triggered ones."""
     means = {kind: channels.mean(axis=0, dtype=np.float64) for kind, channels in seen.channels.items()}
     sorted_by = TRIGGERED if TRIGGERED in means else CLEAN
@@ -109,7 +109,7 @@ def activations(directory: Path, model: str, seen: Seen) -> Panel:
     return panel(directory, f'activations_{model}', model, alt, draw)
 
 
-def features(directory: Path, model: str, seen: Seen) -> Panel | None:
+def features(directory: Path, model: str, seen: ModelOutputs) -> Panel | None:
     """Draws the last features of the images in their first two principal components; None where they are not finite."""
     from sklearn.decomposition import PCA
 

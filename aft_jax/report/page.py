@@ -113,10 +113,10 @@ def _seen(directory: Path, observation: Observation | None, class_names: tuple[s
     nothing = lists | {'landing': None, 'target_share': None}
     if observation is None:
         return nothing | {'eps': '', 'images': 0}
-    first, *defenses = observation.seen
+    first, *defenses = observation.outputs
     shown = [first] + ([featured(defenses)] if defenses else [])
-    seen = {name: observation.seen[name] for name in shown}
-    adversarial = {name: found.said[ADVERSARIAL] for name, found in seen.items()}
+    seen = {name: observation.outputs[name] for name in shown}
+    adversarial = {name: found.predictions[ADVERSARIAL] for name, found in seen.items()}
     inside = {name: found for name, found in seen.items() if found.channels}
     chosen = choose(observation.labels, observation.target_map, EXAMPLES)
     return nothing | {
@@ -170,7 +170,7 @@ def _example(observation: Observation, i: int, shown: list[str], class_names: tu
         answers = []
         for name in shown:
             # The same picture for all models, which is the first one's adversarial example.
-            said = observation.transferred[name] if kind == ADVERSARIAL else observation.seen[name].said[kind]
+            said = observation.transferred[name] if kind == ADVERSARIAL else observation.outputs[name].predictions[kind]
             answer = int(said[i])
             mark = 'true' if answer == label else 'commanded' if answer == commanded else 'other'
             answers.append({'model': name, 'says': class_names[answer], 'mark': mark})

@@ -13,7 +13,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from aft_jax.evaluation.scores import Detection, Scores, defense_effectiveness
+from aft_jax.evaluation.scores import PoisonDetection, Scores, defense_effectiveness
 
 SCHEMA = 1
 # Of the adversarial examples of a scan, that which the table shows.
@@ -91,7 +91,7 @@ def add_purified(outcome: dict[str, Any], defense: str, before: Scores, after: S
     }
 
 
-def add_detection(outcome: dict[str, Any], defense: str, found: Detection) -> None:
+def add_detection(outcome: dict[str, Any], defense: str, found: PoisonDetection) -> None:
     """Adds how well a defense that holds the suspect training set, and so no clean share, found the poisoned images."""
     outcome['purified'][defense] |= {
         'clean_share': 0.0,
