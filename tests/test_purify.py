@@ -318,7 +318,7 @@ def test_the_walk_through_makes_a_module_of_ones_own(clean, tmp_path, capsys, mo
     dataset = f'npz:{clean}'
     asked = arguments(tmp_path / 'out', tmp_path / 'mine.safetensors', dataset, factory)
     assert_one_sentence(*run_here(asked, capsys), 'near chance; check model.mean')
-    assert_one_sentence(*run_here([*asked, '--config.defenses=nad'], capsys), "'nad' looks into feature maps")
+    assert_one_sentence(*run_here([*asked, '--config.defenses=nad'], capsys), "'nad' reads feature maps")
 
     monkeypatch.setattr(given_model, 'near_chance', lambda classes: 0.0)  # a fresh network will do
     status, text = run_here([*asked, *SHORT], capsys)

@@ -51,7 +51,7 @@ class Evaluator:
             attacked_test_set = AttackedTestSet()
             if attack is not None:
                 attacked_test_set = AttackedTestSet(
-                    triggered(attack, images), cross_images(attack, images, self._key) if attack.cross else None
+                    triggered(attack, images), cross_images(attack, images, self._key) if attack.cross_mode else None
                 )
             self._shown = (attack, attacked_test_set)
         return self._shown[1]
