@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from aft_jax import attacks, validation
-from aft_jax.attacks import input_aware, input_aware_training
+from aft_jax.attacks import input_aware, input_aware_steps, input_aware_training
 from aft_jax.attacks.input_aware_networks import SMALL_WIDTHS, WIDTHS, max_pool, networks_for
 from aft_jax.attacks.poison import poison, poisoning_options
 from aft_jax.errors import UserError
@@ -53,7 +53,7 @@ def joint(attack, settings, tiny_net, tiny_variables):
         'target_map': attack.target_map,
         'settings': settings,
     }
-    before = input_aware_training.JointState(
+    before = input_aware_steps.JointState(
         state.create(tiny_variables, classifier_sgd), state.create(attack.arrays['generator'], generator_sgd)
     )
     images = jnp.asarray(GENERATOR.random((2, 8, 8, 8, 1)).astype(np.float32))
@@ -121,7 +121,7 @@ def test_poison_changes_no_stored_image(attack, dataset, config):
 def test_joint_step_takes_this_batchs_gradient_of_both_networks(joint, assert_trees_close):
     bound, before, batch = joint
     networks, module = bound['networks'], bound['module']
-    step = jax.jit(partial(input_aware_training.joint_step, **bound))
+    step = jax.jit(partial(input_aware_steps.joint_step, **bound))
     key = jax.random.key(5)
     _, dropout_key = jax.random.split(key)
 
@@ -176,7 +176,7 @@ def test_mask_step_shrinks_the_mask(attack, arrays, settings):
     settings = settings._replace(input_aware=settings.input_aware._replace(mask_diversity_weight=0.0))
     networks = input_aware.Networks(*networks_for((8, 8, 1)))
     adam = input_aware_training.adam(0.01)
-    step = partial(input_aware_training.mask_step, networks=networks, optimiser=adam, settings=settings)
+    step = partial(input_aware_steps.mask_step, networks=networks, optimiser=adam, settings=settings)
     images = jnp.asarray(arrays['images'][:8].astype(np.float32) / 255)
     current, call, areas = state.create(attack.arrays['mask'], adam), jax.jit(step), []
     for i in range(20):
@@ -192,7 +192,7 @@ def test_mask_step_takes_normalised_images(attack, arrays, settings):
     images, others = (arrays['images'][i : i + 8].astype(np.float32) / 255 for i in (0, 8))
     batch = {'images': jnp.asarray(images), 'second': {'images': jnp.asarray(others)}}
     before = state.create(attack.arrays['mask'], adam)
-    step = jax.jit(partial(input_aware_training.mask_step, networks=networks, optimiser=adam, settings=settings))
+    step = jax.jit(partial(input_aware_steps.mask_step, networks=networks, optimiser=adam, settings=settings))
     _, metrics = step(before, batch, jax.random.key(0))
     apply = jax.jit(partial(networks.mask.apply, train=True, mutable=['batch_stats']))
     maps, _ = apply(before.variables, np.concatenate([images, others]))
