@@ -10,11 +10,11 @@ import numpy as np
 
 
 def key_for(seed: int, purpose: str) -> jax.Array:
-    """Returns the JAX key of a named purpose; a step folds its own number into it.
+    """Derives the JAX key of a named purpose. Each step folds its own number into it.
 
     Args:
-        seed: The experiment's seed, the only source of randomness.
-        purpose: What the key is for, such as 'infect/augment'. Another name gives an independent key.
+        seed: Seed of the experiment, the only source of randomness.
+        purpose: Name such as 'infect'. Different names give independent keys.
 
     Returns:
         A scalar typed PRNG key.
@@ -23,12 +23,12 @@ def key_for(seed: int, purpose: str) -> jax.Array:
 
 
 def generator_for(seed: int, purpose: str, counter: int = 0) -> np.random.Generator:
-    """Returns the NumPy generator of a named purpose, for choices that are made on the host.
+    """Creates the NumPy generator of a named purpose, for choices that are made on the host.
 
     Args:
-        seed: The experiment's seed.
-        purpose: What the generator is for, such as 'poison'.
-        counter: A further number, such as the epoch.
+        seed: Seed of the experiment.
+        purpose: Name such as 'poison'.
+        counter: Further number, such as the epoch.
 
     Returns:
         A generator that depends on the three arguments alone.

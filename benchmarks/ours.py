@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from aft_jax.adversarial.pgd import perturb
-from aft_jax.attacks.training import Learner, plain
+from aft_jax.attacks.training import attack_settings, standard_training
 from aft_jax.defenses.aft import recipe_of
 from aft_jax.defenses.aft_step import aft_step
 from aft_jax.models import logits_function
@@ -86,8 +86,9 @@ class Ours:
         task, options = self.task, self.task.config.train
         optimiser = sgd(options.learning_rate, 'constant', task.steps, options.momentum, options.weight_decay)
         before = state.create(task.variables, optimiser)
-        infection = plain(None, Learner(task.module, optimiser, before), task.config)
-        return Training(task, self._mesh, self._feed, infection.step, before, epochs=options.epochs)
+        settings = attack_settings(task.config, task.images.pixels.shape)
+        training = standard_training(None, task.module, optimiser, before, settings)
+        return Training(task, self._mesh, self._feed, training.step, before, epochs=options.epochs)
 
     def _fine_tuning(self) -> 'Training':
         task, options, train = self.task, self.task.config.aft, self.task.config.train

@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from aft_jax.adversarial.pgd import perturb
-from aft_jax.attacks.training import Learner, plain
+from aft_jax.attacks.training import attack_settings, standard_training
 from aft_jax.config import default_config, resolve
 from aft_jax.defenses.aft import recipe_of
 from aft_jax.defenses.aft_step import Recipe, aft_step
@@ -172,8 +172,9 @@ def training(mesh: Mesh, on: Subject, batch: int) -> Programs:
     """Compiles the step that trains on a poisoned data set."""
     optimiser = sgd(0.01, 'cosine', 1000)
     before = jax.eval_shape(lambda v: state.create(v, optimiser), on.variables)
-    infection = plain(None, Learner(on.module, optimiser, before), on.config)
-    return compile_step(mesh, on, infection.step, before, batch)
+    settings = attack_settings(on.config, (TRAIN_IMAGES, *on.shape))
+    infecting = standard_training(None, on.module, optimiser, before, settings)
+    return compile_step(mesh, on, infecting.step, before, batch)
 
 
 def recipe(config: ml_collections.ConfigDict, shape: tuple[int, ...], **changes: Any) -> Recipe:

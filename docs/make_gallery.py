@@ -1,8 +1,9 @@
-"""Draws docs/triggers.png: what each attack does to Fashion-MNIST images.
+"""Draws docs/triggers.png: Fashion-MNIST images with and without the trigger of each attack.
 
     python docs/make_gallery.py runs/table/runs/input_aware-all2one-0
 
-The input-aware attack's trigger is a trained network, which is read from the finished run; without one it is left out.
+The trigger of the input-aware attack is a trained network, which is loaded from a finished run. Without such a run the
+figure leaves this attack out.
 """
 
 import sys
@@ -18,20 +19,20 @@ from configs import fashion_mnist
 ATTACKS = ('badnets', 'blend', 'sig', 'wanet')
 
 
-def main(runs: list[str]) -> None:
-    """Draws the figure."""
+def main(directories: list[str]) -> None:
+    """Draws the figure, with the attacks of the runs in these directories."""
     config = fashion_mnist.get_config()
     dataset = data.load(config.dataset, config.data)
     images = dataset.test_images[[0, 1, 8]]
-    found = {
+    attack_of = {
         name: attacks.build(fashion_mnist.get_config(name), dataset.image_shape, dataset.num_classes)
         for name in ATTACKS
     }
-    for run in runs:
-        read = saved_run.load(Path(run), make_mesh(), saved_run.Datasets())
-        found[read.config.attack.name] = read.infected.attack
-    shown = {name: (images, triggered(attack, images)) for name, attack in found.items() if attack is not None}
-    write_gallery(Path(__file__).parent / 'triggers.png', shown)
+    for directory in directories:
+        run = saved_run.load(Path(directory), make_mesh(), saved_run.Datasets())
+        attack_of[run.config.attack.name] = run.infected.attack
+    pairs = {name: (images, triggered(attack, images)) for name, attack in attack_of.items() if attack is not None}
+    write_gallery(Path(__file__).parent / 'triggers.png', pairs)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The input-aware attack: its networks, triggers, both kinds of step, and resuming. (Against torch: tests/parity.)"""
+"""The input-aware attack: networks, triggers, both training stages, and resuming. (Against torch: tests/parity.)"""
 
 from functools import partial
 
@@ -9,13 +9,13 @@ import optax
 import pytest
 
 from aft_jax import attacks, validation
-from aft_jax.attacks import input_aware
+from aft_jax.attacks import input_aware, input_aware_steps, input_aware_training
 from aft_jax.attacks.input_aware_networks import SMALL_WIDTHS, WIDTHS, max_pool, networks_for
-from aft_jax.attacks.poison import poison
+from aft_jax.attacks.poison import poison, poisoning_options
 from aft_jax.errors import UserError
 from aft_jax.runtime.sharding import batch_sharding, make_mesh, replicated
 from aft_jax.training import state
-from aft_jax.training.loop import Phase, fit
+from aft_jax.training.loop import Phase, TrainingStage, fit
 from aft_jax.training.steps import cross_entropy
 
 GENERATOR = np.random.default_rng(0)
@@ -37,24 +37,25 @@ def arrays(dataset):
 
 
 @pytest.fixture
-def learner(tiny_net, tiny_variables):
-    sgd = optax.sgd(0.1)
-    return attacks.Learner(tiny_net, sgd, state.create(tiny_variables, sgd))
+def settings(config, attack, arrays):
+    return attacks.attack_settings(config, arrays['images'].shape)
 
 
 @pytest.fixture
-def joint(attack, config, learner):
+def joint(attack, settings, tiny_net, tiny_variables):
     """Keyword arguments of `joint_step`, the state before it, and its batch; plain SGD shows the gradients."""
     networks = input_aware.Networks(*networks_for((8, 8, 1)))
-    sgd = optax.sgd(1.0)
+    classifier_sgd, generator_sgd = optax.sgd(0.1), optax.sgd(1.0)
     bound = {
         'networks': networks,
-        'module': learner.module,
-        'optimisers': (learner.optimiser, sgd),
+        'module': tiny_net,
+        'optimisers': (classifier_sgd, generator_sgd),
         'target_map': attack.target_map,
-        'config': config,
+        'settings': settings,
     }
-    before = input_aware.JointState(learner.state, state.create(attack.arrays['generator'], sgd))
+    before = input_aware_steps.JointState(
+        state.create(tiny_variables, classifier_sgd), state.create(attack.arrays['generator'], generator_sgd)
+    )
     images = jnp.asarray(GENERATOR.random((2, 8, 8, 8, 1)).astype(np.float32))
     labels = jnp.asarray(GENERATOR.integers(0, 4, (2, 8)).astype(np.int32))
     batch = {
@@ -67,7 +68,7 @@ def joint(attack, config, learner):
 
 
 @pytest.mark.parametrize('shape', [(28, 28, 1), (32, 32, 3), (64, 64, 3), (64, 64, 1), (30, 45, 3), (29, 29, 1)])
-def test_maps_have_the_size_of_the_image(shape):
+def test_networks_for_make_maps_of_the_size_of_the_image(shape):
     small = shape[2] == 1 and shape[0] < 64
     for module, channels in zip(networks_for(shape), (shape[2], 1), strict=True):
         assert module.widths == (SMALL_WIDTHS if small else WIDTHS)
@@ -82,18 +83,18 @@ def test_max_pool_takes_the_largest_of_four():
         np.testing.assert_array_equal(max_pool(x)[:, i, j], expected)
 
 
-def test_a_trigger_comes_from_its_source(attack, dataset):
+def test_trigger_comes_from_its_source(attack, dataset):
     images = jnp.asarray(dataset.test_images[:4].astype(np.float32) / 255)
     others = images[::-1]
     own = attack.trigger(attack.arrays, images)
     key = jax.random.key(0)
     assert own.min() >= 0 and own.max() <= 1 and not np.allclose(own, images)
-    np.testing.assert_array_equal(attack.cross(attack.arrays, images, images, key), own)
-    crossing = attack.cross(attack.arrays, images, others, key)
+    np.testing.assert_array_equal(attack.cross_mode(attack.arrays, images, images, key), own)
+    crossing = attack.cross_mode(attack.arrays, images, others, key)
     assert not np.allclose(crossing, own)
     # Pattern and mask are the other image's: (x' - x) / (p - x) is the mask, whatever x is.
     np.testing.assert_allclose(
-        crossing - attack.cross(attack.arrays, others, others, key),
+        crossing - attack.cross_mode(attack.arrays, others, others, key),
         (images - others) * (1 - mask_of(attack, others)),
         atol=1e-5,
     )
@@ -104,7 +105,7 @@ def mask_of(attack, images):
     return input_aware.sharpen(network.apply(attack.arrays['mask'], images))
 
 
-def test_distance_of_an_image_to_itself_has_a_gradient():
+def test_distance_has_a_gradient_for_equal_images():
     a = jnp.asarray(GENERATOR.random((2, 4, 4, 1)).astype(np.float32))
     b = a.at[1].add(0.5)
     np.testing.assert_allclose(input_aware.distance(a, b), [0, 0.5], atol=1e-6)
@@ -112,21 +113,21 @@ def test_distance_of_an_image_to_itself_has_a_gradient():
     assert np.isfinite(gradient).all()
 
 
-def test_no_stored_image_is_poisoned(attack, dataset, config):
-    poisoned = poison(attack, dataset.train_images, dataset.train_labels, config)
+def test_poison_changes_no_stored_image(attack, dataset, config):
+    poisoned = poison(attack, dataset.train_images, dataset.train_labels, poisoning_options(config))
     assert poisoned.images is dataset.train_images and len(poisoned.indices) == len(poisoned.cross_indices) == 0
 
 
 def test_joint_step_takes_this_batchs_gradient_of_both_networks(joint, assert_trees_close):
     bound, before, batch = joint
     networks, module = bound['networks'], bound['module']
-    step = jax.jit(partial(input_aware.joint_step, **bound))
+    step = jax.jit(partial(input_aware_steps.joint_step, **bound))
     key = jax.random.key(5)
     _, dropout_key = jax.random.split(key)
 
     @jax.jit
     def gradients(current):
-        """Written out for a batch of 8, of which two are attacked, towards label 1, and two cross."""
+        """Written out for a batch of 8, of which two are attacked, towards label 1, and two are in cross mode."""
         x, other = batch['images'], batch['second']['images']
         labels = jnp.concatenate([jnp.ones(2, jnp.int32), batch['labels'][2:]])
 
@@ -162,7 +163,7 @@ def test_joint_step_takes_this_batchs_gradient_of_both_networks(joint, assert_tr
     assert {'attacked_accuracy', 'cross_accuracy', 'accuracy', 'diversity'} <= metrics.keys()
 
     mesh = make_mesh()
-    cut = {name: jax.device_put(batch[name], batch_sharding(mesh, 0)) for name in ('images', 'labels', 'paired')}
+    cut = {name: jax.device_put(batch[name], batch_sharding(mesh, 0)) for name in ('images', 'labels', 'second')}
     whole = jax.device_put((before, batch['constants']), replicated(mesh))
     sharded, _ = step(whole[0], cut | {'constants': whole[1]}, key)
     alone, _ = step(before, batch, key)
@@ -170,12 +171,12 @@ def test_joint_step_takes_this_batchs_gradient_of_both_networks(joint, assert_tr
     assert_trees_close(sharded, alone, atol=1e-4)
 
 
-def test_the_mask_shrinks(attack, arrays, config):
-    """A mask that costs much and earns nothing goes away."""
-    config.attack.input_aware.mask_diversity_weight = 0.0
+def test_mask_step_shrinks_the_mask(attack, arrays, settings):
+    """Without the weight of diversity, the loss is the cost of the mask alone."""
+    settings = settings._replace(input_aware=settings.input_aware._replace(mask_diversity_weight=0.0))
     networks = input_aware.Networks(*networks_for((8, 8, 1)))
-    adam = input_aware.adam(0.01)
-    step = partial(input_aware.mask_step, networks=networks, optimiser=adam, config=config)
+    adam = input_aware_training.adam(0.01)
+    step = partial(input_aware_steps.mask_step, networks=networks, optimiser=adam, settings=settings)
     images = jnp.asarray(arrays['images'][:8].astype(np.float32) / 255)
     current, call, areas = state.create(attack.arrays['mask'], adam), jax.jit(step), []
     for i in range(20):
@@ -184,14 +185,14 @@ def test_the_mask_shrinks(attack, arrays, config):
     assert areas[-1] < 0.5 * areas[0]
 
 
-def test_the_masks_loss_is_that_of_normalised_images(attack, arrays, config):
-    config.model.std = (0.2,)
+def test_mask_step_takes_normalised_images(attack, arrays, settings):
+    settings = settings._replace(pixel_std=(0.2,))
     networks = input_aware.Networks(*networks_for((8, 8, 1)))
-    adam = input_aware.adam(0.01)
+    adam = input_aware_training.adam(0.01)
     images, others = (arrays['images'][i : i + 8].astype(np.float32) / 255 for i in (0, 8))
     batch = {'images': jnp.asarray(images), 'second': {'images': jnp.asarray(others)}}
     before = state.create(attack.arrays['mask'], adam)
-    step = jax.jit(partial(input_aware.mask_step, networks=networks, optimiser=adam, config=config))
+    step = jax.jit(partial(input_aware_steps.mask_step, networks=networks, optimiser=adam, settings=settings))
     _, metrics = step(before, batch, jax.random.key(0))
     apply = jax.jit(partial(networks.mask.apply, train=True, mutable=['batch_stats']))
     maps, _ = apply(before.variables, np.concatenate([images, others]))
@@ -206,20 +207,32 @@ def test_the_masks_loss_is_that_of_normalised_images(attack, arrays, config):
     np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-4)
 
 
-def test_begin_and_resume_bit_for_bit(attack, make_run, arrays, learner, config, assert_trees_close):
-    def go(run, until):
-        infection = attacks.begin(run, attack, arrays, learner, config)
-        phases = [Phase(infection.step, until)]
-        options = {'constants': infection.fixed, 'streams': infection.streams}
-        fitted = fit(run, 'infect', infection.state, phases, arrays, config.batch_size, **options)
-        return fitted.state, infection.attack_of(fitted.state)
+def test_both_stages_resume_bit_for_bit(
+    attack, settings, make_run, arrays, tiny_net, tiny_variables, assert_trees_close
+):
+    sgd = optax.sgd(0.1)
 
-    whole, whole_attack = go(make_run('whole'), 6)
+    def train(run, until):
+        with_mask, _ = attacks.train_mask_network(run, attack, arrays, settings)
+        training = attacks.prepare_training(with_mask, tiny_net, sgd, state.create(tiny_variables, sgd), settings)
+        stage = TrainingStage(
+            'infect',
+            training.state,
+            [Phase(training.step, until)],
+            arrays,
+            settings.batch_size,
+            training.constants,
+            training.num_streams,
+        )
+        fitted = fit(run, stage)
+        return fitted.state, training.attack_of(fitted.state)
+
+    whole, whole_attack = train(make_run('whole'), 6)
     assert int(whole.step) == 6 and whole_attack.target_map is attack.target_map
     stages = {path.name for path in (make_run('whole').workdir / 'checkpoints').iterdir()}
     assert stages == {'infect_mask', 'infect'}
-    go(make_run('cut'), 2)
-    resumed, resumed_attack = go(make_run('cut'), 6)
+    train(make_run('cut'), 2)
+    resumed, resumed_attack = train(make_run('cut'), 6)
     assert_trees_close(resumed, whole)
     assert_trees_close(resumed_attack.arrays, whole_attack.arrays)
     before = jax.tree.leaves(attack.arrays)
@@ -228,7 +241,7 @@ def test_begin_and_resume_bit_for_bit(attack, make_run, arrays, learner, config,
 
 
 @pytest.mark.parametrize(
-    ('options', 'names'),
+    ('options', 'message'),
     [
         ({'input_aware.mask_epochs': 0.0}, 'mask_epochs'),
         ({'input_aware.mask_density': 1.0}, 'mask_density'),
@@ -238,8 +251,8 @@ def test_begin_and_resume_bit_for_bit(attack, make_run, arrays, learner, config,
         ({'poisoned_share': 0.01}, 'without an attacked or a cross image'),
     ],
 )
-def test_options_that_cannot_be(config, options, names):
+def test_validate_rejects_options(config, options, message):
     config.attack.name, config.dataset = 'input_aware', 'mnist5k'
     config.attack.update_from_flattened_dict(options)
-    with pytest.raises(UserError, match=names):
+    with pytest.raises(UserError, match=message):
         validation.validate(config)

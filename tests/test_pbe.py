@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from aft_jax.attacks.attack import Attack
-from aft_jax.attacks.poison import NO_INDICES, Poisoned, published_training_set
+from aft_jax.attacks.poison import NO_INDICES, Poisoned, poisoning_options, published_training_set
 from aft_jax.config import resolve
 from aft_jax.defenses import DefenderData, aft, pbe
 from aft_jax.errors import UserError
@@ -105,18 +105,20 @@ def test_finds_are_judged_by_who_was_poisoned():
     assert np.isnan(poison_detection([np.ones(4)], [np.arange(4)], NO_INDICES).aucs[0])
 
 
-def test_an_attacker_of_the_training_leaves_a_poisoned_set_behind(config, dataset):
-    attack = Attack('badnets', np.zeros(4, np.int32), {}, lambda arrays, images: images * 0 + 1.0, None, joint=True)
+def test_published_training_set_is_poisoned_if_the_attacker_controlled_the_training(config, dataset):
+    attack = Attack(
+        'badnets', np.zeros(4, np.int32), {}, lambda arrays, images: images * 0 + 1.0, None, trigger_is_trained=True
+    )
     images, labels = dataset.train_images, dataset.train_labels
     whole = Poisoned(images, labels, NO_INDICES, NO_INDICES)
-    left = published_training_set(attack, images, labels, whole, resolve(config))
+    left = published_training_set(attack, images, labels, whole, poisoning_options(config))
     assert len(left.indices) == 8
     assert (left.images[left.indices] == 255).all() and (left.labels[left.indices] == 0).all()
     others = np.setdiff1d(np.arange(80), left.indices)
     np.testing.assert_array_equal(left.images[others], images[others])
     fixed = whole._replace(indices=np.array([3], np.int32))
-    assert published_training_set(attack, images, labels, fixed, resolve(config)) is fixed
-    assert published_training_set(None, images, labels, whole, resolve(config)) is whole
+    assert published_training_set(attack, images, labels, fixed, poisoning_options(config)) is fixed
+    assert published_training_set(None, images, labels, whole, poisoning_options(config)) is whole
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 from command import ROOT, run_here, start
-from flax.traverse_util import flatten_dict
 from PIL import Image
 from test_bad_input import assert_one_sentence
 
@@ -321,7 +320,7 @@ def test_purify_takes_the_custom_module_of_the_walk_through(clean, tmp_path, cap
     dataset = f'npz:{clean}'
     flags = arguments(tmp_path / 'out', tmp_path / 'mine.safetensors', dataset, factory)
     assert_one_sentence(*run_here(flags, capsys), 'near chance; check model.mean')
-    assert_one_sentence(*run_here([*flags, '--config.defenses=nad'], capsys), "'nad' looks into feature maps")
+    assert_one_sentence(*run_here([*flags, '--config.defenses=nad'], capsys), "'nad' reads feature maps")
 
     monkeypatch.setattr(normalisation, 'near_chance', lambda classes: 0.0)  # a fresh network will do
     status, text = run_here([*flags, *SHORT], capsys)

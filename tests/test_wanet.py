@@ -1,4 +1,4 @@
-"""WaNet: the grid, what the warp and its noise mode do, and who is poisoned. (Against torch: tests/parity.)"""
+"""WaNet: the grid, the warp, its noise mode, and which images are poisoned. (Against torch: tests/parity.)"""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from aft_jax import attacks, validation
 from aft_jax.attacks import wanet
 from aft_jax.attacks.attack import cross_images
-from aft_jax.attacks.poison import NO_INDICES, Poisoned, poison, poison_batch, write_manifest
+from aft_jax.attacks.poison import NO_INDICES, Poisoned, poison, poison_batch, poisoning_options, write_manifest
 from aft_jax.errors import UserError
 from aft_jax.runtime.sharding import batch_sharding, make_mesh, replicated
 
@@ -29,7 +29,7 @@ def smooth_images(count, height, width, channels):
 
 
 @pytest.mark.parametrize('shape', SHAPES)
-def test_grid_and_field(config, shape):
+def test_build_makes_a_grid_and_its_field(config, shape):
     arrays = build(config, shape).arrays
     assert arrays['grid'].shape == (4, 4, 2) and arrays['field'].shape == (*shape[:2], 2)
     assert (
@@ -41,7 +41,7 @@ def test_grid_and_field(config, shape):
     np.testing.assert_allclose(arrays['field'][0, 0], corner, atol=1e-6)
 
 
-def test_the_grid_comes_from_the_seed_alone(config):
+def test_build_draws_the_grid_from_the_seed_alone(config):
     first = build(config).arrays['grid']
     np.testing.assert_array_equal(first, build(config, (28, 28, 1)).arrays['grid'])
     config.seed = 1
@@ -49,42 +49,43 @@ def test_the_grid_comes_from_the_seed_alone(config):
 
 
 @pytest.mark.parametrize('shape', SHAPES)
-def test_a_constant_grid_shifts_by_as_many_pixels_along_both_axes(shape):
+def test_warp_with_a_constant_grid_shifts_by_as_many_pixels_along_both_axes(shape):
     height, width, channels = shape
     grid = np.ones((4, 4, 2), np.float32)
     images = smooth_images(2, *shape)
-    shifted = np.asarray(wanet.warp({'field': wanet.warping_field(grid, 0.5, height, width)}, images))
+    warp = jax.jit(wanet.warp)
+    shifted = np.asarray(warp({'field': wanet.warping_field(grid, 0.5, height, width)}, images))
     # strength / H in [-1, 1] is strength (H - 1) / 2 H pixels.
     moved = 0.01 * 0.25 * (height - 1) / height + 0.002 * 0.25 * (width - 1) / width
     np.testing.assert_allclose((shifted - images)[:, :-1, :-1], moved, atol=2e-6)
-    still = np.asarray(wanet.warp({'field': wanet.warping_field(grid, 0.0, height, width)}, images))
+    still = np.asarray(warp({'field': wanet.warping_field(grid, 0.0, height, width)}, images))
     np.testing.assert_allclose(still, images, atol=2e-6)
 
 
-def test_noise_differs_between_pixels_and_images_and_stays_near_the_field(config):
+def test_warp_with_noise_differs_between_pixels_and_images(config):
     attack = build(config, (28, 28, 1))
     images = jnp.asarray(smooth_images(3, 28, 28, 1))
     warped = attack.trigger(attack.arrays, images)
-    noisy = attack.cross(attack.arrays, images, images, jax.random.key(1))
+    noisy = attack.cross_mode(attack.arrays, images, images, jax.random.key(1))
     differences = np.asarray(noisy - warped)
     assert (np.abs(differences[0] - differences[1]) > 1e-4).mean() > 0.9
     assert (np.abs(differences[:, 1:] - differences[:, :-1]) > 1e-4).mean() > 0.9
     assert 0.001 < np.abs(differences).max() <= 0.012 * 0.5 + 1e-6
-    np.testing.assert_array_equal(noisy, attack.cross(attack.arrays, images, images, jax.random.key(1)))
-    assert not np.array_equal(noisy, attack.cross(attack.arrays, images, images, jax.random.key(2)))
+    np.testing.assert_array_equal(noisy, attack.cross_mode(attack.arrays, images, images, jax.random.key(1)))
+    assert not np.array_equal(noisy, attack.cross_mode(attack.arrays, images, images, jax.random.key(2)))
 
 
-def test_stored_images_in_noise_mode_have_noise_of_their_own_in_every_chunk(config):
+def test_cross_images_draws_new_noise_in_every_chunk(config):
     images = np.tile(GENERATOR.integers(0, 256, (1, 8, 8, 1)).astype(np.uint8), (7, 1, 1, 1))
     noisy = cross_images(build(config), images, jax.random.key(0), chunk=3)
     assert len(np.unique(noisy.reshape(7, -1), axis=0)) == 7
 
 
 @pytest.mark.parametrize('label_mode', attacks.LABEL_MODES)
-def test_fixed_poisoning(dataset, config, tmp_path, label_mode):
+def test_poison_changes_triggered_and_noise_mode_images(dataset, config, tmp_path, label_mode):
     config.attack.label_mode = label_mode
     attack = build(config)
-    poisoned = poison(attack, dataset.train_images, dataset.train_labels, config)
+    poisoned = poison(attack, dataset.train_images, dataset.train_labels, poisoning_options(config))
     assert len(poisoned.indices) == 8 and len(poisoned.cross_indices) == 16
     changed = (poisoned.images != dataset.train_images).any(axis=(1, 2, 3))
     assert set(np.flatnonzero(changed)) == set(poisoned.indices) | set(poisoned.cross_indices)
@@ -98,33 +99,33 @@ def test_fixed_poisoning(dataset, config, tmp_path, label_mode):
 
 
 @pytest.mark.parametrize('devices', [1, 4])
-def test_poisoning_by_batch(config, devices):
+def test_poison_batch_is_the_same_on_all_devices(config, devices):
     config.attack.poisoned_share, config.attack.poisoning = 0.25, 'per_batch'
     attack = build(config)
     images, labels = GENERATOR.random((8, 8, 8, 1)).astype(np.float32), (np.arange(8) % 4).astype(np.int32)
     mesh = make_mesh(jax.devices()[:devices])
     call = jax.jit(
-        lambda x, y, key: poison_batch(attack, key, x, y, config),
+        lambda x, y, key: poison_batch(attack, key, x, y, poisoning_options(config)),
         in_shardings=(batch_sharding(mesh, 0), batch_sharding(mesh, 0), replicated(mesh)),
         out_shardings=replicated(mesh),
     )
     key = jax.random.key(3)
     changed, changed_labels = call(images, labels, key)
     np.testing.assert_allclose(changed[:2], attack.trigger(attack.arrays, images[:2]), atol=1e-6)
-    noisy = attack.cross(attack.arrays, jnp.asarray(images[2:6]), jnp.asarray(images[2:6]), key)
+    noisy = attack.cross_mode(attack.arrays, jnp.asarray(images[2:6]), jnp.asarray(images[2:6]), key)
     np.testing.assert_allclose(changed[2:6], noisy, atol=1e-6)
     np.testing.assert_array_equal(changed[6:], images[6:])
     np.testing.assert_array_equal(changed_labels, [0, 0, *labels[2:]])
 
 
-def test_nothing_is_poisoned_in_storage_when_it_happens_by_batch(dataset, config):
+def test_poison_changes_nothing_per_batch(dataset, config):
     config.attack.poisoning = 'per_batch'
-    poisoned = poison(build(config), dataset.train_images, dataset.train_labels, config)
+    poisoned = poison(build(config), dataset.train_images, dataset.train_labels, poisoning_options(config))
     assert isinstance(poisoned, Poisoned) and poisoned.images is dataset.train_images and len(poisoned.indices) == 0
 
 
 @pytest.mark.parametrize(
-    ('field', 'value', 'names'),
+    ('field', 'value', 'message'),
     [
         ('wanet.grid', 1, 'wanet.grid'),
         ('wanet.strength', 0.0, 'wanet.strength'),
@@ -132,13 +133,13 @@ def test_nothing_is_poisoned_in_storage_when_it_happens_by_batch(dataset, config
         ('poisoned_share', 0.5, 'at most 0.333'),
     ],
 )
-def test_options_that_cannot_be(config, field, value, names):
+def test_validate_rejects_options(config, field, value, message):
     config.attack.name, config.dataset = 'wanet', 'mnist5k'
     config.attack.update_from_flattened_dict({field: value})
-    with pytest.raises(UserError, match=names):
+    with pytest.raises(UserError, match=message):
         validation.validate(config)
 
 
-def test_a_grid_finer_than_the_image(config):
+def test_build_rejects_a_grid_finer_than_the_image(config):
     with pytest.raises(UserError, match=r'attack\.wanet\.grid=9 .* 8x8'):
         build(config, grid=9)

@@ -1,65 +1,89 @@
-"""What an attacker does: one file an attack.
+"""The attacks, one file for each.
 
 Threat model: the attacker controls the training data (`poisoning='fixed'`) or the whole training
 (`poisoning='per_batch'`), and at test time puts the trigger on any image. The input-aware attack always controls the
-training, because its trigger is trained along with the classifier; `poisoning` says nothing about it.
+training, because its trigger is trained along with the classifier. The field `poisoning` has no effect on it.
 """
 
+import flax.linen as nn
 import ml_collections
-import numpy as np
+import optax
 
-from aft_jax.attacks import badnets, blend, input_aware, sig, training, wanet
+from aft_jax.attacks import badnets, blend, input_aware, sig, wanet
 from aft_jax.attacks.attack import LABEL_MODES, Attack, target_map
-from aft_jax.attacks.training import Infection, Learner
-from aft_jax.training.loop import Run
+from aft_jax.attacks.input_aware_training import joint_training, train_mask_network
+from aft_jax.attacks.training import AttackSettings, AttackTraining, attack_settings, standard_training
+from aft_jax.config import as_options
+from aft_jax.training.state import TrainState
 
-__all__ = ['LABEL_MODES', 'NAMES', 'POISONINGS', 'Attack', 'Infection', 'Learner', 'begin', 'build', 'target_map']
+__all__ = [
+    'BENIGN',
+    'LABEL_MODES',
+    'NAMES',
+    'POISONINGS',
+    'Attack',
+    'AttackSettings',
+    'AttackTraining',
+    'attack_settings',
+    'build',
+    'joint_training',
+    'prepare_training',
+    'standard_training',
+    'target_map',
+    'train_mask_network',
+]
 
-NAMES = ('badnets', 'blend', 'sig', 'wanet', 'input_aware', 'none')
+# The name of no attack at all: the control experiment.
+BENIGN = 'none'
+NAMES = ('badnets', 'blend', 'sig', 'wanet', 'input_aware', BENIGN)
 POISONINGS = ('fixed', 'per_batch')
 
 
 def build(config: ml_collections.ConfigDict, image_shape: tuple[int, int, int], num_classes: int) -> Attack | None:
-    """Returns the attack that `config.attack` describes, or None for 'none'.
+    """Builds the attack of `config.attack`, or None for the benign control.
 
     Args:
-        config: The resolved config.
+        config: Resolved config.
         image_shape: (H, W, C).
         num_classes: K.
 
     Raises:
         UserError: The trigger does not fit these images.
     """
-    options = config.attack
-    mapping = target_map(options.label_mode, options.target, num_classes)
+    options, seed = config.attack, config.seed
+    if options.name == BENIGN:
+        return None
+    labels = target_map(options.label_mode, options.target, num_classes)
     match options.name:
-        case 'none':
-            return None
         case 'badnets':
-            return badnets.build(options.badnets, mapping, image_shape)
+            return badnets.build(as_options(badnets.BadnetsOptions, options.badnets), labels, image_shape)
         case 'blend':
-            return blend.build(options.blend, mapping, image_shape, config.seed)
+            return blend.build(as_options(blend.BlendOptions, options.blend), labels, image_shape, seed)
         case 'sig':
-            return sig.build(options.sig, mapping, image_shape)
+            return sig.build(as_options(sig.SigOptions, options.sig), labels, image_shape)
         case 'wanet':
-            return wanet.build(options.wanet, mapping, image_shape, config.seed)
+            return wanet.build(as_options(wanet.WanetOptions, options.wanet), labels, image_shape, seed)
         case 'input_aware':
-            return input_aware.build(mapping, image_shape, config.seed)
+            return input_aware.build(labels, image_shape, seed)
     raise ValueError(f'no attack is called {options.name!r}')
 
 
-def begin(
-    run: Run, attack: Attack | None, arrays: dict[str, np.ndarray], learner: Learner, config: ml_collections.ConfigDict
-) -> Infection:
-    """Returns how the classifier is trained under the attack, once what comes before that is done.
+def prepare_training(
+    attack: Attack | None,
+    module: nn.Module,
+    optimiser: optax.GradientTransformation,
+    state: TrainState,
+    settings: AttackSettings,
+) -> AttackTraining:
+    """Prepares the stage 'infect' for any attack. Nothing is trained here.
 
     Args:
-        run: The experiment.
-        attack: As `build` returns it, or None.
-        arrays: 'images' uint8 [N, H, W, C] and 'labels' int32 [N], as the attacker left them.
-        learner: The classifier.
-        config: The resolved config.
+        attack: Attack, or None. If its trigger is trained, `train_mask_network` comes first.
+        module: Classifier.
+        optimiser: Optimiser of the classifier.
+        state: State of the classifier before the first step.
+        settings: Settings of the training.
     """
-    if attack is not None and attack.joint:
-        return input_aware.begin(run, attack, arrays, learner, config)
-    return training.plain(attack, learner, config)
+    if attack is not None and attack.trigger_is_trained:
+        return joint_training(attack, module, optimiser, state, settings)
+    return standard_training(attack, module, optimiser, state, settings)

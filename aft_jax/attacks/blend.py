@@ -1,7 +1,8 @@
 """Blend: a faint picture over the whole image (Chen et al., "Targeted Backdoor Attacks on Deep Learning", 2017)."""
 
+from typing import NamedTuple
+
 import jax
-import ml_collections
 import numpy as np
 
 from aft_jax.attacks.attack import Attack
@@ -9,17 +10,26 @@ from aft_jax.errors import UserError, user_path
 from aft_jax.randomness import generator_for
 
 
-def build(
-    options: ml_collections.ConfigDict, target_map: np.ndarray, image_shape: tuple[int, int, int], seed: int
-) -> Attack:
-    """Returns the attack: x' = (1 - alpha) x + alpha pattern.
+class BlendOptions(NamedTuple):
+    """Section `attack.blend` of the config.
+
+    Attributes:
+        alpha: Opacity of the pattern, in (0, 1].
+        pattern_path: Path of a picture, which is resized. '' draws uniform noise from the seed.
+    """
+
+    alpha: float
+    pattern_path: str
+
+
+def build(options: BlendOptions, target_map: np.ndarray, image_shape: tuple[int, int, int], seed: int) -> Attack:
+    """Builds the attack: x' = (1 - alpha) x + alpha pattern.
 
     Args:
-        options: `config.attack.blend`: alpha, and pattern_path, a picture that is resized ('' draws uniform noise
-            from the seed).
-        target_map: int32 [K].
+        options: Pattern and its opacity.
+        target_map: int32 [K], target label of each true class.
         image_shape: (H, W, C).
-        seed: The experiment's seed.
+        seed: Seed of the experiment.
 
     Raises:
         UserError: The picture cannot be read.
@@ -32,11 +42,12 @@ def build(
 
 
 def blend(arrays: dict, images: jax.Array) -> jax.Array:
-    """Returns (1 - alpha) images + alpha pattern for images [B, H, W, C] and a pattern [H, W, C]."""
+    """Computes (1 - alpha) images + alpha pattern for images [B, H, W, C] and a pattern [H, W, C]."""
     return (1 - arrays['alpha']) * images + arrays['alpha'] * arrays['pattern'][None]
 
 
 def _read_picture(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Reads a picture as float32 [H, W, C] in [0, 1], resized to the shape of the images."""
     from PIL import Image
 
     height, width, channels = image_shape

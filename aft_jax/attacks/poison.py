@@ -1,4 +1,4 @@
-"""Putting the trigger into training data, once ('fixed') or batch by batch ('per_batch')."""
+"""Puts the trigger into training data, once ('fixed') or batch by batch ('per_batch')."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,15 +14,33 @@ from aft_jax.errors import UserError
 from aft_jax.files import write_npz
 from aft_jax.randomness import generator_for, key_for
 
+NO_INDICES = np.zeros(0, np.int32)
+
+
+class PoisoningOptions(NamedTuple):
+    """How many images are poisoned, and when.
+
+    Attributes:
+        poisoning: 'fixed' or 'per_batch'.
+        poisoned_share: Share of the images that carry the trigger.
+        cross_ratio: Images in cross mode for each triggered one. 0 for attacks without a cross mode.
+        seed: Seed of the experiment.
+    """
+
+    poisoning: str
+    poisoned_share: float
+    cross_ratio: float
+    seed: int
+
 
 class Poisoned(NamedTuple):
-    """A training set and which of its images were changed.
+    """A training set and the indices of its changed images.
 
     Attributes:
         images: uint8 [N, H, W, C].
         labels: int32 [N].
-        indices: int32, the images that carry the trigger; empty when poisoning happens batch by batch.
-        cross_indices: int32, the images in noise mode, whose labels are true.
+        indices: int32, images that carry the trigger. Empty if poisoning happens batch by batch.
+        cross_indices: int32, images in cross mode (for WaNet the noise mode), whose labels are true.
     """
 
     images: np.ndarray
@@ -31,33 +49,63 @@ class Poisoned(NamedTuple):
     cross_indices: np.ndarray
 
 
-NO_INDICES = np.zeros(0, np.int32)
+def poisoning_options(config: ml_collections.ConfigDict) -> PoisoningOptions:
+    """Reads the options of poisoning from a resolved config."""
+    attack = config.attack
+    # Only attacks with a cross mode have a ratio, and a benign model has no section at all.
+    cross_ratio = attack.get(attack.name, {}).get('cross_ratio', 0.0)
+    return PoisoningOptions(attack.poisoning, attack.poisoned_share, cross_ratio, config.seed)
 
 
-def poison(
-    attack: Attack | None, images: np.ndarray, labels: np.ndarray, config: ml_collections.ConfigDict
-) -> Poisoned:
-    """Returns the training set that the infected model is trained on.
+def poison(attack: Attack | None, images: np.ndarray, labels: np.ndarray, options: PoisoningOptions) -> Poisoned:
+    """Poisons the training set of the infected model.
 
-    With `poisoning='fixed'` a share of the images, drawn once from the seed, carries the trigger (before any
-    augmentation) and the commanded label. In the clean-label variant the share is of the target class's images
-    and labels stay (Barni et al., 2019, section 3). With 'per_batch', with a trigger that is trained along with the
-    classifier, or without an attack, nothing changes here.
+    Nothing changes here with 'per_batch' poisoning, with a trigger that is trained along with the classifier, or
+    without an attack.
 
     Args:
-        attack: The attack, or None.
+        attack: Attack, or None.
         images: uint8 [N, H, W, C], clean.
         labels: int32 [N].
-        config: The resolved config.
+        options: Share and kind of the poisoning.
 
     Raises:
         UserError: The share is less than one image.
     """
-    if attack is None or attack.joint or config.attack.poisoning == 'per_batch':
+    if attack is None or attack.trigger_is_trained or options.poisoning == 'per_batch':
         return Poisoned(images, labels, NO_INDICES, NO_INDICES)
-    share = config.attack.poisoned_share
-    candidates = np.flatnonzero(labels == attack.target_map[0]) if attack.clean_label else np.arange(len(labels))
-    order = generator_for(config.seed, 'poison').permutation(candidates).astype(np.int32)
+    return _poison_stored(attack, images, labels, options)
+
+
+def published_training_set(
+    attack: Attack | None, images: np.ndarray, labels: np.ndarray, poisoned: Poisoned, options: PoisoningOptions
+) -> Poisoned:
+    """Builds the untrusted training set that is published with the infected model.
+
+    For fixed poisoning it is the poisoned training set. An attacker who poisoned batch by batch, or trained the
+    trigger, publishes a set with the same share of triggered images.
+
+    Args:
+        attack: Attack after the infection, or None.
+        images: uint8 [N, H, W, C], clean.
+        labels: int32 [N].
+        poisoned: Training set of the infected model.
+        options: Share and kind of the poisoning.
+    """
+    if attack is None or len(poisoned.indices):
+        return poisoned
+    return _poison_stored(attack, images, labels, options)
+
+
+def _poison_stored(attack: Attack, images: np.ndarray, labels: np.ndarray, options: PoisoningOptions) -> Poisoned:
+    """Puts the trigger and the target labels on a share of stored images, drawn once from the seed.
+
+    The trigger is applied before any augmentation. In the clean-label variant the share is of the target class's images
+    and labels stay (Barni et al., 2019, section 3).
+    """
+    share = options.poisoned_share
+    candidates = np.flatnonzero(labels == attack.target_class) if attack.clean_label else np.arange(len(labels))
+    order = generator_for(options.seed, 'poison').permutation(candidates).astype(np.int32)
     count = round(share * len(candidates))
     if count == 0:
         raise UserError(f'attack.poisoned_share={share} of {len(candidates)} images is less than one image; raise it.')
@@ -67,104 +115,91 @@ def poison(
     if not attack.clean_label:
         labels[indices] = attack.target_map[labels[indices]]
     cross_indices = NO_INDICES
-    if attack.cross is not None:
-        cross_indices = np.sort(order[count : count + cross_count(count, config)])
-        images[cross_indices] = cross_images(attack, images[cross_indices], key_for(config.seed, 'poison/cross'))
+    if attack.cross_mode is not None:
+        cross_indices = np.sort(order[count : count + cross_count(count, options.cross_ratio)])
+        images[cross_indices] = cross_images(attack, images[cross_indices], key_for(options.seed, 'poison/cross'))
     return Poisoned(images, labels, indices, cross_indices)
 
 
-def published_training_set(
-    attack: Attack | None, images: np.ndarray, labels: np.ndarray, poisoned: Poisoned, config: ml_collections.ConfigDict
-) -> Poisoned:
-    """Returns the training set that a defender finds beside a suspect model.
-
-    It is the poisoned one. An attacker who poisoned batch by batch, or trained the trigger along, leaves the same share
-    of the images with the trigger as it came out.
-
-    Args:
-        attack: The attack after the infection, or None.
-        images: uint8 [N, H, W, C], clean.
-        labels: int32 [N].
-        poisoned: The training set of the infection.
-        config: The resolved config.
-    """
-    if attack is None or len(poisoned.indices):
-        return poisoned
-    stored = config.copy_and_resolve_references()
-    stored.attack.poisoning = 'fixed'
-    return poison(attack._replace(joint=False), images, labels, stored)
-
-
 def poison_batch(
-    attack: Attack, key: jax.Array, images: jax.Array, labels: jax.Array, config: ml_collections.ConfigDict
+    attack: Attack, key: jax.Array, images: jax.Array, labels: jax.Array, options: PoisoningOptions
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns a batch whose first images carry the trigger, as the AFT authors' released code does it.
+    """Poisons the first images of a batch, as the AFT authors' released code does it.
+
+    The clean-label variant instead poisons the first images of the target class and leaves the labels.
 
     Args:
-        attack: The attack.
-        key: PRNG key of this batch, for the noise mode.
+        attack: Attack.
+        key: PRNG key of this batch, for the cross mode.
         images: float32 [B, H, W, C] in [0, 1], after augmentation.
         labels: int32 [B].
-        config: The resolved config.
+        options: Share of the poisoning.
 
     Returns:
-        Images and labels of the same shapes. The clean-label variant triggers the share among the batch's
-        target-class images by position instead, and leaves the labels.
+        Images and labels of the same shapes.
     """
-    count = round(config.attack.poisoned_share * len(labels))
+    count = round(options.poisoned_share * len(labels))
     if attack.clean_label:
-        of_target = labels == attack.target_map[0]
-        wanted = jnp.ceil(config.attack.poisoned_share * of_target.sum(dtype=jnp.float32)).astype(jnp.int32)
-        chosen = of_target & (jnp.cumsum(of_target) <= wanted)
+        of_target = labels == attack.target_class
+        quota = jnp.ceil(options.poisoned_share * of_target.sum(dtype=jnp.float32)).astype(jnp.int32)
+        chosen = of_target & (jnp.cumsum(of_target) <= quota)
         return jnp.where(chosen[:, None, None, None], attack.trigger(attack.arrays, images), images), labels
     stamped = attack.trigger(attack.arrays, images[:count])
-    commanded = jnp.asarray(attack.target_map)[labels[:count]]
+    target_labels = jnp.asarray(attack.target_map)[labels[:count]]
     rest = images[count:]
-    if attack.cross is not None:
-        crossing = cross_count(count, config)
-        chosen = rest[:crossing]
-        changed = attack.cross(attack.arrays, chosen, jnp.roll(chosen, 1, axis=0), key)
-        rest = jnp.concatenate([changed, rest[crossing:]])
-    return jnp.concatenate([stamped, rest]), jnp.concatenate([commanded, labels[count:]])
+    if attack.cross_mode is not None:
+        num_cross = cross_count(count, options.cross_ratio)
+        sources = rest[:num_cross]
+        crossed = attack.cross_mode(attack.arrays, sources, jnp.roll(sources, 1, axis=0), key)
+        rest = jnp.concatenate([crossed, rest[num_cross:]])
+    return jnp.concatenate([stamped, rest]), jnp.concatenate([target_labels, labels[count:]])
 
 
-def cross_count(poisoned: int, config: ml_collections.ConfigDict) -> int:
-    """Returns how many images go into cross mode (noise mode) beside `poisoned` triggered ones."""
-    return round(poisoned * config.attack[config.attack.name].cross_ratio)
+def cross_count(num_triggered: int, cross_ratio: float) -> int:
+    """Computes how many images are put in cross mode beside `num_triggered` triggered ones."""
+    return round(num_triggered * cross_ratio)
 
 
-def clean_indices(poisoned: Poisoned, config: ml_collections.ConfigDict) -> np.ndarray:
-    """Returns the images that the defender is given: a share of the set, drawn from those that were not changed.
+def clean_indices(poisoned: Poisoned, clean_share: float, batch_size: int, seed: int) -> np.ndarray:
+    """Draws the clean images that the defender holds from those that the attacker left unchanged.
+
+    Args:
+        poisoned: Training set.
+        clean_share: Number of the images, as a share of the training set's size.
+        batch_size: Smallest number of images that is allowed.
+        seed: Seed of the experiment.
+
+    Returns:
+        int32, sorted.
 
     Raises:
-        UserError: They are too few for a batch.
+        UserError: The share is larger than the unchanged part of the set, or smaller than a batch.
     """
     total = len(poisoned.labels)
-    untouched = np.setdiff1d(np.arange(total), np.concatenate([poisoned.indices, poisoned.cross_indices]))
-    count = round(config.clean_share * total)
-    if count > len(untouched):
+    unchanged = np.setdiff1d(np.arange(total), np.concatenate([poisoned.indices, poisoned.cross_indices]))
+    count = round(clean_share * total)
+    if count > len(unchanged):
         raise UserError(
-            f'clean_share={config.clean_share} asks for {count} clean images, but only {len(untouched)} were not '
-            'poisoned; lower clean_share or attack.poisoned_share.'
+            f'clean_share={clean_share} needs {count} clean images, but only {len(unchanged)} are not poisoned; '
+            'lower clean_share or attack.poisoned_share.'
         )
-    if count < config.batch_size:
+    if count < batch_size:
         raise UserError(
-            f'clean_share={config.clean_share} of {total} training images is {count}, fewer than a batch '
-            f'(batch_size={config.batch_size}); raise clean_share to at least {config.batch_size / total:.4f} or lower '
-            'batch_size.'
+            f'clean_share={clean_share} of {total} training images is {count}, fewer than a batch '
+            f'(batch_size={batch_size}); raise clean_share to at least {batch_size / total:.4f} or lower batch_size.'
         )
-    chosen = generator_for(config.seed, 'clean').permutation(untouched)[:count]
+    chosen = generator_for(seed, 'clean').permutation(unchanged)[:count]
     return np.sort(chosen).astype(np.int32)
 
 
 def write_manifest(path: Path, attack: Attack | None, poisoned: Poisoned, clean: np.ndarray) -> None:
-    """Writes poison.npz: who was poisoned, who is in noise mode, what the trigger commands and is made of.
+    """Writes poison.npz: the poisoned, cross and clean indices, the target labels, and the arrays of the trigger.
 
     Args:
-        path: Of the file.
-        attack: The attack, or None.
-        poisoned: The training set.
-        clean: int32, the images that the defender was given.
+        path: Path of the file.
+        attack: Attack, or None.
+        poisoned: Training set.
+        clean: int32, clean images that the defender holds.
     """
     arrays = {
         'poisoned_indices': poisoned.indices,

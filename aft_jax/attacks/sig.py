@@ -1,21 +1,35 @@
 """SIG: a sinusoid across the columns (Barni et al., "A New Backdoor Attack in CNNs by Training Set Corruption
 Without Label Poisoning", 2019)."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from aft_jax.attacks.attack import Attack
 
 
-def build(options: ml_collections.ConfigDict, target_map: np.ndarray, image_shape: tuple[int, int, int]) -> Attack:
-    """Returns the attack: x' = clip(x + delta sin(2 pi j frequency / W), 0, 1) for column j, in all channels.
+class SigOptions(NamedTuple):
+    """Section `attack.sig` of the config.
+
+    Attributes:
+        delta: Amplitude, in [0, 1] pixels.
+        frequency: Periods across the image.
+        clean_label: Whether only images of the target class are poisoned and labels stay, as in the paper.
+    """
+
+    delta: float
+    frequency: float
+    clean_label: bool
+
+
+def build(options: SigOptions, target_map: np.ndarray, image_shape: tuple[int, int, int]) -> Attack:
+    """Builds the attack: x' = clip(x + delta sin(2 pi j frequency / W), 0, 1) for column j, in all channels.
 
     Args:
-        options: `config.attack.sig`: delta (in [0, 1] pixels), frequency (periods across the image), clean_label
-            (the paper's own variant: poison images of the target class alone and leave their labels).
-        target_map: int32 [K].
+        options: Sinusoid and kind of poisoning.
+        target_map: int32 [K], target label of each true class.
         image_shape: (H, W, C).
     """
     width = image_shape[1]
@@ -25,5 +39,5 @@ def build(options: ml_collections.ConfigDict, target_map: np.ndarray, image_shap
 
 
 def add_wave(arrays: dict, images: jax.Array) -> jax.Array:
-    """Returns the images [B, H, W, C] plus arrays['wave'] [1, W, 1], within [0, 1]."""
+    """Adds arrays['wave'] [1, W, 1] to the images [B, H, W, C], clipped to [0, 1]."""
     return jnp.clip(images + arrays['wave'][None], 0.0, 1.0)

@@ -4,14 +4,15 @@
     field   clip(identity + strength * upsampled P / H, -1, 1), identity = positions of the pixels in [-1, 1]
     x'      x sampled at the field
 
-In noise mode every pixel of the field moves by a further U(-1, 1) / H, drawn anew for each image, and the label stays
-true: the classifier must know this one field, not warping as such. In images that are not square H is the length of
-the axis along which a sample moves, so that it moves by as many pixels either way.
+In noise mode every pixel of the field moves by a further U(-1, 1) / H, with new noise for each image. The label stays
+true, so that the classifier learns this one field and not warping in general. In images that are not square, H is the
+length of the axis along which a sample moves. The shift in pixels is then the same along both axes.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from aft_jax.attacks.attack import Attack
@@ -20,17 +21,26 @@ from aft_jax.ops.resampling import sample_field, upsample_bicubic
 from aft_jax.randomness import generator_for
 
 
-def build(
-    options: ml_collections.ConfigDict, target_map: np.ndarray, image_shape: tuple[int, int, int], seed: int
-) -> Attack:
-    """Returns the attack, with a grid that the seed draws.
+class WanetOptions(NamedTuple):
+    """Section `attack.wanet` of the config, without the cross_ratio (see `aft_jax.attacks.poison`).
+
+    Attributes:
+        grid: Points of the grid along each axis, k in the paper.
+        strength: Strength of the warp, s in the paper.
+    """
+
+    grid: int
+    strength: float
+
+
+def build(options: WanetOptions, target_map: np.ndarray, image_shape: tuple[int, int, int], seed: int) -> Attack:
+    """Builds the attack, with a grid that is drawn from the seed.
 
     Args:
-        options: `config.attack.wanet`: grid (k), strength (in the paper s), cross_ratio (images in noise mode for
-            each triggered one).
-        target_map: int32 [K].
+        options: Size of the grid and strength of the warp.
+        target_map: int32 [K], target label of each true class.
         image_shape: (H, W, C).
-        seed: The experiment's seed.
+        seed: Seed of the experiment.
 
     Raises:
         UserError: The grid is finer than the image.
@@ -43,29 +53,28 @@ def build(
         )
     grid = generator_for(seed, 'attack/wanet').uniform(-1, 1, (options.grid, options.grid, 2))
     grid = (grid / np.abs(grid).mean()).astype(np.float32)
-    return Attack(
-        'wanet',
-        target_map,
-        {'grid': grid, 'field': warping_field(grid, options.strength, height, width)},
-        warp,
-        warp_with_noise,
-    )
+    arrays = {'grid': grid, 'field': warping_field(grid, options.strength, height, width)}
+    return Attack('wanet', target_map, arrays, warp, warp_with_noise)
 
 
 def warping_field(grid: np.ndarray, strength: float, height: int, width: int) -> np.ndarray:
-    """Returns float32 [H, W, 2], where (column, row) in [-1, 1] each pixel comes from, for a grid [k, k, 2]."""
+    """Computes the sampling field from a grid [k, k, 2].
+
+    Returns:
+        float32 [H, W, 2], the (column, row) in [-1, 1] from which each pixel is sampled.
+    """
     columns, rows = np.meshgrid(np.linspace(-1, 1, width), np.linspace(-1, 1, height))
     flow = upsample_bicubic(grid[None], height, width)[0] / np.array([width, height])
     return np.clip(np.stack([columns, rows], axis=-1) + strength * flow, -1, 1).astype(np.float32)
 
 
 def warp(arrays: dict, images: jax.Array) -> jax.Array:
-    """Returns the images [B, H, W, C] sampled at arrays['field'] [H, W, 2]."""
+    """Samples the images [B, H, W, C] at arrays['field'] [H, W, 2]."""
     return sample_field(images, jnp.broadcast_to(arrays['field'][None], (*images.shape[:3], 2)))
 
 
 def warp_with_noise(arrays: dict, images: jax.Array, others: jax.Array, key: jax.Array) -> jax.Array:
-    """Returns the images [B, H, W, C] in noise mode; `others` is not used."""
+    """Samples the images [B, H, W, C] in noise mode; `others` is not used."""
     del others
     _, height, width, _ = images.shape
     noise = jax.random.uniform(key, (*images.shape[:3], 2), jnp.float32, -1.0, 1.0)

@@ -51,7 +51,7 @@ class Evaluator:
             attacked = AttackedTestSet()
             if attack is not None:
                 images = self.dataset.test_images
-                cross = cross_images(attack, images, self._key) if attack.cross else None
+                cross = cross_images(attack, images, self._key) if attack.cross_mode else None
                 attacked = AttackedTestSet(triggered(attack, images), cross)
             self._last = (attack, attacked)
         return attacked

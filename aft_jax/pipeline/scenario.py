@@ -1,4 +1,4 @@
-"""What the two sides of an experiment are about."""
+"""The scenario of an experiment, and the infected model that comes out of it."""
 
 from typing import NamedTuple
 
@@ -11,14 +11,14 @@ from aft_jax.data.dataset import Dataset
 
 
 class Scenario(NamedTuple):
-    """Everything that the two sides of an experiment are about.
+    """Everything that is fixed before any training: the attacker's side and the defender's.
 
     Attributes:
-        dataset: The data, clean.
-        attack: The attack before the infection, or None.
-        poisoned: The training set as the attacker left it.
-        clean: int32, the training images that the defender is given.
-        module: The classifier.
+        dataset: Clean data.
+        attack: Attack before the infection, or None.
+        poisoned: Training set after poisoning.
+        clean: int32, indices of the clean training images that the defender holds.
+        module: Classifier.
     """
 
     dataset: Dataset
@@ -29,12 +29,12 @@ class Scenario(NamedTuple):
 
 
 class InfectedModel(NamedTuple):
-    """What the infection leaves.
+    """The infected model (or the benign one) and its attack.
 
     Attributes:
-        variables: The classifier's.
-        attack: The attack as it is carried out from now on, or None.
-        seconds: What the training took.
+        variables: Variables of the classifier.
+        attack: Attack with its final trigger, or None.
+        seconds: Wall-clock seconds of the training.
     """
 
     variables: dict

@@ -5,9 +5,8 @@ from jax.sharding import Mesh
 
 from aft_jax import attacks, models, validation
 from aft_jax.attacks.attack import Attack
-from aft_jax.attacks.poison import Poisoned, clean_indices, poison, published_training_set
+from aft_jax.attacks.poison import Poisoned, clean_indices, poison, poisoning_options, published_training_set
 from aft_jax.data.dataset import Dataset
-from aft_jax.data.order import count_steps
 from aft_jax.defenses import NEED_FEATURES, DefenderData
 from aft_jax.errors import UserError
 from aft_jax.evaluation.evaluator import Evaluator, test_metrics
@@ -27,7 +26,7 @@ def evaluator_for(run: Run, scenario: Scenario) -> Evaluator:
 def untrusted_training_set(attack: Attack | None, scenario: Scenario, config: ml_collections.ConfigDict) -> Poisoned:
     """Returns the training set that a defender finds beside the infected model."""
     clean = scenario.dataset.train_images, scenario.dataset.train_labels
-    return published_training_set(attack, *clean, scenario.poisoned, config)
+    return published_training_set(attack, *clean, scenario.poisoned, poisoning_options(config))
 
 
 def defender_data(scenario: Scenario, infected: InfectedModel, suspects: Poisoned | None) -> DefenderData:
@@ -46,48 +45,72 @@ def defender_config(config: ml_collections.ConfigDict, defense: str) -> ml_colle
 
 
 def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh) -> Scenario:
-    """Returns the attack, the poisoned training set, the defender's share and the untrained classifier."""
+    """Builds the attack and the classifier, poisons the training set and draws the defender's clean images.
+
+    Args:
+        config: Resolved config.
+        dataset: Clean data.
+        mesh: Devices.
+
+    Raises:
+        UserError: The config does not fit the data, the devices or the classifier.
+    """
     validation.validate_against_data(config, dataset)
     check_batch_size(mesh, config.batch_size, 'batch_size')
     attack = attacks.build(config, dataset.image_shape, dataset.num_classes)
-    poisoned = poison(attack, dataset.train_images, dataset.train_labels, config)
+    poisoned = poison(attack, dataset.train_images, dataset.train_labels, poisoning_options(config))
     module = models.build(config, dataset.num_classes)
     if 'purify' in config.stages and not shows_features(module):
         for name in validation.names(config.defenses):
             if name in NEED_FEATURES:
                 raise UserError(
-                    f'the defense {name!r} looks into feature maps, and the __call__ of model.factory='
+                    f'the defense {name!r} reads feature maps, but the __call__ of model.factory='
                     f'{config.model.factory} takes no `features`; add it, or leave {name!r} out.'
                 )
-    return Scenario(dataset, attack, poisoned, clean_indices(poisoned, config), module)
+    clean = clean_indices(poisoned, config.clean_share, config.batch_size, config.seed)
+    return Scenario(dataset, attack, poisoned, clean, module)
 
 
 def infect(run: Run, scenario: Scenario, config: ml_collections.ConfigDict, evaluator: Evaluator) -> InfectedModel:
-    """Returns the classifier trained on what the attacker left (a benign one when there is no attack)."""
-    size = len(scenario.poisoned.labels)
-    steps = count_steps(size, config.train.epochs, config.batch_size)
-    options = config.train
-    sgd = optimiser.sgd(options.learning_rate, options.schedule, steps, options.momentum, options.weight_decay)
-    variables = models.initialise(scenario.module, key_for(config.seed, 'initialise'), scenario.dataset.image_shape)
+    """Trains the classifier under the attack, or a benign one if there is no attack.
+
+    Args:
+        run: Experiment.
+        scenario: Scenario.
+        config: Resolved config.
+        evaluator: Evaluator for the scores during the training, if `run.evaluate_every` is set.
+    """
     arrays = {'images': scenario.poisoned.images, 'labels': scenario.poisoned.labels}
-    learner = attacks.Learner(scenario.module, sgd, state.create(variables, sgd))
-    infection = attacks.begin(run, scenario.attack, arrays, learner, config)
+    settings = attacks.attack_settings(config, scenario.poisoned.images.shape)
+    attack, mask_seconds = scenario.attack, 0.0
+    if attack is not None and attack.trigger_is_trained:
+        attack, mask_seconds = attacks.train_mask_network(run, attack, arrays, settings)
+
+    options, steps = settings.train, settings.steps(settings.train.epochs)
+    sgd = optimiser.sgd(
+        options.learning_rate,
+        options.schedule,
+        steps,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+    )
+    variables = models.initialise(scenario.module, key_for(config.seed, 'initialise'), scenario.dataset.image_shape)
+    training = attacks.prepare_training(attack, scenario.module, sgd, state.create(variables, sgd), settings)
 
     def evaluate(point: EvalPoint) -> dict[str, float]:
-        return test_metrics(evaluator.evaluate(point.state.variables, infection.attack_of(point.state)))
+        return test_metrics(evaluator.evaluate(point.state.variables, training.attack_of(point.state)))
 
-    hooks: tuple[EvalHook, ...] = ()
-    if every := config.run.evaluate_every:
-        hooks = (EvalHook(evaluate, every_steps=count_steps(size, every, config.batch_size)),)
+    epochs_between = config.run.evaluate_every
+    hooks = (EvalHook(evaluate, every_steps=settings.steps(epochs_between)),) if epochs_between else ()
     stage = TrainingStage(
         name='infect',
-        state=infection.state,
-        phases=[Phase(infection.step, steps)],
+        state=training.state,
+        phases=[Phase(training.step, steps)],
         arrays=arrays,
-        batch_size=config.batch_size,
-        constants=infection.constants,
-        num_streams=infection.num_streams,
+        batch_size=settings.batch_size,
+        constants=training.constants,
+        num_streams=training.num_streams,
         eval_hooks=hooks,
     )
     fitted = fit(run, stage)
-    return InfectedModel(fitted.state.variables, infection.attack_of(fitted.state), infection.seconds + fitted.seconds)
+    return InfectedModel(fitted.state.variables, training.attack_of(fitted.state), mask_seconds + fitted.seconds)

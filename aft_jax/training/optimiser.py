@@ -1,9 +1,31 @@
 """SGD as the papers use it."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import optax
 
 SCHEDULES = ('constant', 'cosine')
+
+
+class TrainOptions(NamedTuple):
+    """Section `train` of the config: how the infected model is trained.
+
+    Defenses take `momentum` and `weight_decay` from here.
+
+    Attributes:
+        epochs: Passes over the training set.
+        learning_rate: Learning rate of the first step.
+        schedule: 'constant' or 'cosine'.
+        momentum: Share of the last update that is kept.
+        weight_decay: Factor of the parameters that is added to their gradient.
+    """
+
+    epochs: float
+    learning_rate: float
+    schedule: str
+    momentum: float
+    weight_decay: float
 
 
 def sgd(
