@@ -18,7 +18,8 @@ with the labels that the trigger commands, over and over. A model in which the b
 than the benign one takes to learn it.
 
 Source: Min et al., "Uncovering, Explaining, and Mitigating the Superficial Safety of Backdoor Defense" (2024), whose
-retuning attack this is. Exit status: 0 done, 2 something that you can put right.
+retuning attack this is. Exit status: 0 done, 2 a mistake that you can correct, 75 stopped by SIGTERM (saved; the same
+command continues), 130 interrupted.
 """
 
 import argparse
@@ -27,10 +28,9 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from aft_jax import files
+from aft_jax import cli, files
 from aft_jax.analysis.observation_table import control_of
 from aft_jax.analysis.retuning import COLUMNS, Retuning, retune
-from aft_jax.cli import Parser, complain
 from aft_jax.config import as_options
 from aft_jax.errors import UserError, user_path
 from aft_jax.models.cpu_compilation import compiler_options
@@ -50,7 +50,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     Raises:
         UserError: One is wrong or missing.
     """
-    parser = Parser(prog='aft_jax.relapse', add_help=False)
+    parser = cli.Parser(prog='aft_jax.relapse', add_help=False)
     parser.add_argument('--runs', nargs='+', required=True)
     parser.add_argument('--benign', nargs='+', default=[])
     parser.add_argument('--workdir', required=True)
@@ -124,16 +124,14 @@ def relapse(flags: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command; returns the exit status."""
-    if not arguments or {'--help', '-h'} & set(arguments):
-        print(__doc__)
-        return 0 if arguments else 2
-    try:
-        flags = parse(arguments)
-        keep_freed_memory()
-        rows = relapse(flags)
-    except UserError as error:
-        return complain(error)
+    """Runs the command, and returns its exit status."""
+    return cli.run(_command, __doc__, arguments)
+
+
+def _command(arguments: list[str]) -> int:
+    flags = parse(arguments)
+    keep_freed_memory()
+    rows = relapse(flags)
     if requirements.available():
         relapse_figure.write(flags.workdir / 'relapse.png', rows)
     print(f'{flags.workdir}/relapse.csv')

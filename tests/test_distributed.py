@@ -144,7 +144,7 @@ def test_killed_and_told_to_stop_two_processes_equal_one(folder, one):
     wait_for_checkpoint(checkpoints, processes)
     processes[1].send_signal(signal.SIGTERM)  # one is told, and both stop
     assert finish(processes) == [EXIT_PREEMPTED] * 2, said(folder, 'two') + said(folder, 'two', 1)
-    assert 'told to stop' in said(folder, 'two') and 'told to stop' not in said(folder, 'two', 1)
+    assert 'Stopped by SIGTERM' in said(folder, 'two') and 'Stopped by SIGTERM' not in said(folder, 'two', 1)
     assert not (folder / 'two/results.json').exists()
 
     assert finish(launch(folder, 'two', 2, 2)) == [0, 0], said(folder, 'two') + said(folder, 'two', 1)

@@ -1,41 +1,42 @@
-"""Measure, in finished runs, whether adversarial examples behave like triggered images, and score every model.
+"""Measures whether adversarial examples behave like triggered images, and scores every model of finished runs.
 
     python -m aft_jax.analysis --runs runs/table/runs/* --benign runs/table/runs/none-* --out observation.csv
 
-    --runs      work directories of finished runs: the infected model and every purified one of each are measured
-    --benign    runs without an attack, of the same data and model: the control; that of the same seed is taken first
-    --out       the table (shares in 0..1)
-    --defenses  whose purified models are measured too, comma-separated, such as aft,ft (all); none for no one's
-    --images    how many: test images for the observation, the defender's clean ones for the score (1000)
+    --runs      work directories of finished runs; the infected model and every purified one are measured
+    --benign    control: runs without an attack, of the same data and model; that of the same seed is taken first
+    --out       file of the table (shares in 0..1)
+    --defenses  defenses whose models are measured, comma-separated, such as aft,ft (all); none for the infected alone
+    --images    number of test images for the observation, and of the defender's clean images for the score (1000)
     --norms     linf, l2 or both, comma-separated (linf,l2)
-    --eps       sizes of the adversarial changes in 1/255 of the pixels' range, comma-separated (2,4,8,16,32); with l2
-                the root mean square over the image
+    --eps       sizes of the perturbations in 1/255 of the pixels' range, comma-separated (2,4,8,16,32); for l2 the
+                root mean square over the image
 
-A row a model, norm and eps has `measured` = connection; `control` = benign is the benign model measured in its place,
-with the same trigger. A row a model has `measured` = score: what a defender sees without knowing the trigger. The ROC
-AUC of the scores, infected models against benign ones, is printed.
+Each model, norm and eps has a row with `measured` = connection. `control` = benign is the same measurement of the benign
+model, with the same trigger. Each model has a row with `measured` = score: what a defender can measure without knowing
+the trigger. The command prints the ROC AUC of the scores, infected models against benign ones.
 
-Exit status: 0 done, 2 something that you can put right.
+Exit status: 0 done, 2 a mistake that you can correct.
 """
 
 import argparse
 import sys
 
-from aft_jax.cli import Parser, complain
+from aft_jax import cli
 from aft_jax.errors import UserError, check_choice, user_path
 from aft_jax.runtime.allocator import keep_freed_memory
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Returns the flags' values.
+    """Parses the flags.
 
     Raises:
-        UserError: One is wrong or missing.
+        UserError: A flag is wrong or missing.
     """
     from aft_jax.adversarial.pgd import NORMS
+    from aft_jax.config import split_names
     from aft_jax.pipeline.saved_run import read_defenses
 
-    parser = Parser(prog='aft_jax.analysis', add_help=False)
+    parser = cli.Parser(prog='aft_jax.analysis', add_help=False)
     parser.add_argument('--runs', nargs='+', required=True)
     parser.add_argument('--benign', nargs='+', default=[])
     parser.add_argument('--out', required=True)
@@ -45,7 +46,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument('--eps', default='2,4,8,16,32')
     flags = parser.parse_args(arguments)
     flags.defenses = read_defenses(flags.defenses)
-    flags.norms = flags.norms.split(',')
+    flags.norms = split_names(flags.norms)
     for norm in flags.norms:
         check_choice('--norms', norm, NORMS)
     try:
@@ -67,25 +68,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Measures the runs; returns the exit status."""
-    if not arguments or {'--help', '-h'} & set(arguments):
-        print(__doc__)
-        return 0 if arguments else 2
-    try:
-        flags = parse(arguments)
-        keep_freed_memory()
-        from aft_jax import files
-        from aft_jax.analysis import observation_table
-        from aft_jax.results import table_rows
+    """Runs the command, and returns its exit status."""
+    return cli.run(_command, __doc__, arguments)
 
-        rows: list[dict] = []
-        asked = flags.norms, flags.eps, flags.images, flags.defenses
-        for row in observation_table.measure(flags.runs, flags.benign, *asked):
-            rows.append(row)
-            # After every row, so that a long measurement shows what it has.
-            files.write_text(flags.out, table_rows.to_csv(rows, observation_table.COLUMNS))
-    except UserError as error:
-        return complain(error)
+
+def _command(arguments: list[str]) -> int:
+    flags = parse(arguments)
+    keep_freed_memory()
+    from aft_jax import files
+    from aft_jax.analysis import observation_table
+    from aft_jax.results import table_rows
+
+    rows: list[dict] = []
+    options = flags.norms, flags.eps, flags.images, flags.defenses
+    for row in observation_table.measure(flags.runs, flags.benign, *options):
+        rows.append(row)
+        # Written after every row, so that a long measurement shows what it has.
+        files.write_text(flags.out, table_rows.to_csv(rows, observation_table.COLUMNS))
     print(observation_table.summary(rows))
     return 0
 

@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 from aft_jax import attacks, models, validation
 from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import Poisoned, clean_indices, poison, published_training_set
+from aft_jax.config import split_names
 from aft_jax.data.dataset import Dataset
 from aft_jax.data.order import count_steps
 from aft_jax.defenses import NEED_FEATURES, DefenderData
@@ -53,7 +54,7 @@ def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh) -> 
     poisoned = poison(attack, dataset.train_images, dataset.train_labels, config)
     module = models.build(config, dataset.num_classes)
     if 'purify' in config.stages and not shows_features(module):
-        for name in validation.names(config.defenses):
+        for name in split_names(config.defenses):
             if name in NEED_FEATURES:
                 raise UserError(
                     f'the defense {name!r} looks into feature maps, and the __call__ of model.factory='

@@ -13,10 +13,6 @@ import jax
 from jax.experimental import multihost_utils
 
 
-class Preempted(Exception):
-    """The run was told to go; its state is saved, and the same command goes on."""
-
-
 class Watch:
     """Watches for SIGTERM while in a `with`; one for a whole run."""
 
