@@ -11,9 +11,9 @@
     --eps       sizes of the perturbations in 1/255 of the pixels' range, comma-separated (2,4,8,16,32); for l2 the
                 root mean square over the image
 
-Each model, norm and eps has a row with `measured` = connection. `control` = benign is the same measurement of the benign
-model, with the same trigger. Each model has a row with `measured` = score: what a defender can measure without knowing
-the trigger. The command prints the ROC AUC of the scores, infected models against benign ones.
+Each model, norm and eps has a row with `measured` = connection. `control` = benign is the same measurement of the
+benign model, with the same trigger. Each model has a row with `measured` = score, which a defender can measure without
+knowing the trigger. The command prints the ROC AUC of the scores, infected models against benign ones.
 
 Exit status: 0 done, 2 a mistake that you can correct.
 """

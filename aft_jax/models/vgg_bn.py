@@ -27,22 +27,22 @@ class VGG(nn.Module):
 
     Attributes:
         num_classes: K.
+        dropout: Share of the units of the hidden dense layers dropped while training; 0.5 in the paper.
         depth: 11, 13, 16 or 19.
         width: Channels of the first stage; 64 in the paper.
         pool_size: 7 in torchvision, for small images as well.
         hidden: Units of each of the two hidden dense layers; 4096 in the paper.
-        dropout: Share of those units dropped while training.
         mean: Pixel mean, one value or one a channel.
         std: Pixel standard deviation, likewise.
         dtype: Of the computation; parameters are float32.
     """
 
     num_classes: int
+    dropout: float
     depth: int = 16
     width: int = 64
     pool_size: int = 7
     hidden: int = 4096
-    dropout: float = 0.5
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.25,)
     dtype: Any = jnp.float32
