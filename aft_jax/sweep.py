@@ -77,6 +77,7 @@ def run(root: Path, experiments: 'Sequence[Experiment]', mine: 'Sequence[Experim
     from aft_jax.pipeline import grid
 
     failures = {}
+    gathered = False
     for number, experiment in enumerate(mine, 1):
         directory = grid.directory_of(root, experiment)
         progress = f'[{number}/{len(mine)}] {experiment.name}'
@@ -89,7 +90,9 @@ def run(root: Path, experiments: 'Sequence[Experiment]', mine: 'Sequence[Experim
             print(f'{experiment.name} failed: {reason}', file=sys.stderr, flush=True)
         jax.clear_caches()
         gather(root, experiments)
-    gather(root, experiments)
+        gathered = True
+    if not gathered:
+        gather(root, experiments)
     return failures
 
 

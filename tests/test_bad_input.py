@@ -7,6 +7,11 @@ import numpy as np
 import pytest
 from command import ROOT, run_here, start
 
+from aft_jax import main, relapse, sweep
+from aft_jax.analysis import __main__ as analysis
+from aft_jax.report import table_page
+from aft_jax.results import __main__ as results
+
 CONFIG = f'--config={ROOT}/configs/quickstart.py'
 HUGE = 10**6
 
@@ -266,7 +271,19 @@ def test_main_reports_a_data_set_that_cannot_be_downloaded(tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-def test_main_prints_help(tmp_path):
-    process = start(['--help'], tmp_path / 'log')
-    assert process.wait(timeout=60) == 0
-    assert '--workdir' in (tmp_path / 'log').read_text()
+@pytest.mark.parametrize('command', [main, sweep, analysis, relapse, results, table_page])
+def test_run_prints_help(command, capsys):
+    assert command.main(['aft_jax', '--help']) == 0
+    assert capsys.readouterr().out == f'{command.__doc__}\n'
+
+
+@pytest.mark.parametrize('command', [analysis, relapse, results, table_page])
+def test_run_prints_help_without_arguments(command, capsys):
+    assert command.main([]) == 2
+    assert capsys.readouterr().out == f'{command.__doc__}\n'
+
+
+@pytest.mark.parametrize('command', [analysis, relapse, results, table_page])
+def test_run_explains_an_unknown_flag(command, capsys):
+    assert command.main(['x', '--moon=1']) == 2
+    assert_one_sentence(2, capsys.readouterr().err, 'the command line cannot be understood')

@@ -46,7 +46,7 @@ def test_resolve_fills_empty_fields_from_the_preset():
     assert resolve(default_config()).aft_released.to_dict() == {'preset': 'released'} | AFT_PRESETS['released']
 
 
-def test_default_config_obeys_the_rules_of_its_fields():
+def test_validate_accepts_the_defaults_and_every_preset():
     """The defaults, and the values of every preset, pass the checks that stand beside them."""
     validation.validate(default_config())
     for preset in AFT_PRESETS:
