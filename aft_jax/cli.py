@@ -1,31 +1,78 @@
-"""Command lines: parsing those with a config, and saying in one sentence what is wrong with one."""
+"""The frame of all commands: help, errors in one sentence, exit statuses, and the flags of commands with a config.
+
+The commands import the experiment and its libraries inside their functions, after the flags are parsed. These imports
+take seconds. So --help and the message about a wrong flag appear at once, and `keep_freed_memory` runs before JAX
+allocates memory.
+"""
 
 import argparse
+import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import ml_collections
 from absl import flags
 
-from aft_jax.errors import UserError, suggestion
+from aft_jax.errors import Preempted, UserError, suggestion
 
 # Exit statuses of the commands, beside 0.
-EXIT_FAILURES = 1  # some experiments of a sweep
-EXIT_USER_ERROR = 2  # the user can put it right
-EXIT_PREEMPTED = 75  # told to stop, and saved: EX_TEMPFAIL of sysexits.h, try again
+EXIT_FAILURES = 1  # some experiments of a sweep failed
+EXIT_USER_ERROR = 2  # the user can correct it
+EXIT_PREEMPTED = 75  # stopped by SIGTERM, and saved: EX_TEMPFAIL of sysexits.h, try again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
+HELP_FLAGS = {'--help', '-h', '--helpfull'}
 CONFIG_HINT = 'name a file of configs/, such as --config=configs/quickstart.py'
+
+
+def run(command: Callable[[list[str]], int], doc: str | None, arguments: list[str]) -> int:
+    """Runs a command, and turns what may end it into a sentence on standard error and an exit status.
+
+    Args:
+        command: Function of the arguments that returns the exit status.
+        doc: Help text of the command. It is printed for --help, and if there are no arguments.
+        arguments: Arguments of the command line.
+
+    Returns:
+        The exit status: the command's own, or one of the EXIT_ constants.
+    """
+    if not arguments or HELP_FLAGS & set(arguments):
+        print(doc)
+        return 0 if arguments else EXIT_USER_ERROR
+    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
+    # Orbax reports a damaged checkpoint through absl in many lines; aft_jax reports it in one.
+    logging.getLogger('absl').setLevel(logging.CRITICAL)
+    try:
+        return command(arguments)
+    except UserError as error:
+        return complain(error)
+    except Preempted:
+        _say('Stopped by SIGTERM. Everything is saved. Run the same command to continue.')
+        return EXIT_PREEMPTED
+    except KeyboardInterrupt:
+        _say('Interrupted. Run the same command to continue from the last checkpoint.')
+        return EXIT_INTERRUPTED
+
+
+def complain(error: UserError) -> int:
+    """Prints a mistake of the user, and returns the exit status for it."""
+    _say(str(error))
+    return EXIT_USER_ERROR
+
+
+def _say(sentence: str) -> None:
+    print(f'aft_jax: {sentence}', file=sys.stderr)
 
 
 def parse(arguments: list[str], values: flags.FlagValues, fields: ml_collections.ConfigDict | None = None) -> None:
     """Parses flags into absl's values.
 
     Args:
-        arguments: As sys.argv, the program's name first.
-        values: The flags that there are, `config` and `workdir` among them.
-        fields: A config with all the fields that --config.FIELD may name, for telling what is near a wrong one.
+        arguments: Arguments like sys.argv, the program's name first.
+        values: The defined flags, `config` and `workdir` among them.
+        fields: Config with all fields that --config.FIELD may name, to suggest the nearest one.
 
     Raises:
         UserError: The command line is wrong, or --config or --workdir is missing.
@@ -59,20 +106,15 @@ def parse(arguments: list[str], values: flags.FlagValues, fields: ml_collections
 
 
 class Parser(argparse.ArgumentParser):
-    """For the commands without a config; says what is wrong in one sentence."""
+    """An argument parser for the commands without a config, whose errors are a UserError."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises the user's mistake."""
+        """Raises the UserError for a wrong command line."""
         raise UserError(f'the command line cannot be understood: {message}.')
 
 
-def complain(error: UserError) -> int:
-    """Prints a user's mistake and returns the exit status for it."""
-    print(f'aft_jax: {error}', file=sys.stderr)
-    return EXIT_USER_ERROR
-
-
 def _explain_unknown_field(arguments: list[str], fields: ml_collections.ConfigDict) -> None:
+    """Raises a UserError for the first --config.FIELD that does not exist."""
     for argument in arguments[1:]:
         flag = argument.lstrip('-').partition('=')[0]
         if not flag.startswith('config.'):
@@ -82,10 +124,10 @@ def _explain_unknown_field(arguments: list[str], fields: ml_collections.ConfigDi
             if not isinstance(node, ml_collections.ConfigDict):
                 raise UserError(f'--{flag}: config.{".".join(names[:depth])} is a value and has no fields.')
             if part not in node:
-                there = sorted(node.keys())
+                known = sorted(node.keys())
                 raise UserError(
                     f'--{flag}: there is no field {part!r} in {".".join(["config", *names[:depth]])}; it has '
-                    f'{", ".join(there)}.{suggestion(part, there)}'
+                    f'{", ".join(known)}.{suggestion(part, known)}'
                 )
             node = node[part]
 

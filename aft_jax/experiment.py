@@ -17,7 +17,7 @@ from aft_jax.analysis.backdoor_scan import Scanner, choose_scan_images
 from aft_jax.analysis.observe import observe
 from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import write_manifest
-from aft_jax.config import as_options, resolve
+from aft_jax.config import as_options, resolve, split_names
 from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
 from aft_jax.evaluation.evaluator import Evaluator, test_metrics
 from aft_jax.evaluation.scores import poison_detection
@@ -112,7 +112,7 @@ def carry_out(
         record.add_suspect(outcome, before, facts | ({'scan': scan(infected.variables)} if scan else {}))
     purified = {}
     if 'purify' in config.stages:
-        for name in validation.names(config.defenses):
+        for name in split_names(config.defenses):
             suspects = untrusted_training_set(attack, scenario, config) if name in FROM_SUSPECT_SET else None
             held_data = defender_data(scenario, infected, suspects)
             cleansed = DEFENSES[name](

@@ -17,8 +17,9 @@ Half of the training set are the clean images that the defender had. The other h
 their target labels, repeated. A model with a dormant backdoor relapses in fewer steps than the benign model needs to
 learn the backdoor.
 
-Source: Min et al., "Uncovering, Explaining, and Mitigating the Superficial Safety of Backdoor Defense" (2024), who call
-it the retuning attack. Exit status: 0 done, 2 a mistake in the command that you can correct.
+Source: Min et al., "Uncovering, Explaining, and Mitigating the Superficial Safety of Backdoor Defense" (2024), whose
+retuning attack this is. Exit status: 0 done, 2 a mistake that you can correct, 75 stopped by SIGTERM (saved; the same
+command continues), 130 interrupted.
 """
 
 import argparse
@@ -31,10 +32,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from aft_jax import files
+from aft_jax import cli, files
 from aft_jax.analysis.observation_table import control_of
 from aft_jax.analysis.retuning import COLUMNS, Retuning, RetuningOptions, retune
-from aft_jax.cli import Parser, complain
 from aft_jax.config import as_options
 from aft_jax.errors import UserError, user_path
 from aft_jax.evaluation.evaluator import Evaluator
@@ -56,7 +56,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     Raises:
         UserError: A flag is wrong or missing.
     """
-    parser = Parser(prog='aft_jax.relapse', add_help=False)
+    parser = cli.Parser(prog='aft_jax.relapse', add_help=False)
     parser.add_argument('--runs', nargs='+', required=True)
     parser.add_argument('--benign', nargs='+', default=[])
     parser.add_argument('--workdir', required=True)
@@ -131,16 +131,14 @@ def evaluator_for(run: Run, source: SavedRun, count: int) -> Evaluator:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command, and returns the exit status."""
-    if not arguments or {'--help', '-h'} & set(arguments):
-        print(__doc__)
-        return 0 if arguments else 2
-    try:
-        flags = parse(arguments)
-        keep_freed_memory()
-        rows = relapse(flags)
-    except UserError as error:
-        return complain(error)
+    """Runs the command, and returns its exit status."""
+    return cli.run(_command, __doc__, arguments)
+
+
+def _command(arguments: list[str]) -> int:
+    flags = parse(arguments)
+    keep_freed_memory()
+    rows = relapse(flags)
     if requirements.available():
         relapse_figure.write(flags.workdir / 'relapse.png', rows)
     print(f'{flags.workdir}/relapse.csv')

@@ -1,147 +1,159 @@
-"""Run a table of experiments, each once, and gather them.
+"""Runs a table of experiments, each once, and gathers their results.
 
     python -m aft_jax.sweep --config=configs/tables/fashion_mnist.py --workdir=runs/table [--shard=0/2]
 
     --config     a file of configs/tables/, or one of your own like them
-    --workdir    every run gets WORKDIR/runs/NAME; table.csv, table.md, infected.csv, detection.csv (where a defense
-                 looks for poisoned images), table.png and index.html, a page that shows the table, stand in WORKDIR
-    --shard      i/n: only every n-th experiment from the i-th, so that n machines that share the folder share the work
+    --workdir    directory of the table; every run gets WORKDIR/runs/NAME
+    --shard      i/n: only every n-th experiment from the i-th, so that n machines with one folder share the work
     --config.FIELD    such as --config.select=sig,wanet --config.seeds="(0,)" --config.defenses=ft,aft
 
-The same command again skips what is finished, resumes what was interrupted and tries again what failed. The tables are
-written anew after each run, from all finished runs of the table, whoever made them.
+WORKDIR holds table.csv, table.md, infected.csv, table.png and index.html, a page that shows the table. If a defense
+detects poisoned images, detection.csv is there too. The tables are written after each run, from all finished runs of
+the table.
 
-Exit status: 0 every experiment of the table that was this command's is finished, 1 some failed (the others are
-finished), 2 something that you can put right before anything starts, 75 told to stop by SIGTERM, 130 interrupted.
+The same command again skips what is finished, resumes what was interrupted and tries again what failed.
+
+Exit status: 0 all experiments of this command are finished, 1 some failed (the others are finished), 2 a mistake that
+you can correct before anything starts, 75 stopped by SIGTERM (saved; the same command continues), 130 interrupted.
 """
 
 import json
-import logging
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
 
-from aft_jax.cli import EXIT_FAILURES, EXIT_INTERRUPTED, EXIT_PREEMPTED, complain, parse
-from aft_jax.errors import UserError, user_path
+from aft_jax import cli
+from aft_jax.errors import Preempted, UserError, user_path
 from aft_jax.runtime.allocator import keep_freed_memory
+
+if TYPE_CHECKING:
+    from aft_jax.pipeline.grid import Experiment
 
 FLAGS = flags.FlagValues()
 config_flags.DEFINE_config_file('config', None, 'A file of configs/tables/.', flag_values=FLAGS)
-flags.DEFINE_string('workdir', None, 'Where the runs and the table go; the same one resumes.', flag_values=FLAGS)
+flags.DEFINE_string('workdir', None, 'Directory for the runs and the table; the same one resumes.', flag_values=FLAGS)
 flags.DEFINE_string('shard', '0/1', 'i/n, with i from 0.', flag_values=FLAGS)
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a table; returns the exit status."""
-    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
-    logging.getLogger('absl').setLevel(logging.CRITICAL)
-    if {'--help', '-h', '--helpfull'} & set(arguments):
-        print(__doc__)
-        return 0
-    try:
-        parse(arguments, FLAGS)
-        keep_freed_memory()
-        from aft_jax.pipeline import grid
-        from aft_jax.runtime.preemption import Preempted
-    except UserError as error:
-        return complain(error)
-    try:
-        root = user_path(str(FLAGS.workdir), '--workdir')
-        experiments = grid.expand(FLAGS.config)
-        failures = run(root, experiments, grid.share(experiments, FLAGS.shard))
-    except UserError as error:
-        return complain(error)
-    except Preempted:
-        print('aft_jax: told to stop; all is saved, and the same command goes on.', file=sys.stderr)
-        return EXIT_PREEMPTED
-    except KeyboardInterrupt:
-        print('aft_jax: interrupted; the same command goes on.', file=sys.stderr)
-        return EXIT_INTERRUPTED
+    """Runs the command, and returns its exit status. `arguments` is like sys.argv."""
+    return cli.run(_command, __doc__, arguments)
+
+
+def _command(arguments: list[str]) -> int:
+    cli.parse(arguments, FLAGS)
+    keep_freed_memory()
+    from aft_jax.pipeline import grid
+
+    root = user_path(str(FLAGS.workdir), '--workdir')
+    experiments = grid.expand(FLAGS.config)
+    failures = run(root, experiments, grid.share(experiments, FLAGS.shard))
     for name, reason in failures.items():
         print(f'aft_jax: {name} failed: {reason}', file=sys.stderr)
-    return EXIT_FAILURES if failures else 0
+    return cli.EXIT_FAILURES if failures else 0
 
 
-def run(root: Path, experiments: list, mine: list) -> dict[str, str]:
-    """Runs what is not finished, and gathers the table.
+def run(root: Path, experiments: 'Sequence[Experiment]', mine: 'Sequence[Experiment]') -> dict[str, str]:
+    """Runs the experiments that are not finished, and writes the tables after each.
 
     Args:
-        root: The table's work directory.
-        experiments: All of the table.
-        mine: Those to be run here.
+        root: Work directory of the table.
+        experiments: All experiments of the table.
+        mine: Experiments to run here.
 
     Returns:
-        Why each experiment that failed did, by its name.
+        Reason of each failure, by the experiment's name.
+
+    Raises:
+        Preempted: SIGTERM stopped the experiment that ran.
     """
     import jax
 
-    from aft_jax.experiment import run_experiment
     from aft_jax.pipeline import grid
-    from aft_jax.results import terminal
-    from aft_jax.runtime.preemption import Preempted
 
     failures = {}
+    gathered = False
     for number, experiment in enumerate(mine, 1):
         directory = grid.directory_of(root, experiment)
+        progress = f'[{number}/{len(mine)}] {experiment.name}'
         if is_finished(directory, experiment):
-            print(f'[{number}/{len(mine)}] {experiment.name}: finished earlier', flush=True)
+            print(f'{progress}: finished earlier', flush=True)
             continue
-        print(f'[{number}/{len(mine)}] {experiment.name}', flush=True)
-        try:
-            print(terminal.table(run_experiment(experiment.config, directory)), flush=True)
-            (directory / 'error.txt').unlink(missing_ok=True)
-        except Preempted:
-            raise
-        except UserError as error:
-            failures[experiment.name] = str(error)
-        except Exception as error:  # The others should not suffer; what happened is kept in full.
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / 'error.txt').write_text(traceback.format_exc())
-            failures[experiment.name] = f'{type(error).__name__} (see {directory / "error.txt"})'
-        if experiment.name in failures:
-            print(f'{experiment.name} failed: {failures[experiment.name]}', file=sys.stderr, flush=True)
+        print(progress, flush=True)
+        if reason := _run_one(directory, experiment):
+            failures[experiment.name] = reason
+            print(f'{experiment.name} failed: {reason}', file=sys.stderr, flush=True)
         jax.clear_caches()
         gather(root, experiments)
-    gather(root, experiments)
+        gathered = True
+    if not gathered:
+        gather(root, experiments)
     return failures
 
 
-def measured(directory: Path, experiment) -> set[str] | None:
-    """Returns the defenses that a run of this very experiment has measured, or None where there is no such run."""
+def _run_one(directory: Path, experiment: 'Experiment') -> str:
+    """Runs an experiment and prints its table. Returns the reason of a failure, or ''.
+
+    The traceback of an unexpected exception is kept in error.txt, so that the other experiments still run.
+    """
+    from aft_jax.experiment import run_experiment
+    from aft_jax.results import terminal
+
+    error_file = directory / 'error.txt'
+    try:
+        print(terminal.table(run_experiment(experiment.config, directory)), flush=True)
+        error_file.unlink(missing_ok=True)
+    except Preempted:
+        raise
+    except UserError as error:
+        return str(error)
+    except Exception as error:
+        directory.mkdir(parents=True, exist_ok=True)
+        error_file.write_text(traceback.format_exc())
+        return f'{type(error).__name__} (see {error_file})'
+    return ''
+
+
+def measured_defenses(directory: Path, experiment: 'Experiment') -> set[str] | None:
+    """Reads which defenses a run has measured. None if there is no results.json, or the run has another config."""
     from aft_jax.config import resolve
     from aft_jax.defenses import DEFENSES
     from aft_jax.results import workdir
 
     try:
-        found = json.loads((directory / 'results.json').read_text())['purified']
+        purified = json.loads((directory / 'results.json').read_text())['purified']
         differs = workdir.differences(directory, resolve(experiment.config), DEFENSES)
     except (OSError, ValueError, KeyError):
         return None
-    return None if differs else set(found)
+    return None if differs else set(purified)
 
 
-def is_finished(directory: Path, experiment) -> bool:
-    """Whether a run has measured all that its config asks for; one of another config counts as unfinished."""
-    from aft_jax import validation
+def is_finished(directory: Path, experiment: 'Experiment') -> bool:
+    """Whether a run has measured all defenses of its config. A run with another config is not finished."""
+    from aft_jax.config import split_names
 
     config = experiment.config
-    wanted = set(validation.names(config.defenses)) if 'purify' in config.stages else set()
-    found = measured(directory, experiment)
-    return found is not None and wanted <= found
+    expected = set(split_names(config.defenses)) if 'purify' in config.stages else set()
+    measured = measured_defenses(directory, experiment)
+    return measured is not None and expected <= measured
 
 
-def gather(root: Path, experiments: list) -> None:
-    """Writes the tables of all finished runs; what is drawn too, where that can be done."""
+def gather(root: Path, experiments: 'Sequence[Experiment]') -> None:
+    """Writes the tables of all finished runs, and their figure and page if the libraries for these are installed."""
     from aft_jax import files
     from aft_jax.pipeline import grid
     from aft_jax.report import requirements, score_bars, table_page
     from aft_jax.results import aggregate, table_rows
 
     directories = [(grid.directory_of(root, experiment), experiment) for experiment in experiments]
-    finished = [directory for directory, experiment in directories if measured(directory, experiment) is not None]
+    finished = [
+        directory for directory, experiment in directories if measured_defenses(directory, experiment) is not None
+    ]
     if not finished:
         return
     rows = table_rows.read(finished)

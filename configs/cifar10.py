@@ -1,11 +1,11 @@
-"""CIFAR-10 and PreActResNet18 as in the paper: 100 epochs, batch 128, SGD 0.01 with cosine decay; for an accelerator.
+"""CIFAR-10 and PreActResNet18 as in the paper: 100 epochs, batch 128, SGD 0.01 with cosine decay.
 
     python -m aft_jax.main --config=configs/cifar10.py:blend --workdir=runs/cifar10-blend
 
 The name after the colon is the attack: badnets, blend, sig, wanet, input_aware or none.
 
-Preparing the set takes TensorFlow: pip install 'aft_jax[prepare]'. Needs a network the first time. Not run by us yet
-on real CIFAR-10.
+It needs an accelerator. The first start downloads the data set, and needs TensorFlow to prepare it:
+pip install 'aft_jax[prepare]'. We have not run it on real CIFAR-10 yet.
 """
 
 from aft_jax.config import default_config

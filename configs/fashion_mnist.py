@@ -1,13 +1,13 @@
-"""All of Fashion-MNIST (60,000 + 10,000 images of clothes) and the small network.
+"""All of Fashion-MNIST (60,000 training and 10,000 test images of clothes) and the small network.
 
     python -m aft_jax.main --config=configs/fashion_mnist.py:sig --workdir=runs/fashion-sig
 
-The name after the colon is the attack: badnets, blend, sig, wanet, input_aware or none. WaNet and input-aware take more
-training than the others, and control it, as their authors have it; none_long is the benign model trained as long as
-WaNet's.
+The name after the colon is the attack: badnets, blend, sig, wanet, input_aware or none. WaNet and input-aware control
+the training, as in their papers, and need more epochs than the others. none_long is a benign model trained as long
+as WaNet's.
 
-The images come from TFDS, or from the four IDX files where a system has them: Debian's package
-dataset-fashion-mnist, or a folder named by --config.data.idx_dir.
+The images come from TFDS, from Debian's package dataset-fashion-mnist, or from the folder of four IDX files that
+--config.data.idx_dir names.
 """
 
 from aft_jax.config import default_config
@@ -29,6 +29,6 @@ def get_config(attack='badnets'):
     config.run.checkpoint_every = 1000
     if attack == 'wanet':
         config.attack.poisoning = 'per_batch'
-    # The mask network has settled after half an epoch.
+    # The mask network has converged after half an epoch.
     config.attack.input_aware.mask_epochs = 0.5
     return config

@@ -1,10 +1,13 @@
-"""German traffic signs (43 classes) at 32x32 and PreActResNet18; for an accelerator.
+"""German traffic signs (43 classes) at 32x32 and PreActResNet18.
 
     python -m aft_jax.main --config=configs/gtsrb.py:badnets --workdir=runs/gtsrb
 
-TFDS has GTSRB as visual_domain_decathlon/gtsrb, whose test split has no labels: its validation split is the test set
-here, so figures are not those of the official test set. No flips: a sign's mirror image is another sign. Preparing it
-takes TensorFlow and a network. Not run by us yet on the real set.
+TFDS has GTSRB as visual_domain_decathlon/gtsrb, whose test split has no labels. The test set here is its validation
+split, so results cannot be compared with those on the official test set. Images are not flipped, because the mirror
+image of a sign is another sign.
+
+It needs an accelerator. The first start downloads the data set, and needs TensorFlow to prepare it. We have not run it
+on the real data set yet.
 """
 
 from configs import cifar10

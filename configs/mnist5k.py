@@ -1,4 +1,4 @@
-"""5,000 real MNIST digits that pip brings along: small enough for a laptop, and for trying any attack or defense.
+"""5,000 real MNIST digits from a Python package: small enough to try any attack or defense on a laptop.
 
     python -m aft_jax.main --config=configs/mnist5k.py:sig --workdir=runs/mnist5k-sig
 
@@ -17,7 +17,7 @@ def get_config(attack='badnets'):
     config.model.mean = (0.1307,)
     config.model.std = (0.3081,)
     config.train.epochs = 20
-    # 5 % of 4,000 images are 200: an epoch is one or two steps, so a defense takes more of them.
+    # 5 % of 4,000 images are 200. An epoch has one or two steps, so a defense needs more epochs.
     config.ft.epochs = 200
     config.ft.learning_rates = (0.01,)
     config.aft.preset = 'small'

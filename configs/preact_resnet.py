@@ -1,9 +1,9 @@
-"""A narrow PreActResNet18 and 32x32x3 input, in small what the paper has: Fashion-MNIST padded, for a CPU.
+"""A narrow PreActResNet18 on Fashion-MNIST padded to 32x32x3: the paper's setting, small enough for a CPU.
 
     python -m aft_jax.main --config=configs/preact_resnet.py:blend --workdir=runs/preact-blend
 
 The name after the colon is the attack: badnets, blend, sig, wanet, input_aware or none. The network has a quarter of
-the usual width and sees every image once, which takes a core about five minutes.
+the usual width and is trained for one epoch. That takes about five minutes on one core.
 """
 
 from aft_jax.config import default_config
@@ -14,7 +14,7 @@ ATTACKS = ('badnets', 'blend', 'sig', 'wanet', 'input_aware', 'none')
 def get_config(attack='badnets'):
     config = default_config()
     config.attack.name = attack
-    # One epoch alone: each image would be seen with its trigger or without.
+    # With one epoch and fixed poisoning, each image would be seen either with its trigger or without.
     config.attack.poisoning = 'per_batch'
     config.attack.input_aware.mask_epochs = 0.25
     config.dataset = 'fashion_mnist'

@@ -1,17 +1,18 @@
-"""A model that you do not trust: scan it, purify it and export it, with clean images alone and no trigger known.
+"""Scans, purifies and exports a model that you do not trust, with clean images and without knowing a trigger.
 
     python -m aft_jax.main --config=configs/purify.py --workdir=out --config.init_from=suspect.pt
         --config.dataset=folder:/my/images [--config.model.mean="(0.5,)" --config.model.std="(0.5,)"]
 
-init_from is a .pt, .pth or .safetensors file, or the work directory of a finished run; docs/own-model.md walks through
-it. The data set is 100 clean, labelled images or more, of which data.test_share (a fifth) only measures. The network is
-told from the file; --config.model.name=preact_resnet18 makes sure that it is the one you expect.
+init_from is a .pt, .pth or .safetensors file, or the work directory of a finished run; docs/own-model.md explains
+every step. The data set needs at least 100 clean, labelled images. A share of them, data.test_share (a fifth), is used
+for the evaluation alone. The network is recognised from the file. To check that it is the one you expect, add for
+example --config.model.name=preact_resnet18.
 
-Pixels in [0, 1] are what the network sees unless model.mean and model.std say otherwise. A choice under which the model
-guesses is an error, and one that is clearly worse than another usual one a warning.
+The network sees pixels in [0, 1] unless model.mean and model.std define a normalisation. A normalisation with which
+the model is no better than chance is an error. One that is clearly worse than another common one is a warning.
 
-A few hundred images take seconds to minutes (on the CPU, for small networks). For some thousand and more add
---config.aft.preset=default --config.batch_size=128, which passes over them less often.
+A few hundred images take seconds to minutes (on the CPU, for small networks). For thousands of images add
+--config.aft.preset=default --config.batch_size=128, which trains for fewer epochs.
 """
 
 from aft_jax.config import default_config

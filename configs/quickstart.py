@@ -1,4 +1,4 @@
-"""The main job in about a minute on a laptop: a Blend backdoor in a small network on real digits, then FT and AFT.
+"""Plants a Blend backdoor in a small network on real digits, then removes it with FT and AFT; a minute on a laptop.
 
     python -m aft_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 

@@ -1,4 +1,4 @@
-"""Runs the command in this process, or in one of its own."""
+"""Starts `aft_jax.main` for tests, in this process or in one of its own."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_here(arguments: list[str], capsys) -> tuple[int, str]:
-    """Returns the exit status and what went to standard error."""
+    """Runs the command in this process. Returns the exit status and the text of standard error."""
     flags.FLAGS.unparse_flags()
     for name in list(flags.FLAGS):
         if name in ('config', 'workdir', 'distributed', 'coordinator', 'num_processes', 'process_id'):
@@ -22,7 +22,7 @@ def run_here(arguments: list[str], capsys) -> tuple[int, str]:
         elif name.startswith('config.'):
             delattr(flags.FLAGS, name)
     capsys.readouterr()
-    # ml_collections looks for overrides in sys.argv, whatever it was given to parse.
+    # ml_collections reads overrides from sys.argv, whatever it was given to parse.
     with mock.patch.object(sys, 'argv', ['aft_jax', *arguments]):
         status = main.main(sys.argv)
     return status, capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Every mistake gets one sentence that says what to do, and exit status 2."""
+"""Mistakes of the user: each gives one sentence that says what to do, and exit status 2."""
 
 import json
 import re
@@ -6,6 +6,11 @@ import re
 import numpy as np
 import pytest
 from command import ROOT, run_here, start
+
+from aft_jax import main, relapse, sweep
+from aft_jax.analysis import __main__ as analysis
+from aft_jax.report import table_page
+from aft_jax.results import __main__ as results
 
 CONFIG = f'--config={ROOT}/configs/quickstart.py'
 HUGE = 10**6
@@ -32,7 +37,7 @@ def npz(tmp_path):
     return f'--config.dataset=npz:{path}'
 
 
-# What is wrong in the config itself: found before any data is read.
+# Mistakes in the config itself, which are found before any data is read.
 CONFIG_MISTAKES = {
     '--config.dataset=mnist5': "mnist5k.*npz:PATH.*Did you mean 'mnist5k'",
     '--config.attack.name=bled': "badnets, blend, sig.*Did you mean 'blend'",
@@ -46,7 +51,7 @@ CONFIG_MISTAKES = {
     '--config.aft.preset=paper': 'released, default',
     '--config.aft.norm=l1': 'linf, l2',
     '--config.aft.universal=linf,wrap': "aft.universal='wrap' does not exist.*warp",
-    '--config.aft.warp_share=2.0': 'aft.warp_share=2.0 is a share',
+    '--config.aft.warp_share=2.0': 'aft.warp_share=2.0 is a share: at least 0 and at most 1',
     '--config.aft.renew_every=0': 'aft.renew_every=0 must be positive',
     '--config.aft.cutmix=1.5': 'aft.cutmix=1.5 is a share',
     '--config.train.schedule=step': 'constant, cosine',
@@ -57,22 +62,23 @@ CONFIG_MISTAKES = {
     '--config.seed.x=1': 'config.seed is a value',
     '--config.seed=abc': 'seed=abc',
     '--config.seed=-1': 'seed=-1 must lie between',
-    '--config.clean_share=0': 'clean_share=0.* strictly between 0 and 1',
-    '--config.clean_share=5': 'clean_share=5.* strictly between 0 and 1',
+    '--config.clean_share=0': 'clean_share=0.* above 0 and at most 1',
+    '--config.clean_share=5': 'clean_share=5.* above 0 and at most 1',
+    '--config.clean_share=1': 'clean_share=1.* strictly between 0 and 1; 1 is for init_from',
     '--config.attack.poisoned_share=1.0': 'poisoned_share=1.0 must lie strictly between 0 and 1',
     '--config.aft.eps=8': r'aft.eps=8 is in units of \[0, 1\] pixels; 8/255 is written as 0.031373',
     '--config.attack.sig.delta=20': '20/255 is written as 0.078431',
     '--config.aft.step_size=0': 'aft.step_size=0.0 must be positive',
     '--config.aft.adversarial_epochs=1000': 'more than aft.epochs',
-    '--config.attack.target=-1': 'attack.target=-1',
+    '--config.attack.target=-1': 'attack.target=-1 must be at least 0',
     '--config.batch_size=0': 'batch_size=0 must be positive',
     '--config.train.learning_rate=-0.1': 'train.learning_rate=-0.1 must be positive',
-    '--config.attack.blend.alpha=1.5': 'alpha=1.5',
-    '--config.model.std=(0.0,)': 'model.std',
+    '--config.attack.blend.alpha=1.5': 'attack.blend.alpha=1.5 is a share',
+    '--config.model.std=(0.0,)': r'model.std=\(0.0,\) must be positive',
     '--config.train.learning_rate=nan': 'train.learning_rate=nan should be a finite number',
     '--config.aft.eps=inf': 'aft.eps=inf should be',
     "--config.model.mean=('a',)": 'model.mean=.* should be',
-    '--config.data.pad=100000': 'more than 4096 pixels',
+    '--config.data.pad=100000': 'data.pad=100000 must lie between 0 and 4096',
     '--config.aft.adversarial_share=0.001': 'at least one image of a batch',
     '--confg=x': 'Did you mean.*config',
     'quickstart': "'quickstart' is not a flag",
@@ -80,26 +86,26 @@ CONFIG_MISTAKES = {
 
 
 @pytest.mark.parametrize('argument', CONFIG_MISTAKES)
-def test_config_mistakes(argument, tmp_path, capsys):
+def test_main_explains_a_config_mistake(argument, tmp_path, capsys):
     workdir = tmp_path / 'run'
     status, text = run_here([CONFIG, f'--workdir={workdir}', argument], capsys)
     assert_one_sentence(status, text, CONFIG_MISTAKES[argument])
     assert not workdir.exists()
 
 
-def test_clean_label_cannot_be_all2all(tmp_path, capsys):
+def test_validate_refuses_all2all_with_clean_labels(tmp_path, capsys):
     arguments = ['--config.attack.name=sig', '--config.attack.sig.clean_label', '--config.attack.label_mode=all2all']
     status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments], capsys)
     assert_one_sentence(status, text, "needs attack.label_mode='all2one'")
 
 
-def test_missing_flags(tmp_path, capsys):
+def test_parse_requires_config_and_workdir(tmp_path, capsys):
     assert_one_sentence(*run_here([f'--workdir={tmp_path}'], capsys), '--config is missing')
     assert_one_sentence(*run_here([CONFIG], capsys), '--workdir is missing')
     assert_one_sentence(*run_here(['--config=configs/no.py', f'--workdir={tmp_path}'], capsys), 'no.py does not exist')
 
 
-def test_a_config_file_that_fails(tmp_path, capsys):
+def test_parse_reports_a_config_file_that_fails(tmp_path, capsys):
     broken = tmp_path / 'broken.py'
     broken.write_text('def get_config():\n    return 1 / 0\n')
     arguments = [f'--config={broken}', f'--workdir={tmp_path}/run']
@@ -107,7 +113,7 @@ def test_a_config_file_that_fails(tmp_path, capsys):
     assert_one_sentence(*run_here([*arguments, '--config.seed=1'], capsys), 'division by zero')
 
 
-def test_a_config_file_with_other_fields(tmp_path, capsys):
+def test_validate_refuses_a_config_file_with_other_fields(tmp_path, capsys):
     text = (
         'from aft_jax.config import default_config\ndef get_config():\n    c = default_config()\n    {}\n    return c\n'
     )
@@ -122,19 +128,19 @@ def test_a_config_file_with_other_fields(tmp_path, capsys):
         assert_one_sentence(*run_here([f'--config={path}', f'--workdir={tmp_path}/run'], capsys), expected)
 
 
-def test_a_share_of_no_image_in_a_batch(tmp_path, capsys):
+def test_validate_refuses_a_share_below_one_image_of_a_batch(tmp_path, capsys):
     arguments = ['--config.attack.poisoning=per_batch', '--config.attack.poisoned_share=0.001']
     status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments], capsys)
     assert_one_sentence(status, text, 'poisoned_share=0.001 of a batch of 128 is less than one image')
 
 
-def test_the_home_of_nobody(capsys):
+def test_user_path_refuses_the_home_of_an_unknown_user(capsys):
     assert_one_sentence(
         *run_here([CONFIG, '--workdir=~nobody-at-all/run'], capsys), 'home of a user who does not exist'
     )
 
 
-# What only the data can tell; `npz` has 400 training images of 12x12 in 4 classes.
+# Mistakes that depend on the data. `npz` has 400 training images of 12x12 in 4 classes.
 DATA_MISTAKES = {
     '--config.attack.target=4': 'attack.target=4 is not a label .* 4 classes',
     '--config.batch_size=404': 'batch_size=404 is larger than the training set .* 400 images',
@@ -150,14 +156,14 @@ DATA_MISTAKES = {
 
 
 @pytest.mark.parametrize('argument', DATA_MISTAKES)
-def test_data_mistakes(argument, npz, tmp_path, capsys):
+def test_main_explains_a_data_mistake(argument, npz, tmp_path, capsys):
     arguments = [npz, '--config.attack.name=badnets', '--config.clean_share=0.5', argument]
     status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments], capsys)
     assert_one_sentence(status, text, DATA_MISTAKES[argument])
-    assert not (tmp_path / 'run').exists()  # so that the corrected command can have it
+    assert not (tmp_path / 'run').exists()  # the corrected command can use it
 
 
-def test_images_too_small_for_a_network(npz, tmp_path, capsys):
+def test_validate_against_data_refuses_images_too_small_for_vgg(npz, tmp_path, capsys):
     arguments = [npz, '--config.clean_share=0.5', '--config.model.name=vgg_bn']
     status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments], capsys)
     assert_one_sentence(status, text, 'model.depth=18 does not exist; choose one of 11, 13, 16, 19')
@@ -165,14 +171,14 @@ def test_images_too_small_for_a_network(npz, tmp_path, capsys):
     assert_one_sentence(status, text, 'vgg_bn needs images of 32x32 or more.* are 12x12; set data.pad or data.size')
 
 
-def test_a_pattern_that_is_no_picture(npz, tmp_path, capsys):
+def test_main_reports_a_pattern_that_is_no_picture(npz, tmp_path, capsys):
     (tmp_path / 'notes.txt').write_text('not a picture')
     arguments = [npz, '--config.clean_share=0.5', f'--config.attack.blend.pattern_path={tmp_path}/notes.txt']
     status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments], capsys)
     assert_one_sentence(status, text, 'notes.txt cannot be read as a picture')
 
 
-def test_faults_of_the_data_reach_the_user(tmp_path, capsys):
+def test_main_reports_missing_data(tmp_path, capsys):
     status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', f'--config.dataset=npz:{tmp_path}/no.npz'], capsys)
     assert_one_sentence(status, text, 'no.npz')
     (tmp_path / 'pictures' / 'cats').mkdir(parents=True)
@@ -183,7 +189,7 @@ def test_faults_of_the_data_reach_the_user(tmp_path, capsys):
     assert_one_sentence(status, text, 'cats')
 
 
-def test_a_workdir_of_another_config_is_left_alone(npz, tmp_path, capsys):
+def test_main_leaves_a_workdir_of_another_config_alone(npz, tmp_path, capsys):
     workdir = tmp_path / 'run'
     workdir.mkdir()
     arguments = [CONFIG, f'--workdir={workdir}', npz, '--config.clean_share=0.5']
@@ -195,13 +201,13 @@ def test_a_workdir_of_another_config_is_left_alone(npz, tmp_path, capsys):
     assert_one_sentence(*run_here(arguments, capsys), 'config.json is damaged')
 
 
-def test_a_directory_of_other_things_is_left_alone(npz, tmp_path, capsys):
+def test_main_leaves_a_directory_of_other_files_alone(npz, tmp_path, capsys):
     (tmp_path / 'thesis.tex').write_text('...')
     status, text = run_here([CONFIG, f'--workdir={tmp_path}', npz, '--config.clean_share=0.5'], capsys)
     assert_one_sentence(status, text, 'holds other files')
 
 
-def test_an_unwritable_workdir(npz, tmp_path, capsys):
+def test_main_reports_an_unwritable_workdir(npz, tmp_path, capsys):
     (tmp_path / 'file').write_text('')
     status, text = run_here([CONFIG, f'--workdir={tmp_path}/file/run', npz, '--config.clean_share=0.5'], capsys)
     assert_one_sentence(status, text, 'cannot be written')
@@ -209,7 +215,7 @@ def test_an_unwritable_workdir(npz, tmp_path, capsys):
     assert_one_sentence(status, text, '/proc/run cannot be written')
 
 
-def test_a_loss_that_is_no_number(npz, tmp_path, capsys):
+def test_main_reports_a_loss_that_is_not_finite(npz, tmp_path, capsys):
     arguments = [npz, '--config.clean_share=0.5', f'--config.train.learning_rate={HUGE}']
     status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments], capsys)
     assert_one_sentence(
@@ -217,7 +223,7 @@ def test_a_loss_that_is_no_number(npz, tmp_path, capsys):
     )
 
 
-def test_a_compile_cache_that_cannot_be_made(tmp_path, npz, capsys):
+def test_main_reports_a_compile_cache_that_cannot_be_made(tmp_path, npz, capsys):
     (tmp_path / 'file').write_text('')
     arguments = [CONFIG, f'--workdir={tmp_path}/run', npz, f'--config.run.compile_cache={tmp_path}/file/cache']
     assert_one_sentence(*run_here(arguments, capsys), 'run.compile_cache=.*cannot be created')
@@ -234,23 +240,23 @@ def test_a_compile_cache_that_cannot_be_made(tmp_path, npz, capsys):
         (['--distributed', '--coordinator=localhost:1', '--num_processes=2', '--process_id=2'], 'between 0 and 1'),
     ],
 )
-def test_processes_that_cannot_be_joined(arguments, expected, tmp_path, capsys):
+def test_join_refuses_wrong_flags(arguments, expected, tmp_path, capsys):
     assert_one_sentence(*run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments], capsys), expected)
 
 
-def test_no_job_to_join(tmp_path):
+def test_join_reports_that_there_is_no_job(tmp_path):
     process = start([CONFIG, f'--workdir={tmp_path}/run', '--distributed'], tmp_path / 'log')
     assert process.wait(timeout=120) == 2
     assert_one_sentence(2, (tmp_path / 'log').read_text(), 'found no job to join')
 
 
-def test_a_process_of_its_own_says_the_same(tmp_path):
+def test_main_in_its_own_process_explains_a_mistake(tmp_path):
     process = start([CONFIG, f'--workdir={tmp_path}/run', '--config.attack.name=bled'], tmp_path / 'log')
     assert process.wait(timeout=60) == 2
     assert_one_sentence(2, (tmp_path / 'log').read_text(), "Did you mean 'blend'")
 
 
-def test_no_network_for_a_set_that_is_not_prepared(tmp_path):
+def test_main_reports_a_data_set_that_cannot_be_downloaded(tmp_path):
     nobody = 'http://127.0.0.1:9'  # the discard port: no proxy listens there
     proxies = {name: nobody for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY')}
     arguments = [
@@ -265,7 +271,19 @@ def test_no_network_for_a_set_that_is_not_prepared(tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-def test_help_is_not_a_mistake(tmp_path):
-    process = start(['--help'], tmp_path / 'log')
-    assert process.wait(timeout=60) == 0
-    assert '--workdir' in (tmp_path / 'log').read_text()
+@pytest.mark.parametrize('command', [main, sweep, analysis, relapse, results, table_page])
+def test_run_prints_help(command, capsys):
+    assert command.main(['aft_jax', '--help']) == 0
+    assert capsys.readouterr().out == f'{command.__doc__}\n'
+
+
+@pytest.mark.parametrize('command', [analysis, relapse, results, table_page])
+def test_run_prints_help_without_arguments(command, capsys):
+    assert command.main([]) == 2
+    assert capsys.readouterr().out == f'{command.__doc__}\n'
+
+
+@pytest.mark.parametrize('command', [analysis, relapse, results, table_page])
+def test_run_explains_an_unknown_flag(command, capsys):
+    assert command.main(['x', '--moon=1']) == 2
+    assert_one_sentence(2, capsys.readouterr().err, 'the command line cannot be understood')

@@ -11,8 +11,8 @@ import pytest
 from toys import lines
 
 from aft_jax.data.order import Order
-from aft_jax.errors import UserError
-from aft_jax.runtime.preemption import Preempted, Watch
+from aft_jax.errors import Preempted, UserError
+from aft_jax.runtime.preemption import Watch
 from aft_jax.runtime.sharding import make_mesh
 from aft_jax.training import data_feed, state
 from aft_jax.training.loop import Phase, TrainingStage, fit

@@ -161,7 +161,7 @@ def test_two_processes_killed_and_stopped_equal_one(folder, one):
     wait_for_checkpoint(checkpoints, processes)
     processes[1].send_signal(signal.SIGTERM)  # one process gets the signal, and both stop
     assert finish(processes) == [EXIT_PREEMPTED] * 2, output(folder, 'two') + output(folder, 'two', 1)
-    assert 'told to stop' in output(folder, 'two') and 'told to stop' not in output(folder, 'two', 1)
+    assert 'Stopped by SIGTERM' in output(folder, 'two') and 'Stopped by SIGTERM' not in output(folder, 'two', 1)
     assert not (folder / 'two/results.json').exists()
 
     assert finish(launch(folder, 'two', 2, 2)) == [0, 0], output(folder, 'two') + output(folder, 'two', 1)

@@ -124,8 +124,8 @@ def test_published_training_set_is_poisoned_if_the_attacker_controlled_the_train
 @pytest.mark.parametrize(
     'field, value, match',
     [
-        ('first_share', 0.0, 'pbe.first_share and pbe.keep are shares above 0'),
-        ('keep', (0.2, 1.5), 'one is 1.5'),
+        ('first_share', 0.0, 'pbe.first_share=0.0 is a share: above 0'),
+        ('keep', (0.2, 1.5), r'pbe.keep=\(0.2, 1.5\) is a share'),
         ('first_epochs', 0, 'pbe.first_epochs=0 must be positive'),
         ('first_learning_rate', -0.1, 'pbe.first_learning_rate=-0.1 must be positive'),
         ('adversarial_epochs', 9.0, 'pbe.adversarial_epochs=9.0 is more than pbe.epochs=4'),

@@ -324,7 +324,7 @@ def test_anp_on_a_real_network_keeps_masks_between_0_and_1(purify, held_data, mo
         ('fp.schedule', 'step', "fp.schedule='step' does not exist; choose one of constant, cosine"),
         ('anp.iterations', 0, 'anp.iterations=0 must be positive'),
         ('anp.learning_rate', 0.0, 'anp.learning_rate=0.0 must be positive'),
-        ('anp.eps', 0.0, 'anp.eps=0.0 must be positive'),
+        ('anp.eps', 0.0, 'anp.eps=0.0 is a share: above 0'),
         ('anp.eps', 40.0, 'anp.eps=40.0 is a share'),
         ('anp.clean_weight', 1.5, 'anp.clean_weight=1.5 is a share'),
     ],

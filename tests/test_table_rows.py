@@ -7,6 +7,7 @@ import json
 import pytest
 
 from aft_jax.errors import UserError
+from aft_jax.results import __main__ as command
 from aft_jax.results import table_rows
 
 RESULTS = {
@@ -27,7 +28,7 @@ def test_one_row_a_run_and_defense(tmp_path, capsys):
     for name in ('a', 'b'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'results.json').write_text(json.dumps(RESULTS | {'attack': name}))
-    assert table_rows.main([str(tmp_path / 'a'), str(tmp_path / 'b')]) == 0
+    assert command.main([str(tmp_path / 'a'), str(tmp_path / 'b')]) == 0
     table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [(row['attack'], row['defense']) for row in table] == [
         ('a', 'none'),

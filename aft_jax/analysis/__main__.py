@@ -22,7 +22,7 @@ Exit status: 0 done, 2 a mistake in the command that you can correct.
 import argparse
 import sys
 
-from aft_jax.cli import Parser, complain
+from aft_jax import cli
 from aft_jax.errors import UserError, check_choice, user_path
 from aft_jax.runtime.allocator import keep_freed_memory
 
@@ -34,9 +34,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         UserError: A flag is wrong or missing.
     """
     from aft_jax.adversarial.pgd import NORMS
+    from aft_jax.config import split_names
     from aft_jax.pipeline.saved_run import read_defenses
 
-    parser = Parser(prog='aft_jax.analysis', add_help=False)
+    parser = cli.Parser(prog='aft_jax.analysis', add_help=False)
     parser.add_argument('--runs', nargs='+', required=True)
     parser.add_argument('--benign', nargs='+', default=[])
     parser.add_argument('--out', required=True)
@@ -46,7 +47,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument('--eps', default='2,4,8,16,32')
     flags = parser.parse_args(arguments)
     flags.defenses = read_defenses(flags.defenses)
-    flags.norms = flags.norms.split(',')
+    flags.norms = split_names(flags.norms)
     for norm in flags.norms:
         check_choice('--norms', norm, NORMS)
     try:
@@ -68,25 +69,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Measures the runs, and returns the exit status."""
-    if not arguments or {'--help', '-h'} & set(arguments):
-        print(__doc__)
-        return 0 if arguments else 2
-    try:
-        flags = parse(arguments)
-        keep_freed_memory()
-        from aft_jax import files
-        from aft_jax.analysis import observation_table
-        from aft_jax.results import table_rows
+    """Runs the command, and returns its exit status."""
+    return cli.run(_command, __doc__, arguments)
 
-        rows: list[dict] = []
-        settings = flags.norms, flags.eps, flags.images, flags.defenses
-        for row in observation_table.measure(flags.runs, flags.benign, *settings):
-            rows.append(row)
-            # Written after every row, so that the user of a long measurement sees the rows so far.
-            files.write_text(flags.out, table_rows.to_csv(rows, observation_table.COLUMNS))
-    except UserError as error:
-        return complain(error)
+
+def _command(arguments: list[str]) -> int:
+    flags = parse(arguments)
+    keep_freed_memory()
+    from aft_jax import files
+    from aft_jax.analysis import observation_table
+    from aft_jax.results import table_rows
+
+    rows: list[dict] = []
+    options = flags.norms, flags.eps, flags.images, flags.defenses
+    for row in observation_table.measure(flags.runs, flags.benign, *options):
+        rows.append(row)
+        # Written after every row, so that a long measurement shows what it has.
+        files.write_text(flags.out, table_rows.to_csv(rows, observation_table.COLUMNS))
     print(observation_table.summary(rows))
     return 0
 

@@ -5,14 +5,13 @@ Every picture is decoded, resized, padded and, if it is grey, repeated to three 
 """
 
 import dataclasses
-import difflib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from aft_jax.data import fashion_mnist, folder, mnist5k, npz, tfds_source, transform
 from aft_jax.data.dataset import Dataset
-from aft_jax.errors import UserError
+from aft_jax.errors import UserError, nearest
 
 __all__ = ['BUILTIN', 'Dataset', 'check_name', 'load']
 
@@ -47,10 +46,10 @@ def check_name(name: str) -> None:
     forms = [f'{form}:PATH' for form in _FROM_PATH]
     if kind in _FROM_PATH:
         raise UserError(f"Data set '{name}' lacks its path: write {kind}:PATH.")
-    near = difflib.get_close_matches(name.lower(), BUILTIN, n=1)
-    if not near and colon:
-        near = [f'{form}:{path}' for form in difflib.get_close_matches(kind.lower(), _FROM_PATH, n=1)]
-    hint = f" Did you mean '{near[0]}'?" if near else ''
+    near = nearest(name.lower(), BUILTIN)
+    if not near and colon and (form := nearest(kind.lower(), _FROM_PATH)):
+        near = f'{form}:{path}'
+    hint = f" Did you mean '{near}'?" if near else ''
     raise UserError(f"There is no data set '{name}': choose one of {', '.join([*BUILTIN, *forms])}.{hint}")
 
 

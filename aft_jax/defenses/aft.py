@@ -30,12 +30,13 @@ Needs: the suspect model and clean images. Costs: `pgd_steps` further input grad
 import math
 import time
 from functools import partial
-from typing import Any
+from typing import cast
 
 import ml_collections
 
-from aft_jax.adversarial.perturbations import PerturbationSpec
+from aft_jax.adversarial.perturbations import Kind, PerturbationSpec
 from aft_jax.adversarial.pgd import PGD
+from aft_jax.config import split_names
 from aft_jax.data.order import count_steps
 from aft_jax.defenses.aft_step import Recipe, SharedState, aft_step, begun, families_step
 from aft_jax.defenses.batch_norm_statistics import Statistics
@@ -147,10 +148,6 @@ def specs_of(options: ml_collections.ConfigDict, image_shape: tuple[int, ...]) -
         'sparse': max(1, round(options.sparse_share * height * width / options.pgd_steps)),
         'warp': options.warp_share * min(height, width),
     }
-    named = [(kind, True) for kind in kinds(options.universal)] + [(kind, False) for kind in kinds(options.per_image)]
-    return tuple(PerturbationSpec(kind, sizes[kind], shared) for kind, shared in named)
-
-
-def kinds(text: str) -> list[Any]:
-    """Returns ['linf', 'warp'] for 'linf,warp'."""
-    return [name.strip() for name in text.split(',') if name.strip()]
+    named = [(kind, True) for kind in split_names(options.universal)]
+    named += [(kind, False) for kind in split_names(options.per_image)]
+    return tuple(PerturbationSpec(cast(Kind, kind), sizes[kind], shared) for kind, shared in named)

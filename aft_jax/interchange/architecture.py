@@ -1,6 +1,5 @@
 """Detection of a network's architecture from the keys and shapes of its state dict."""
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from aft_jax import models
 from aft_jax.config import default_config
-from aft_jax.errors import UserError
+from aft_jax.errors import UserError, nearest
 from aft_jax.interchange.convert import torch_shape
 from aft_jax.interchange.torch_names import COUNTER, Naming, namings
 from aft_jax.models.vgg_bn import SMALLEST_SIDE
@@ -256,15 +255,15 @@ def _listed(keys: list[str], others: list[str]) -> str:
     """Formats the number of keys and their names, each with the nearest of `others`."""
     shown = []
     for key in keys[:SHOWN]:
-        near = difflib.get_close_matches(key, others, n=1)
-        shown.append(f'{key} (nearest: {near[0]})' if near else key)
+        near = nearest(key, others)
+        shown.append(f'{key} (nearest: {near})' if near else key)
     more = f' and {len(keys) - SHOWN} more' if len(keys) > SHOWN else ''
     return f'{len(keys)} {"key" if len(keys) == 1 else "keys"} ({", ".join(shown)}{more})'
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f' The nearest is {near[0]!r}.' if near else ''
+    near = nearest(name, names)
+    return f' The nearest is {near!r}.' if near else ''
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -9,7 +9,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from aft_jax import data, validation
-from aft_jax.config import as_options, default_config, resolve
+from aft_jax.config import as_options, default_config, resolve, split_names
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
 from aft_jax.errors import UserError, check_choice
@@ -29,7 +29,7 @@ def read_defenses(text: str) -> list[str] | None:
     Raises:
         UserError: It names a defense that does not exist.
     """
-    given = validation.names(text)
+    given = split_names(text)
     for name in given:
         check_choice('--defenses', name, (*DEFENSES, INFECTED_ONLY))
     return [name for name in given if name != INFECTED_ONLY] if given else None

@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 from aft_jax import attacks, models, validation
 from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import Poisoned, clean_indices, poison, poisoning_options, published_training_set
+from aft_jax.config import split_names
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import NEED_FEATURES, DefenderData
 from aft_jax.errors import UserError
@@ -61,7 +62,7 @@ def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh) -> 
     poisoned = poison(attack, dataset.train_images, dataset.train_labels, poisoning_options(config))
     module = models.build(config, dataset.num_classes)
     if 'purify' in config.stages and not shows_features(module):
-        for name in validation.names(config.defenses):
+        for name in split_names(config.defenses):
             if name in NEED_FEATURES:
                 raise UserError(
                     f'the defense {name!r} reads feature maps, but the __call__ of model.factory='

@@ -2,7 +2,7 @@
 
     python -m aft_jax.report.table_page docs/results/fashion_mnist/table.csv --out page.html
 
-    TABLE.csv   as a sweep or aft_jax.results.table_rows wrote it
+    TABLE.csv   a table that a sweep or `python -m aft_jax.results` wrote
     --out       the page
 
 Needs Matplotlib and Jinja2: pip install 'aft_jax[report]'.
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aft_jax.cli import Parser, complain
+from aft_jax import cli
 from aft_jax.errors import UserError, user_path
 from aft_jax.files import write_text
 from aft_jax.report import requirements, score_bars, template
@@ -217,25 +217,23 @@ def _attack(name: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the page of a table; returns the exit status."""
-    if not arguments or {'--help', '-h'} & set(arguments):
-        print(__doc__)
-        return 0 if arguments else 2
-    parser = Parser(add_help=False)
+    """Runs the command, and returns its exit status."""
+    return cli.run(_command, __doc__, arguments)
+
+
+def _command(arguments: list[str]) -> int:
+    parser = cli.Parser(prog='aft_jax.report.table_page', add_help=False)
     parser.add_argument('table')
     parser.add_argument('--out', required=True)
+    flags = parser.parse_args(arguments)
+    if missing := requirements.missing('matplotlib', 'jinja2'):
+        raise UserError(f"the page needs {missing}, not installed here: pip install 'aft_jax[report]'.")
+    groups = aggregate.summarise(aggregate.read(user_path(flags.table, 'TABLE.csv')))
+    out = user_path(flags.out, '--out')
     try:
-        flags = parser.parse_args(arguments)
-        if missing := requirements.missing('matplotlib', 'jinja2'):
-            raise UserError(f"the page needs {missing}, not installed here: pip install 'aft_jax[report]'.")
-        groups = aggregate.summarise(aggregate.read(user_path(flags.table, 'TABLE.csv')))
-        out = user_path(flags.out, '--out')
-        try:
-            write_table_page(out, groups)
-        except OSError as error:
-            raise UserError(f'--out={out} cannot be written ({error.strerror}).') from None
-    except UserError as error:
-        return complain(error)
+        write_table_page(out, groups)
+    except OSError as error:
+        raise UserError(f'--out={out} cannot be written ({error.strerror}).') from None
     print(out)
     return 0
 

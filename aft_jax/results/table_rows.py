@@ -1,14 +1,11 @@
 """Gathers finished runs into one table: a row a run and defense, `none` for the infected model itself.
 
-    python -m aft_jax.results.table_rows runs/fashion/*  > table.csv
-
 The columns are the contract of every table in docs/results; shares in 0..1, times in seconds.
 """
 
 import csv
 import io
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,20 +75,3 @@ def read(workdirs: Iterable[Path]) -> list[Row]:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f'{path} is damaged; delete it and start its run again.') from None
     return table
-
-
-def main(arguments: list[str]) -> int:
-    """Prints the table; returns the exit status."""
-    if not arguments or arguments[0].startswith('-'):
-        print(__doc__)
-        return 0 if arguments else 2
-    try:
-        print(to_csv(read(Path(argument) for argument in arguments)), end='')
-    except UserError as error:
-        print(f'aft_jax: {error}', file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))

@@ -13,10 +13,6 @@ import jax
 from jax.experimental import multihost_utils
 
 
-class Preempted(Exception):
-    """The run was stopped by SIGTERM. Its state is saved, and the same command resumes it."""
-
-
 class Watch:
     """A context manager that watches for SIGTERM; one serves a whole run."""
 

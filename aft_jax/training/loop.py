@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aft_jax.data.order import Order
-from aft_jax.errors import UserError
+from aft_jax.errors import Preempted, UserError
 from aft_jax.randomness import key_for
 from aft_jax.runtime import sharding
-from aft_jax.runtime.preemption import Preempted, Watch
+from aft_jax.runtime.preemption import Watch
 from aft_jax.training.checkpoint import Checkpoints
 from aft_jax.training.data_feed import Feed, read, shardings
 from aft_jax.training.metrics import MetricWriter, Progress

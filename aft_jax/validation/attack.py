@@ -1,36 +1,21 @@
-"""What can be wrong with the fields of the attack."""
+"""Rules between the fields of the attack."""
 
 import ml_collections
 
 from aft_jax.errors import UserError
-from aft_jax.validation.checks import in_pixels, not_negative, positive
 
 
 def validate_attack(config: ml_collections.ConfigDict) -> None:
-    """Checks `config.attack` but for its names."""
+    """Checks that the fields of `config.attack` fit together and fit the batch size.
+
+    Raises:
+        UserError: The first rule that is broken.
+    """
     options = config.attack
-    if options.target < 0:
-        raise UserError(f'attack.target={options.target} must be a label, 0 or more.')
-    if not 0 < options.blend.alpha <= 1:
-        raise UserError(f'attack.blend.alpha={options.blend.alpha} must lie above 0 and at most at 1.')
-    in_pixels('attack.sig.delta', options.sig.delta)
     if options.name == 'sig' and options.sig.clean_label and options.label_mode == 'all2all':
         raise UserError(
             "attack.sig.clean_label poisons the target class alone, so it needs attack.label_mode='all2one', not "
             "'all2all'."
-        )
-    positive(
-        config,
-        *(f'attack.wanet.{field}' for field in ('strength', 'cross_ratio')),
-        *(f'attack.input_aware.{field}' for field in ('cross_ratio', 'mask_epochs', 'mask_weight')),
-        *(f'attack.input_aware.{field}' for field in ('mask_learning_rate', 'generator_learning_rate')),
-    )
-    not_negative(config, 'attack.input_aware.diversity_weight', 'attack.input_aware.mask_diversity_weight')
-    if options.wanet.grid < 2:
-        raise UserError(f'attack.wanet.grid={options.wanet.grid} must be at least 2, one point at each end.')
-    if not 0 <= options.input_aware.mask_density < 1:
-        raise UserError(
-            f'attack.input_aware.mask_density={options.input_aware.mask_density} must be at least 0 and below 1.'
         )
     if options.name in ('wanet', 'input_aware'):
         _validate_cross(config)
@@ -44,7 +29,7 @@ def validate_attack(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_cross(config: ml_collections.ConfigDict) -> None:
-    """The attacked images and those in cross mode share the training set, or each batch of it."""
+    """Checks that triggered and cross-mode images fit into the training set, or into each batch."""
     options = config.attack
     share, ratio = options.poisoned_share, options[options.name].cross_ratio
     if share * (1 + ratio) > 1:

@@ -1,103 +1,52 @@
-"""What can be wrong with the recipes of the defenses."""
+"""Rules between the fields of the defenses."""
 
 import ml_collections
 
-from aft_jax.adversarial.perturbations import KINDS
-from aft_jax.adversarial.pgd import NORMS
-from aft_jax.config import AFT_PRESETS, AFT_SECTIONS, resolve
+from aft_jax.config import AFT_SECTIONS, split_names
+from aft_jax.config.fields import IN_PIXELS, POSITIVE
 from aft_jax.errors import UserError
-from aft_jax.training.optimiser import SCHEDULES
-from aft_jax.validation.checks import in_pixels, names, not_negative, one_of, positive, value
+
+# The field with the size of each kind of perturbation.
+_SIZES = {'linf': 'eps', 'l2': 'rms_eps', 'sparse': 'sparse_share', 'warp': 'warp_share'}
 
 
 def validate_defenses(config: ml_collections.ConfigDict) -> None:
-    """Checks the recipe of every defense, whether it is asked for or not."""
-    for name in AFT_SECTIONS:
-        one_of(f'{name}.preset', config[name].preset, tuple(AFT_PRESETS))
-    # The preset fills what the config leaves open, so that checks see what will be used.
-    config = resolve(config)
-    for name in AFT_SECTIONS:
-        _validate_aft(config, name)
-    positive(config, 'ft.epochs')
-    one_of('ft.schedule', config.ft.schedule, SCHEDULES)
-    _validate_nad(config)
-    _validate_mcr(config)
-    _validate_pruning(config)
-    for name in ('ft', 'fp', 'nad'):
-        rates = config[name].learning_rates
-        if not rates or min(rates) <= 0 or list(rates) != sorted(set(rates)):
-            raise UserError(f'{name}.learning_rates={rates} must be positive numbers that rise, one or more.')
-    not_negative(config, *(f'{name}.max_grad_norm' for name in ('ft', 'fp', 'nad', 'mcr')))
-    _validate_pbe(config)
+    """Checks the options of AFT and PBE, even if the config does not run them.
+
+    Args:
+        config: Resolved config, so that the values of presets are checked too.
+
+    Raises:
+        UserError: The first rule that is broken.
+    """
+    for section in (*AFT_SECTIONS, 'pbe'):
+        _validate_sizes(config[section], section)
+        _validate_aft(config, section)
 
 
-def _validate_aft(config: ml_collections.ConfigDict, name: str) -> None:
-    aft = config[name]
-    one_of(f'{name}.norm', aft['norm'], NORMS)
-    for field in ('universal', 'per_image'):
-        for kind in names(aft[field]):
-            one_of(f'{name}.{field}', kind, KINDS)
-    sizes = {'linf': 'eps', 'l2': 'rms_eps', 'sparse': 'sparse_share', 'warp': 'warp_share'}
-    used = [sizes[kind] for kind in names(f'{aft["universal"]},{aft["per_image"]}')]
-    if not used and aft['norm'] == 'linf':
+def _validate_sizes(options: ml_collections.ConfigDict, section: str) -> None:
+    """Checks the sizes of the perturbations that are used. The others have no influence, and may be 0."""
+    used = [_SIZES[kind] for kind in split_names(f'{options.universal},{options.per_image}')]
+    if not used and options.norm == 'linf':
         used = ['eps', 'step_size']
-    for field in ('eps', 'step_size', 'rms_eps'):
-        if field in used:
-            in_pixels(f'{name}.{field}', aft[field])
-    for field in ('sparse_share', 'warp_share'):
-        if aft[field] > 1 or (field in used and aft[field] <= 0):
-            raise UserError(f'{name}.{field}={aft[field]} is a share: above 0 and at most 1.')
-    lengths = ('epochs', 'adversarial_epochs', 'learning_rate')
-    positive(config, *(f'{name}.{field}' for field in ('eps', 'step_size', 'pgd_steps', 'renew_every', *lengths)))
-    not_negative(config, f'{name}.max_grad_norm')
-    one_of(f'{name}.schedule', aft['schedule'], SCHEDULES)
-    if not 0 < aft['adversarial_share'] <= 1 or round(aft['adversarial_share'] * config.batch_size) == 0:
+    for field in used:
+        check = POSITIVE if field.endswith('_share') else IN_PIXELS
+        check.verify(f'{section}.{field}', options[field])
+
+
+def _validate_aft(config: ml_collections.ConfigDict, section: str) -> None:
+    options = config[section]
+    if round(options.adversarial_share * config.batch_size) == 0:
         raise UserError(
-            f'{name}.adversarial_share={aft["adversarial_share"]} must lie above 0 and at most at 1, and be '
-            'at least one image of a batch.'
+            f'{section}.adversarial_share={options.adversarial_share} must be at least one image of a batch of '
+            f'{config.batch_size}.'
         )
-    if aft['adversarial_epochs'] > aft['epochs']:
+    if options.adversarial_epochs > options.epochs:
         raise UserError(
-            f'{name}.adversarial_epochs={aft["adversarial_epochs"]} is more than {name}.epochs={aft["epochs"]}.'
+            f'{section}.adversarial_epochs={options.adversarial_epochs} is more than {section}.epochs={options.epochs}.'
         )
-    not_negative(config, *(f'{name}.{field}' for field in ('adversarial_weight', 'distillation', 'cutmix')))
-    if aft['cutmix'] > 1:
-        raise UserError(f'{name}.cutmix={aft["cutmix"]} is a share of an image, at most 1.')
-    if aft['cutmix'] > 0 and aft['distillation'] == 0:
+    if options.cutmix > 0 and options.distillation == 0:
         raise UserError(
-            f'{name}.cutmix={aft["cutmix"]} leaves clean images without labels, so that it takes {name}.distillation '
-            'above 0.'
+            f'{section}.cutmix={options.cutmix} leaves clean images without labels; set {section}.distillation above '
+            '0, or cutmix to 0.'
         )
-
-
-def _validate_nad(config: ml_collections.ConfigDict) -> None:
-    positive(config, *(f'nad.{field}' for field in ('teacher_epochs', 'epochs')))
-    one_of('nad.schedule', config.nad.schedule, SCHEDULES)
-    betas = config.nad.betas
-    if not betas or min(betas) < 0:
-        raise UserError(f'nad.betas={betas} must be weights of one stage or more, none of them negative.')
-
-
-def _validate_mcr(config: ml_collections.ConfigDict) -> None:
-    positive(config, *(f'mcr.{field}' for field in ('endpoint_epochs', 'epochs', 'learning_rate')))
-    one_of('mcr.schedule', config.mcr.schedule, SCHEDULES)
-    candidates = config.mcr.candidates
-    if not candidates or not all(0 < t < 1 for t in candidates):
-        raise UserError(f'mcr.candidates={candidates} must lie strictly between 0 and 1, one or more.')
-
-
-def _validate_pruning(config: ml_collections.ConfigDict) -> None:
-    positive(config, 'fp.epochs', 'anp.iterations', 'anp.learning_rate', 'anp.eps')
-    one_of('fp.schedule', config.fp.schedule, SCHEDULES)
-    for field in ('anp.eps', 'anp.clean_weight'):
-        if not 0 <= value(config, field) <= 1:
-            raise UserError(f'{field}={value(config, field)} is a share: at least 0 and at most 1.')
-
-
-def _validate_pbe(config: ml_collections.ConfigDict) -> None:
-    options = config.pbe
-    _validate_aft(config, 'pbe')
-    positive(config, 'pbe.first_epochs', 'pbe.first_learning_rate')
-    for share in (options.first_share, *options.keep):
-        if not 0 < share <= 1:
-            raise UserError(f'pbe.first_share and pbe.keep are shares above 0 and at most 1, and one is {share}.')

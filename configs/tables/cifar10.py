@@ -1,8 +1,8 @@
-"""Five attacks and a benign control, both label modes, three seeds, on CIFAR-10 with PreActResNet18; for accelerators.
+"""Five attacks and a benign control, both label modes, three seeds, on CIFAR-10 with PreActResNet18.
 
     python -m aft_jax.sweep --config=configs/tables/cifar10.py --workdir=runs/cifar10 --shard=0/4
 
-The experiments are those of configs/cifar10.py.
+The experiments are those of configs/cifar10.py. They need accelerators.
 """
 
 from aft_jax.config import table_config

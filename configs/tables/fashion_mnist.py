@@ -2,9 +2,9 @@
 
     python -m aft_jax.sweep --config=configs/tables/fashion_mnist.py --workdir=runs/table
 
-The experiments are those of configs/fashion_mnist.py. About 80 minutes a seed to infect on one core, half of it for the
-input-aware attack, and 130 to purify, of which PBE takes 45; --shard=0/2 and 1/2 share the work. The seeds are not
-those with which any recipe was looked for.
+The experiments are those of configs/fashion_mnist.py. On one core, a seed takes about 80 minutes to infect, half of
+them for the input-aware attack. It takes 130 minutes to purify, of which PBE takes 45. --shard=0/2 and 1/2 share the
+work. The recipes of the defenses were chosen with other seeds than these.
 """
 
 from aft_jax.config import table_config

@@ -1,9 +1,9 @@
-"""Five attacks and a benign control, all to one, one seed, on 32x32x3 input with a narrow PreActResNet18; for a CPU.
+"""Five attacks and a benign control, all2one, one seed, on 32x32x3 input with a narrow PreActResNet18, for a CPU.
 
     python -m aft_jax.sweep --config=configs/tables/preact_resnet.py --workdir=runs/preact-table
 
-The experiments are those of configs/preact_resnet.py. FT and AFT have half of their usual epochs, with which a run of
-AFT takes a core ten minutes, and FT has one learning rate, the one that shakes a model most.
+The experiments are those of configs/preact_resnet.py. FT and AFT have half of their usual epochs. So a run of AFT
+takes ten minutes on one core. FT has one learning rate, the largest of its candidates.
 """
 
 from aft_jax.config import table_config

@@ -1,0 +1,90 @@
+"""The fields of the defenses: a section each, with the name of the defense."""
+
+from typing import Any
+
+from aft_jax.config.aft import aft_section, filled_section
+from aft_jax.config.fields import (
+    NOT_NEGATIVE,
+    OPEN_SHARE,
+    POSITIVE,
+    POSITIVE_SHARE,
+    RISING_POSITIVE,
+    SHARE_OR_ZERO,
+    Check,
+    Field,
+    each,
+)
+
+_WEIGHTS = Check(
+    'must be weights of one stage or more, none of them negative', lambda values: len(values) > 0 and min(values) >= 0
+)
+_SCHEDULE = Field('cosine', 'Learning rate schedule.')
+_MAX_GRAD_NORM = Field(1.0, 'Largest norm of a gradient; 0 for no bound.', NOT_NEGATIVE)
+_LEARNING_RATES = Field(
+    (0.01, 0.03, 0.1),
+    'Learning rates to choose from by `tuning`, weakest first. A single one trains on all clean images.',
+    RISING_POSITIVE,
+)
+
+
+def _epochs(default: int, doc: str = 'Epochs.') -> Field:
+    return Field(default, doc, POSITIVE)
+
+
+DEFENSES: dict[str, Any] = {
+    'ft': {
+        'epochs': _epochs(40),
+        'learning_rates': _LEARNING_RATES,
+        'schedule': _SCHEDULE,
+        'max_grad_norm': _MAX_GRAD_NORM,
+    },
+    'nad': {
+        'teacher_epochs': _epochs(10, 'Epochs of the teacher.'),
+        'epochs': _epochs(40, 'Epochs of the student.'),
+        'learning_rates': _LEARNING_RATES._replace(doc=f'{_LEARNING_RATES.doc} Teacher and student use the same.'),
+        'schedule': _SCHEDULE,
+        'max_grad_norm': _MAX_GRAD_NORM,
+        'betas': Field((500.0, 1000.0, 1000.0), "Weights of the last stages' distillation, last stage last.", _WEIGHTS),
+    },
+    'mcr': {
+        'endpoint_epochs': _epochs(40, 'Epochs of the fine-tuned end of the curve.'),
+        'epochs': _epochs(40, "Epochs of the curve's middle point."),
+        'learning_rate': Field(0.1, 'Learning rate. A candidate near 0 undoes too large a one.', POSITIVE),
+        'schedule': _SCHEDULE,
+        'max_grad_norm': _MAX_GRAD_NORM,
+        'candidates': Field(
+            (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+            'Points of the curve to choose from by `tuning`; 0 is the infected model, 1 the fine-tuned one.',
+            each(OPEN_SHARE),
+        ),
+    },
+    'fp': {
+        'epochs': _epochs(40, 'Epochs of the fine-tuning after the pruning.'),
+        'learning_rates': _LEARNING_RATES,
+        'schedule': _SCHEDULE,
+        'max_grad_norm': _MAX_GRAD_NORM,
+    },
+    'anp': {
+        'iterations': Field(2000, 'Training steps of the masks.', POSITIVE),
+        'eps': Field(0.4, 'Size of the noise, relative to the scales and biases of BatchNorm.', POSITIVE_SHARE),
+        'clean_weight': Field(
+            0.2, 'Weight of the loss without noise; the loss with noise has the rest.', SHARE_OR_ZERO
+        ),
+        'learning_rate': Field(0.2, 'Learning rate of the masks.', POSITIVE),
+    },
+    # The options of AFT are those of the rounds after the first.
+    'pbe': filled_section('default', epochs=4, adversarial_epochs=4.0, recalibrate=False)
+    | {
+        'first_share': Field(0.05, 'First round: share of the untrusted training set.', POSITIVE_SHARE),
+        'first_epochs': _epochs(10, 'First round: epochs, on adversarial examples alone.'),
+        'first_learning_rate': Field(0.1, 'First round: learning rate.', POSITIVE),
+        'keep': Field(
+            (0.2, 0.5, 0.7),
+            'Further rounds, one value each: most consistent share of every label that is trained on.',
+            each(POSITIVE_SHARE),
+        ),
+    },
+    'aft': aft_section('default'),
+    # A second AFT for the same infected model in a table.
+    'aft_released': aft_section('released'),
+}
