@@ -39,11 +39,3 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]  # names are not options
     write_bytes(path, buffer.getvalue())
-
-
-def flatten(tree: dict, prefix: str = '') -> dict[str, Any]:
-    """Returns {'a.b': value} for {'a': {'b': value}}."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= flatten(value, f'{prefix}{name}.') if isinstance(value, dict) else {f'{prefix}{name}': value}
-    return flat

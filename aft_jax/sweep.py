@@ -15,7 +15,6 @@ Exit status: 0 every experiment of the table that was this command's is finished
 finished), 2 something that you can put right before anything starts, 75 told to stop by SIGTERM, 130 interrupted.
 """
 
-import json
 import logging
 import sys
 import traceback
@@ -113,12 +112,13 @@ def measured(directory: Path, experiment) -> set[str] | None:
     """Returns the defenses that a run of this very experiment has measured, or None where there is no such run."""
     from aft_jax.config import resolve
     from aft_jax.defenses import DEFENSES
-    from aft_jax.results import workdir
+    from aft_jax.results import record, workdir
+    from aft_jax.results.workdir import RunFiles
 
     try:
-        found = json.loads((directory / 'results.json').read_text())['purified']
+        found = record.read(RunFiles(directory).results).purified
         differs = workdir.differences(directory, resolve(experiment.config), DEFENSES)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return None
     return None if differs else set(found)
 

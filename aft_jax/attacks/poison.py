@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from aft_jax.attacks.attack import Attack, cross_images, triggered
 from aft_jax.errors import UserError
-from aft_jax.files import flatten, write_npz
+from aft_jax.files import write_npz
 from aft_jax.randomness import generator_for, key_for
 
 
@@ -171,6 +172,6 @@ def write_manifest(path: Path, attack: Attack | None, poisoned: Poisoned, clean:
         'clean_indices': clean,
         'target_map': attack.target_map if attack else NO_INDICES,
     }
-    made_of = flatten(attack.arrays) if attack else {}
+    made_of = flatten_dict(attack.arrays, sep='.') if attack else {}
     arrays |= {f'trigger_{name}': np.asarray(value) for name, value in made_of.items()}
     write_npz(path, arrays)

@@ -4,15 +4,15 @@ import math
 from typing import Any
 
 import ml_collections
+from flax.traverse_util import flatten_dict
 
 from aft_jax.config import default_config
 from aft_jax.errors import UserError, suggestion
-from aft_jax.files import flatten
 
 
 def validate_structure(config: ml_collections.ConfigDict) -> None:
     """Every field of the defaults, no other, each of its default's kind, and every number finite."""
-    defaults, found = flatten(default_config().to_dict()), flatten(config.to_dict())
+    defaults, found = (flatten_dict(c.to_dict(), sep='.') for c in (default_config(), config))
     for field in found:
         if field not in defaults:
             raise UserError(f'the config has a field {field!r} that does not exist.{suggestion(field, defaults)}')
