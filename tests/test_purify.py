@@ -17,6 +17,7 @@ from aft_jax.config import resolve
 from aft_jax.errors import UserError
 from aft_jax.pipeline import given_model
 from aft_jax.results import table_rows, terminal
+from aft_jax.results.record import Results
 from configs import purify
 
 torch = pytest.importorskip('torch')
@@ -151,7 +152,7 @@ def test_a_model_of_torch_is_scanned_purified_and_given_back(infected, done):
     assert given['asr'] is None and aft['asr'] is None and aft['ra'] is None and aft['der'] is None
     assert not (out / 'poison.npz').exists()
 
-    table = terminal.table(outcome)
+    table = terminal.table(Results.from_json(outcome))
     assert table in (folder / 'log').read_text()
     assert 'ASR %' not in table and 'RA %' not in table and 'cannot be known without the trigger' in table
     rows = {row['defense']: row for row in table_rows.read([out])}
@@ -362,7 +363,7 @@ def test_a_finished_run_is_scanned_and_exported(clean, tmp_path, capsys):
     outcome = json.loads((out / 'results.json').read_text())
     ended = json.loads((run / 'results.json').read_text())
     assert outcome['suspect']['acc'] == ended['infected']['acc'] and 'scan' not in outcome['suspect']
-    assert 'score' not in terminal.table(outcome).split('What cannot')[0]
+    assert 'score' not in terminal.table(Results.from_json(outcome)).split('What cannot')[0]
     exported = interchange.load(out / 'export' / 'suspect.safetensors')
     assert exported.architecture.name == 'mnist_cnn' and exported.architecture.flat_side == 2
     names = sorted(path.name for path in (out / 'export').iterdir())

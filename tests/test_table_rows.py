@@ -1,4 +1,4 @@
-"""The table of several runs."""
+"""The rows of tables of several runs."""
 
 import csv
 import io
@@ -23,12 +23,12 @@ RESULTS = {
 }
 
 
-def test_one_row_a_run_and_defense(tmp_path, capsys):
+def test_read_returns_a_row_for_each_run_and_defense(tmp_path):
     for name in ('a', 'b'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'results.json').write_text(json.dumps(RESULTS | {'attack': name}))
-    assert table_rows.main([str(tmp_path / 'a'), str(tmp_path / 'b')]) == 0
-    table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    text = table_rows.to_csv(table_rows.read([tmp_path / 'a', tmp_path / 'b']))
+    table = list(csv.DictReader(io.StringIO(text)))
     assert [(row['attack'], row['defense']) for row in table] == [
         ('a', 'none'),
         ('a', 'aft'),
@@ -52,7 +52,7 @@ def test_one_row_a_run_and_defense(tmp_path, capsys):
     assert table[0]['der'] == ''
 
 
-def test_one_row_a_round_of_a_defense_that_looks_for_poison(tmp_path):
+def test_detection_rows_has_a_row_for_each_round(tmp_path):
     pbe = {'acc': 0.9, 'poisoned_shares': [0.1, 0.02], 'aucs': [0.7, None]}
     results = RESULTS | {'purified': RESULTS['purified'] | {'pbe': pbe}}
     (tmp_path / 'results.json').write_text(json.dumps(results))
@@ -65,7 +65,7 @@ def test_one_row_a_round_of_a_defense_that_looks_for_poison(tmp_path):
 
 
 @pytest.mark.parametrize('content', [None, '{"attack"', '{}', '[]'])
-def test_a_run_without_results(tmp_path, content):
+def test_read_refuses_a_run_without_results(tmp_path, content):
     if content is not None:
         (tmp_path / 'results.json').write_text(content)
     with pytest.raises(UserError, match='not finished' if content is None else 'damaged'):
