@@ -30,7 +30,7 @@ from aft_jax.report import requirements
 from aft_jax.report.experiment_report import show_in_tensorboard, write_report
 from aft_jax.results import record, workdir
 from aft_jax.results.environment import environment
-from aft_jax.results.record import GivenModel, ModelScores, PurifiedScores, Results, Setting
+from aft_jax.results.record import GivenFacts, ModelScores, PurifiedScores, Results, Setting
 from aft_jax.results.workdir import RunFiles
 from aft_jax.runtime import compile_cache, processes
 from aft_jax.runtime.preemption import Watch
@@ -169,7 +169,7 @@ def begin_results(
         scanner: Scanner; None without the stage 'scan'.
     """
     config, scenario, given = experiment
-    facts = GivenModel(config.init_from, scenario.dataset.class_names, given.warning) if given is not None else None
+    facts = GivenFacts(config.init_from, scenario.dataset.class_names, given.warning) if given is not None else None
     scan = scanner.scan(infected.variables) if scanner else None
     initial = ModelScores.of(scores, infected.seconds if given is None else None, scan=scan)
     results = Results(Setting.of(config), environment(run.mesh), initial, facts)

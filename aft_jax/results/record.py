@@ -39,7 +39,7 @@ class Setting(NamedTuple):
         return cls(*names, config.seed, config.clean_share)
 
 
-class GivenModel(NamedTuple):
+class GivenFacts(NamedTuple):
     """Facts about a given model: its path, the names of its classes, and a warning for the user or ''."""
 
     init_from: str
@@ -179,7 +179,7 @@ class Results:
     setting: Setting
     environment: dict[str, Any]
     initial: ModelScores
-    given: GivenModel | None = None
+    given: GivenFacts | None = None
     purified: dict[str, PurifiedScores] = dataclasses.field(default_factory=dict)
     observation: dict[str, Any] | None = None
 
@@ -234,7 +234,7 @@ class Results:
             given, first = fields.get('suspect'), fields['infected']
             facts = None
             if given is not None:
-                facts, first = GivenModel(given['init_from'], tuple(given['class_names']), given['warning']), given
+                facts, first = GivenFacts(given['init_from'], tuple(given['class_names']), given['warning']), given
             return cls(
                 setting,
                 fields['environment'],
