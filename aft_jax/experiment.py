@@ -24,7 +24,8 @@ from aft_jax.evaluation.evaluator import Evaluator, test_metrics
 from aft_jax.evaluation.scores import PoisonDetection, Scores, poison_detection
 from aft_jax.models.cpu_compilation import compiler_options, steps_per_call
 from aft_jax.pipeline import export, given_model, stages
-from aft_jax.pipeline.given_model import Suspect
+from aft_jax.pipeline.given_model import GivenModel
+from aft_jax.pipeline.normalisation import check_normalisation
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.report import requirements
 from aft_jax.report.experiment_report import show_in_tensorboard, write_report
@@ -51,7 +52,7 @@ class Experiment(NamedTuple):
 
     config: ml_collections.ConfigDict
     scenario: Scenario
-    given: Suspect | None
+    given: GivenModel | None
 
 
 def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> Results:
@@ -104,8 +105,8 @@ def load(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     dataset = processes.process_zero_first(lambda: data.load(config.dataset, config.data))
     scenario = processes.raise_everywhere(lambda: stages.prepare(config, dataset, mesh))
     if given is not None:
-        processes.raise_everywhere(partial(given_model.check_fits, given, scenario.module, config, dataset))
-        given = given_model.check_normalisation(given, scenario.module, config, dataset, mesh)
+        processes.raise_everywhere(partial(given_model.check_compatible, given, scenario.module, config, dataset))
+        given = check_normalisation(given, scenario.module, config, dataset, mesh)
     return Experiment(config, scenario, given)
 
 

@@ -1,40 +1,46 @@
-"""How quickly a backdoor comes back when a purified model is trained on a few triggered images again.
+"""Measures how quickly a backdoor comes back when a purified model is trained on a few triggered images again.
 
     python -m aft_jax.relapse --runs runs/table/runs/blend-all2one-0 --benign runs/table/runs/none-0 \\
         --workdir=runs/relapse
 
-    --runs           work directories of finished runs: the infected model and every purified one are trained further
-    --benign         a run without an attack, of the same data and model: how quickly an innocent model learns it
-    --workdir        relapse.csv and relapse.png; the same one resumes
-    --defenses       whose purified models, comma-separated, such as aft,ft (all); none for no one's
-    --per_class      triggered images of each class, comma-separated (1,5,10)
-    --steps          of training (60)
-    --every          steps between two measurements (5)
-    --learning_rate  constant (0.01)
-    --images         test images that are scored (2000)
+    --runs           work directories of finished runs; the infected model and the purified ones are trained again
+    --benign         work directory of a run without an attack, of the same data and model, for comparison
+    --workdir        directory for relapse.csv and relapse.png; the same directory resumes
+    --defenses       defenses whose purified models are trained, comma-separated, such as aft,ft (all); none for none
+    --per_class      number of triggered images of each class, comma-separated (1,5,10)
+    --steps          number of training steps (60)
+    --every          steps between two evaluations (5)
+    --learning_rate  learning rate, constant (0.01)
+    --images         number of test images that are scored (2000)
 
-Half of what a batch is drawn from are the clean images that the defender held, the other half the few triggered ones,
-with the labels that the trigger commands, over and over. A model in which the backdoor sleeps relapses in fewer steps
-than the benign one takes to learn it.
+Half of the training set are the clean images that the defender had. The other half are a few triggered images with
+their target labels, repeated. A model with a dormant backdoor relapses in fewer steps than the benign model needs to
+learn the backdoor.
 
-Source: Min et al., "Uncovering, Explaining, and Mitigating the Superficial Safety of Backdoor Defense" (2024), whose
-retuning attack this is. Exit status: 0 done, 2 something that you can put right.
+Source: Min et al., "Uncovering, Explaining, and Mitigating the Superficial Safety of Backdoor Defense" (2024), who call
+it the retuning attack. Exit status: 0 done, 2 a mistake in the command that you can correct.
 """
 
 import argparse
 import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+from jax.sharding import Mesh
 
 from aft_jax import files
 from aft_jax.analysis.observation_table import control_of
-from aft_jax.analysis.retuning import COLUMNS, Retuning, retune
+from aft_jax.analysis.retuning import COLUMNS, Retuning, RetuningOptions, retune
 from aft_jax.cli import Parser, complain
 from aft_jax.config import as_options
 from aft_jax.errors import UserError, user_path
+from aft_jax.evaluation.evaluator import Evaluator
 from aft_jax.models.cpu_compilation import compiler_options
 from aft_jax.pipeline import saved_run, stages
+from aft_jax.pipeline.saved_run import SavedRun
 from aft_jax.report import relapse_figure, requirements
 from aft_jax.results import table_rows
 from aft_jax.runtime.allocator import keep_freed_memory
@@ -45,10 +51,10 @@ from aft_jax.training.metrics import MetricWriter
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Returns the flags' values.
+    """Parses the flags.
 
     Raises:
-        UserError: One is wrong or missing.
+        UserError: A flag is wrong or missing.
     """
     parser = Parser(prog='aft_jax.relapse', add_help=False)
     parser.add_argument('--runs', nargs='+', required=True)
@@ -56,9 +62,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument('--workdir', required=True)
     parser.add_argument('--defenses', default='')
     parser.add_argument('--per_class', default='1,5,10')
-    defaults = Retuning()
-    for field in Retuning._fields:
-        parser.add_argument(f'--{field}', type=type(getattr(defaults, field)), default=getattr(defaults, field))
+    for field, default in RetuningOptions()._asdict().items():
+        parser.add_argument(f'--{field}', type=type(default), default=default)
     flags = parser.parse_args(arguments)
     flags.defenses = saved_run.read_defenses(flags.defenses)
     try:
@@ -66,7 +71,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     except ValueError:
         raise UserError(f'--per_class={flags.per_class} must be whole numbers, comma-separated, such as 1,5.') from None
     positive: dict[str, float] = {'per_class': min(flags.per_class)}
-    positive |= {field: getattr(flags, field) for field in Retuning._fields}
+    positive |= {field: getattr(flags, field) for field in RetuningOptions._fields}
     for name, value in positive.items():
         if value <= 0:
             raise UserError(f'--{name}={value} must be positive.')
@@ -75,15 +80,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         for flag, texts in (('--runs', flags.runs), ('--benign', flags.benign))
     )
     if len({path.name for path in flags.runs}) < len(flags.runs):
-        raise UserError('--runs has two directories of the same name, which could not be told apart; rename one.')
+        raise UserError('--runs has two directories of the same name; rename one of them.')
     flags.workdir = user_path(flags.workdir, '--workdir')
     return flags
 
 
 def relapse(flags: argparse.Namespace) -> list[dict[str, Any]]:
-    """Trains every model of every run again, and returns the rows of relapse.csv."""
+    """Trains every model of every run again, and returns the rows of relapse.csv.
+
+    Raises:
+        UserError: A run cannot be read back, has no attack, or has no benign control of its data and model.
+    """
     mesh, datasets = make_mesh(), saved_run.Datasets()
-    retuning = Retuning(*(getattr(flags, field) for field in Retuning._fields))
+    options = RetuningOptions(*(getattr(flags, field) for field in RetuningOptions._fields))
     controls = [saved_run.load(path, mesh, datasets, defenses=()) for path in flags.benign]
     rows: list[dict[str, Any]] = []
     for path in flags.runs:
@@ -93,38 +102,36 @@ def relapse(flags: argparse.Namespace) -> list[dict[str, Any]]:
         benign = control_of(source, controls)
         models = {'infected': source.infected.variables, **source.purified}
         models |= {'benign': benign} if benign is not None else {}
-        # A directory for each way to train, so that another one does not go on from its checkpoints.
-        way = '-'.join(str(value) for value in retuning)
-        directory = flags.workdir / f'{source.directory.name}-{way}'
-        directory.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(MetricWriter(directory)) as writer, Watch() as watch:
-            options = compiler_options(source.scenario.module)
-            run = Run(
-                source.config.seed, directory, mesh, writer, as_options(RunOptions, source.config.run), watch, options
-            )
-            # One for all models: triggers are put on, and predictions compiled, once.
-            dataset, count = source.scenario.dataset, retuning.images
-            few = replace(dataset, test_images=dataset.test_images[:count], test_labels=dataset.test_labels[:count])
-            evaluator = stages.evaluator_for(run, source.scenario._replace(dataset=few))
+        with open_run(flags.workdir, source, mesh, options) as run:
+            retuning = Retuning(run, source, evaluator_for(run, source, options.images), options)
             for model, variables in models.items():
                 for per_class in flags.per_class:
-                    shared = {
-                        'run': source.directory.name,
-                        'attack': source.config.attack.name,
-                        'label_mode': source.config.attack.label_mode,
-                        'seed': source.config.seed,
-                        'model': model,
-                        'per_class': per_class,
-                    }
-                    stage = f'relapse/{model}-{per_class}'
-                    points = retune(run, stage, source, evaluator, variables, per_class, retuning)
-                    rows += [shared | point for point in points]
+                    rows += retune(retuning, model, variables, per_class)
                     files.write_text(flags.workdir / 'relapse.csv', table_rows.to_csv(rows, COLUMNS))
     return rows
 
 
+@contextlib.contextmanager
+def open_run(workdir: Path, source: SavedRun, mesh: Mesh, options: RetuningOptions) -> Iterator[Run]:
+    """Opens a run for the retunings of one saved run, in a directory of its own for each setting of the options."""
+    values = '-'.join(str(value) for value in options)
+    directory = workdir / f'{source.directory.name}-{values}'
+    directory.mkdir(parents=True, exist_ok=True)
+    run_options = as_options(RunOptions, source.config.run)
+    with contextlib.closing(MetricWriter(directory)) as writer, Watch() as watch:
+        compiler = compiler_options(source.scenario.module)
+        yield Run(source.config.seed, directory, mesh, writer, run_options, watch, compiler)
+
+
+def evaluator_for(run: Run, source: SavedRun, count: int) -> Evaluator:
+    """Creates an evaluator on the first `count` test images. All models share it, so that it is compiled once."""
+    dataset = source.scenario.dataset
+    few = replace(dataset, test_images=dataset.test_images[:count], test_labels=dataset.test_labels[:count])
+    return stages.evaluator_for(run, source.scenario._replace(dataset=few))
+
+
 def main(arguments: list[str]) -> int:
-    """Runs the command; returns the exit status."""
+    """Runs the command, and returns the exit status."""
     if not arguments or {'--help', '-h'} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2

@@ -1,8 +1,10 @@
-"""The observation's measurements against NumPy by hand, and the infection score on networks with a planted backdoor."""
+"""Measurements of the observation against NumPy, and the infection score of networks with a planted backdoor."""
 
 import csv
+import json
 import math
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import flax.linen as nn
@@ -15,10 +17,20 @@ import scipy.stats
 from aft_jax import relapse
 from aft_jax.analysis import __main__ as command
 from aft_jax.analysis import observation_table
-from aft_jax.analysis.connection import Shown, connection, evaluate
-from aft_jax.analysis.infection_score import Scorer, count_moves, share_moved, shared_changes, suspect
+from aft_jax.analysis.backdoor_scan import choose_scan_images, scan_fields
+from aft_jax.analysis.connection import MeasuredImages, connection, evaluate, evenly
+from aft_jax.analysis.infection_score import (
+    BackdoorHypothesis,
+    InfectionScore,
+    Scorer,
+    classify_confusions,
+    count_moves,
+    share_moved,
+    shared_perturbations,
+)
 from aft_jax.analysis.measures import correlations, jaccard, neuron_overlap, target_share
-from aft_jax.analysis.probe import Probe
+from aft_jax.analysis.probe import ModelProbe, float_images
+from aft_jax.attacks.attack import triggered
 from aft_jax.cli import EXIT_USER_ERROR
 from aft_jax.config import default_config
 from aft_jax.errors import UserError
@@ -34,26 +46,46 @@ ROWS = SIDE // CLASSES
 
 
 class Planted(nn.Module):
-    """Sees a class by its bright rows, and a backdoor by a pattern that is hidden in the noise of all pixels.
+    """Classifies by bright rows, and has a backdoor unit for a pattern that is hidden in the noise of all pixels.
 
-    The logit of class y is how bright its rows are. Where the pattern is, the backdoor's unit adds `weight` times its
-    presence: to the logit of class 0 (all2one), or to each class's next as far as the rows speak for the class
-    (all2all).
+    The logit of class y is the brightness of its rows. The backdoor unit adds `weight` times the presence of the
+    pattern: to the logit of class 0 (all2one), or to the logit of the next class, in proportion to the evidence for
+    the class (all2all). Both are variables, so that all tests share the compiled functions.
     """
-
-    weight: float
-    all2all: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, features: bool = False):
+        weight, all2all = (self.param(name, nn.initializers.zeros, ()) for name in ('weight', 'all2all'))
         bright = images.reshape((len(images), CLASSES, -1)).mean(axis=-1)
         flat = (images - 0.5).reshape((len(images), -1))
         presence = flat @ jnp.asarray(PATTERN.reshape((-1, 1))) / SIDE**2
-        evidence = jax.nn.softmax(40 * bright)
-        towards = jnp.roll(evidence, 1, axis=1) if self.all2all else jax.nn.one_hot(jnp.zeros(1, jnp.int32), CLASSES)
-        logits = 40 * bright + self.weight * presence * towards
+        following = jnp.roll(jax.nn.softmax(40 * bright), 1, axis=1)
+        target = jax.nn.one_hot(jnp.zeros(1, jnp.int32), CLASSES)
+        logits = 40 * bright + weight * presence * (all2all * following + (1 - all2all) * target)
         maps = jnp.concatenate([bright, presence], axis=1)[:, None, None]
         return (logits, (maps,)) if features else logits
+
+
+def planted(weight: float, all2all: bool = False) -> dict:
+    """Builds variables of `Planted`."""
+    return {'params': {'weight': np.float32(weight), 'all2all': np.float32(all2all)}}
+
+
+class SmallNet(nn.Module):
+    """A network that trains in a moment, with one feature map."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False, features: bool = False):
+        maps = nn.relu(nn.Dense(16)(images.reshape((len(images), -1)) - 0.5))
+        logits = nn.Dense(self.num_classes)(maps)
+        return (logits, (maps[:, None, None],)) if features else logits
+
+
+def make_small_net(num_classes: int, mean, std) -> nn.Module:
+    """Builds the network of the finished runs."""
+    return SmallNet(num_classes)
 
 
 # Rows are balanced, so that the pattern makes no class brighter.
@@ -61,7 +93,7 @@ PATTERN = np.random.default_rng(4).permuted(np.tile([-1.0, 1.0], (SIDE, SIDE // 
 
 
 def striped(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns uint8 [count, 12, 12, 1] noise with three brighter rows that tell the class, and int32 [count]."""
+    """Draws noise with three brighter rows that show the class: uint8 [count, 12, 12, 1] and int32 [count]."""
     generator = np.random.default_rng(seed)
     labels = generator.permutation(np.arange(count) % CLASSES).astype(np.int32)
     images = generator.normal(110, 12, (count, CLASSES, ROWS, SIDE))
@@ -73,39 +105,45 @@ def stamped(images: np.ndarray) -> np.ndarray:
     return np.clip(images + 20 * PATTERN[..., None], 0, 255).astype(np.uint8)
 
 
-def probe_for(module: nn.Module, batch_size: int = 64, devices: int = 4) -> Probe:
-    return Probe(module, make_mesh(jax.devices()[:devices]), batch_size, steps=3)
+def probe_for(batch_size: int = 64, devices: int = 4) -> ModelProbe:
+    return ModelProbe(Planted(), make_mesh(jax.devices()[:devices]), batch_size, steps=3)
 
 
-def scorer_for(module: nn.Module) -> Scorer:
-    return Scorer(probe_for(module), module, make_mesh(), 64)
+@pytest.fixture(scope='module')
+def probe() -> ModelProbe:
+    return probe_for()
+
+
+@pytest.fixture(scope='module')
+def scorer(probe) -> Scorer:
+    return Scorer(probe, Planted(), make_mesh(), 64)
 
 
 # --- the bootstrap, the ROC
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says():
+def test_bootstrap_interval_covers_the_truth_as_often_as_it_should():
     generator = np.random.default_rng(0)
     hits = 0
     for trial in range(300):
-        found = bootstrap.mean(generator.exponential(size=80), seed=trial, resamples=300)
-        hits += found.low <= 1 <= found.high
+        estimate = bootstrap.mean(generator.exponential(size=80), seed=trial, resamples=300)
+        hits += estimate.low <= 1 <= estimate.high
     assert 0.89 <= hits / 300 <= 0.98  # percentiles cover a little less than 95 % of a skewed mean
 
 
-def test_the_interval_is_scipys():
+def test_bootstrap_interval_is_that_of_scipy():
     values = np.random.default_rng(1).normal(size=200)
-    found = bootstrap.mean(values, resamples=4000)
+    estimate = bootstrap.mean(values, resamples=4000)
     expected = scipy.stats.bootstrap((values,), np.mean, n_resamples=4000, method='percentile', rng=2)
-    np.testing.assert_allclose(found[1:], expected.confidence_interval, atol=0.02)
-    assert found.value == pytest.approx(values.mean(), abs=1e-12)
+    np.testing.assert_allclose(estimate[1:], expected.confidence_interval, atol=0.02)
+    assert estimate.value == pytest.approx(values.mean(), abs=1e-12)
 
 
-def test_no_image_has_no_mean():
+def test_bootstrap_mean_without_images_is_nan():
     assert all(math.isnan(x) for x in bootstrap.mean(np.zeros(0)))
 
 
-def test_auc_is_mann_whitneys():
+def test_auc_is_the_mann_whitney_statistic():
     generator = np.random.default_rng(3)
     positives, negatives = generator.integers(2, 9, 30), generator.integers(0, 7, 17)  # with ties
     expected = scipy.stats.mannwhitneyu(positives, negatives).statistic / (30 * 17)
@@ -116,12 +154,12 @@ def test_auc_is_mann_whitneys():
 # --- the measurements
 
 
-def test_target_share_counts_what_fools_and_could_be_commanded():
+def test_target_share_counts_fooling_examples_of_other_classes():
     labels = np.array([0, 1, 1, 2, 2, 3])
     predictions = np.array([1, 0, 1, 0, 3, 0])
-    # all2one: the image of class 0 does not count, the second of class 1 is not fooled; 0, 0, 3, 0 remain.
+    # all2one: the image of class 0 does not count, and the second one of class 1 does not fool; 0, 0, 3, 0 remain.
     assert target_share(predictions, labels, np.zeros(4, np.int32)).value == 3 / 4
-    # all2all: 0 -> 1 and 2 -> 3 and 3 -> 0 of five that are fooled.
+    # all2all: 0 -> 1, 2 -> 3 and 3 -> 0, of five that fool.
     assert target_share(predictions, labels, np.array([1, 2, 3, 0])).value == pytest.approx(3 / 5)
     assert math.isnan(target_share(labels, labels, np.array([1, 2, 3, 0])).value)
 
@@ -131,36 +169,42 @@ def test_neuron_overlap_by_hand():
     clean, triggered, adversarial = generator.normal(size=(3, 50, 40))
     triggered[:, :6] += 3
     adversarial[:, 3:9] += 3
-    found = neuron_overlap(clean, triggered, adversarial)
-    by_trigger, by_change = (triggered - clean).mean(0), (adversarial - clean).mean(0)
-    for k, estimate in ((2, found.top_5), (4, found.top_10)):
-        a, b = (set(np.argsort(-x)[:k]) for x in (by_trigger, by_change))
+    overlap = neuron_overlap(clean, triggered, adversarial)
+    by_trigger, by_perturbation = (triggered - clean).mean(0), (adversarial - clean).mean(0)
+    for k, estimate in ((2, overlap.top_5), (4, overlap.top_10)):
+        a, b = (set(np.argsort(-x)[:k]) for x in (by_trigger, by_perturbation))
         assert estimate.value == pytest.approx(len(a & b) / len(a | b))
         assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
-    assert found.correlation.value == pytest.approx(np.corrcoef(by_trigger, by_change)[0, 1])
-    assert found.correlation.low < found.correlation.value < found.correlation.high
+    assert overlap.correlation.value == pytest.approx(np.corrcoef(by_trigger, by_perturbation)[0, 1])
+    assert overlap.correlation.low < overlap.correlation.value < overlap.correlation.high
 
 
-def test_overlap_of_sets_and_of_nothing():
+def test_jaccard_and_correlations_of_rows():
     a = np.array([[3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 1.0, 0.0]])
     b = np.array([[9.0, 0.0, 5.0, 1.0], [2.0, 3.0, 0.0, 0.0]])
     np.testing.assert_allclose(jaccard(a, b, 2), [1 / 3, 1.0])
-    assert neuron_overlap(a, a, b).top_5.value in (0.0, 1.0)  # of 4 channels at least one
     assert np.isnan(correlations(a, np.ones_like(a))).all()
 
 
-def test_measurements_of_a_planted_model():
-    """Distances and channels against NumPy; what the trigger and PGD raise is the same unit."""
-    module = Planted(weight=400.0)
-    probe = probe_for(module)
+@pytest.mark.parametrize(('channel', 'expected'), [(2, 1.0), (3, 0.0)])
+def test_neuron_overlap_of_few_channels_compares_at_least_one(channel, expected):
+    clean = np.zeros((5, 4))
+    triggered, adversarial = clean.copy(), clean.copy()
+    triggered[:, 2] = adversarial[:, channel] = 1.0
+    overlap = neuron_overlap(clean, triggered, adversarial)
+    assert overlap.top_5 == overlap.top_10 == (expected, expected, expected)
+
+
+def test_evaluate_a_planted_model(probe):
+    """Distances and channels against NumPy. The trigger and PGD activate the same unit."""
     images, labels = striped(60, 6)
-    shown = Shown(images, stamped(images), labels, np.zeros(CLASSES, np.int32))
-    counted = shown.counted
+    measured = MeasuredImages(images, stamped(images), labels, np.zeros(CLASSES, np.int32))
+    counted = measured.counted
     assert (counted.labels != 0).all() and len(counted.labels) == (labels != 0).sum()
-    adversarial = probe.adversarial({}, counted.clean, counted.labels, 'linf', 16 / 255)
+    adversarial = probe.adversarial(planted(400), counted.clean, counted.labels, 'linf', 16 / 255)
     assert np.abs(adversarial - counted.clean / 255).max() == pytest.approx(16 / 255, abs=1e-6)
-    found = evaluate(probe, {}, adversarial, shown)
-    assert found.fooled > 0.9 and found.target_share.value > 0.95
+    actual = evaluate(probe, planted(400), adversarial, measured)
+    assert actual.fooled > 0.9 and actual.target_share.value > 0.95
 
     def maps(x):
         bright = x.reshape((len(x), CLASSES, -1)).mean(-1)
@@ -169,131 +213,171 @@ def test_measurements_of_a_planted_model():
 
     clean, triggered = maps(counted.clean / 255), maps(counted.triggered / 255)
     expected = np.linalg.norm(maps(adversarial) - triggered, axis=1).mean()
-    assert found.feature_distance.value == pytest.approx(expected, rel=1e-4)
+    assert actual.feature_distance.value == pytest.approx(expected, rel=1e-4)
     rises = (triggered - clean).mean(0), (maps(adversarial) - clean).mean(0)
-    assert found.neuron_overlap.correlation.value == pytest.approx(np.corrcoef(*rises)[0, 1], rel=1e-3)
-    assert found.neuron_overlap.top_5.value == 1.0
+    assert actual.neuron_overlap.correlation.value == pytest.approx(np.corrcoef(*rises)[0, 1], rel=1e-3)
+    assert actual.neuron_overlap.top_5.value == 1.0
 
 
-def test_an_l2_radius_is_that_of_the_whole_image():
+def test_adversarial_l2_radius_is_that_of_the_whole_image(probe):
     images, labels = striped(8, 7)
-    changes = probe_for(Planted(weight=0.0)).adversarial({}, images, labels, 'l2', 0.02) - images / 255
+    changes = probe.adversarial(planted(0), images, labels, 'l2', 0.02) - images / 255
     np.testing.assert_allclose(np.sqrt(np.square(changes).mean(axis=(1, 2, 3))), 0.02, rtol=1e-4)
 
 
 @pytest.mark.parametrize('devices, batch_size', [(1, 64), (4, 7)])
-def test_batches_and_devices_change_nothing(devices, batch_size):
-    module = Planted(weight=400.0)
+def test_probe_does_not_depend_on_batches_and_devices(probe, devices, batch_size):
+    variables = planted(400)
     images, labels = striped(21, 8)
-    whole, cut = probe_for(module), probe_for(module, batch_size, devices)
-    examples = whole.adversarial({}, images, labels, 'linf', 0.03)
-    np.testing.assert_array_equal(cut.adversarial({}, images, labels, 'linf', 0.03), examples)
-    np.testing.assert_allclose(
-        cut.distances({}, examples, images), whole.distances({}, examples, images), rtol=1e-5, atol=1e-7
-    )
+    other = probe_for(batch_size, devices)
+    examples = probe.adversarial(variables, images, labels, 'linf', 0.03)
+    np.testing.assert_array_equal(other.adversarial(variables, images, labels, 'linf', 0.03), examples)
+    actual, expected = (p.distances(variables, examples, images) for p in (other, probe))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_rows_go_along_with_images(tiny_net):
+def test_float_images_converts_bytes_alone():
+    images = np.array([0, 51, 255], np.uint8)
+    np.testing.assert_array_equal(float_images(images), np.array([0, 0.2, 1], np.float32), strict=True)
+    floats = np.array([0, 0.2, 1], np.float32)
+    np.testing.assert_array_equal(float_images(floats), floats, strict=True)
+
+
+def test_batched_keeps_rows_with_their_images(tiny_net):
     """Bytes are divided by 255 and floats are not; rows keep their places, whatever the padding."""
     generator = np.random.default_rng(9)
     images = generator.integers(0, 256, (11, 2, 2, 1)).astype(np.uint8)
     row, other = generator.integers(0, 9, 11).astype(np.int32), generator.normal(size=(11, 3)).astype(np.float32)
 
-    def function(given, pixels, row, other):
+    def function(arguments, pixels, row, other):
         return {
-            'sum': pixels.sum((1, 2, 3)) + given['add'],
+            'sum': pixels.sum((1, 2, 3)) + arguments['add'],
             'row': row,
             'product': other * row[:, None].astype('float32'),
         }
 
     batched = Batched(function, tiny_net, make_mesh(), 4)
-    given = {'add': np.float32(2)}
-    found = batched(given, images, row, other)
-    np.testing.assert_allclose(found['sum'], (images / 255).sum((1, 2, 3)) + 2, rtol=1e-5)
-    np.testing.assert_array_equal(found['row'], row)
-    np.testing.assert_allclose(found['product'], other * row[:, None], rtol=1e-6)
-    floats = batched(given, (images / 255).astype(np.float32), row, other)
-    np.testing.assert_allclose(floats['sum'], found['sum'], rtol=1e-6)
+    arguments = {'add': np.float32(2)}
+    result = batched(arguments, images, row, other)
+    np.testing.assert_allclose(result['sum'], (images / 255).sum((1, 2, 3)) + 2, rtol=1e-5)
+    np.testing.assert_array_equal(result['row'], row)
+    np.testing.assert_allclose(result['product'], other * row[:, None], rtol=1e-6)
+    floats = batched(arguments, (images / 255).astype(np.float32), row, other)
+    np.testing.assert_allclose(floats['sum'], result['sum'], rtol=1e-6)
 
 
-def test_the_connection_as_plain_values():
-    module = Planted(weight=400.0)
+def test_connection_returns_plain_values(probe):
+    variables = planted(400)
     images, labels = striped(60, 10)
-    shown = Shown(images, stamped(images), labels, np.zeros(CLASSES, np.int32))
-    found = connection(probe_for(module), {}, {}, shown, 'linf', 16 / 255)
-    assert found['images'] == (labels != 0).sum() and found['resamples'] == bootstrap.RESAMPLES
-    assert found['target_share'] == found['benign_target_share'] > 0.95  # the control is the model itself
-    assert found['feature_distance']['own'] == found['feature_distance']['benign']
-    low, high = found['intervals']['neuron_overlap']['own']['correlation']
-    assert low <= found['neuron_overlap']['own']['correlation'] <= high
-    alone = connection(probe_for(module), {}, None, shown, 'linf', 16 / 255)
+    measured = MeasuredImages(images, stamped(images), labels, np.zeros(CLASSES, np.int32))
+    result = connection(probe, variables, variables, measured, norm='linf', eps=16 / 255)
+    assert result['images'] == (labels != 0).sum() and result['resamples'] == bootstrap.RESAMPLES
+    assert result['target_share'] == result['benign_target_share'] > 0.95  # the control is the model itself
+    assert result['feature_distance']['own'] == result['feature_distance']['benign']
+    low, high = result['intervals']['neuron_overlap']['own']['correlation']
+    assert low <= result['neuron_overlap']['own']['correlation'] <= high
+    alone = connection(probe, variables, None, measured, norm='linf', eps=16 / 255)
     assert alone['benign_target_share'] is None and 'benign' not in alone['feature_distance']
 
 
 # --- the score
 
 
-def test_a_matrix_of_either_kind():
+def test_classify_confusions_of_either_kind():
     crowd = np.full((5, 5), 0.02)
     crowd[:, 3] = 0.9
     cycle = np.full((5, 5), 0.02) + 0.8 * np.roll(np.eye(5), 1, axis=1)
     for shares in (crowd, cycle):
         np.fill_diagonal(shares, 0)
-    found = suspect(crowd)
-    assert (found.kind, found.score, set(found.target_map)) == ('all2one', pytest.approx(0.9), {3})
-    found = suspect(cycle)
-    assert (found.kind, found.score, list(found.target_map)) == ('all2all', pytest.approx(0.82), [1, 2, 3, 4, 0])
+    result = classify_confusions(crowd)
+    assert (result.kind, result.score, set(result.target_map)) == ('all2one', pytest.approx(0.9), {3})
+    result = classify_confusions(cycle)
+    assert (result.kind, result.score, list(result.target_map)) == ('all2all', pytest.approx(0.82), [1, 2, 3, 4, 0])
     # Two classes that go to the same one: only the larger share counts.
     cycle[0] = [0, 0, 0.5, 0, 0]
-    assert suspect(cycle).score == pytest.approx(4 * 0.82 / 5)
+    assert classify_confusions(cycle).score == pytest.approx(4 * 0.82 / 5)
 
 
-def test_shares_are_of_the_class():
-    labels, said = np.array([0, 0, 0, 1, 1, 3]), np.array([1, 1, 0, 0, 1, 2])
-    counts = count_moves(labels, said, 4)
+def test_share_moved_is_relative_to_the_class():
+    labels, predictions = np.array([0, 0, 0, 1, 1, 3]), np.array([1, 1, 0, 0, 1, 2])
+    counts = count_moves(labels, predictions, 4)
     assert counts.sum() == 4 and counts[0, 1] == 2 and counts[1, 0] == 1 and counts[3, 2] == 1
-    np.testing.assert_allclose(share_moved(labels, said, 4)[:, :2], [[0, 2 / 3], [1 / 2, 0], [0, 0], [0, 0]])
+    np.testing.assert_allclose(share_moved(labels, predictions, 4)[:, :2], [[0, 2 / 3], [1 / 2, 0], [0, 0], [0, 0]])
 
 
-def test_shared_changes_are_the_best_of_their_norms():
-    """p = 1 is the steepest L2 change, p = 0 the steepest Linf one, and all are of the same root mean square."""
+def test_shared_perturbations_are_the_best_of_their_norms():
+    """p = 1 is the steepest L2 perturbation, p = 0 the steepest Linf one; all have the same root mean square."""
     differences = np.random.default_rng(11).normal(0.2, 1, (30, 6, 6, 1))
     labels = np.repeat([0, 1], [20, 10])  # each class has half of the weight
     mean = (differences[:20].mean(0) + differences[20:].mean(0)) / 2
-    changes = shared_changes(differences, labels, 0.05)
-    np.testing.assert_allclose(changes[0], 0.05 * np.sign(mean), rtol=1e-6)
-    np.testing.assert_allclose(changes[1], 0.05 * mean / np.sqrt(np.square(mean).mean()), rtol=1e-5)
-    np.testing.assert_allclose(np.sqrt(np.square(changes).mean((1, 2, 3))), 0.05, rtol=1e-5)
-    assert (np.abs(changes).max((1, 2, 3))[1:] > np.abs(changes).max((1, 2, 3))[:-1]).all()
-    assert not shared_changes(np.zeros((3, 6, 6, 1)), labels[:3]).any()
+    perturbations = shared_perturbations(differences, labels, 0.05)
+    np.testing.assert_allclose(perturbations[0], 0.05 * np.sign(mean), rtol=1e-6)
+    np.testing.assert_allclose(perturbations[1], 0.05 * mean / np.sqrt(np.square(mean).mean()), rtol=1e-5)
+    np.testing.assert_allclose(np.sqrt(np.square(perturbations).mean((1, 2, 3))), 0.05, rtol=1e-5)
+    assert (np.abs(perturbations).max((1, 2, 3))[1:] > np.abs(perturbations).max((1, 2, 3))[:-1]).all()
+    assert not shared_perturbations(np.zeros((3, 6, 6, 1)), labels[:3]).any()
 
 
-def test_a_planted_backdoor_is_found_and_named():
+def test_scorer_finds_a_planted_all2one_backdoor(scorer):
     images, labels = striped(120, 12)
-    found = scorer_for(Planted(weight=400.0))({}, images, labels, CLASSES, (8 / 255, 16 / 255))
-    assert found.hypothesis.kind == 'all2one' and set(found.hypothesis.target_map) == {0}
-    assert found.hypothesis.score > 0.9
-    assert found.crowding.kind == 'all2one' and found.crowding.score > 0.9
-    assert found.landing.shape == (2, CLASSES, CLASSES) and found.landing[1, 1:, 0].sum() > 80
-    # What the scorer found is the trigger.
-    agreement = np.corrcoef(found.change.ravel(), PATTERN.ravel())[0, 1]
+    result = scorer.score(planted(400), images, labels, CLASSES, (8 / 255, 16 / 255))
+    assert result.hypothesis.kind == 'all2one' and set(result.hypothesis.target_map) == {0}
+    assert result.hypothesis.score > 0.9
+    assert result.crowding.kind == 'all2one' and result.crowding.score > 0.9
+    assert result.landing.shape == (2, CLASSES, CLASSES) and result.landing[1, 1:, 0].sum() > 80
+    # What the scorer result is the trigger.
+    agreement = np.corrcoef(result.perturbation.ravel(), PATTERN.ravel())[0, 1]
     assert agreement > 0.8
-    assert found.as_dict()['suspected'] == [0] * CLASSES
+    assert result.as_dict()['suspected'] == [0] * CLASSES
 
 
-def test_a_planted_permutation_is_found_and_named():
+def test_scorer_finds_a_planted_all2all_backdoor(scorer):
     images, labels = striped(120, 13)
-    found = scorer_for(Planted(weight=400.0, all2all=True))({}, images, labels, CLASSES, (16 / 255,))
-    assert found.hypothesis.kind == 'all2all' and list(found.hypothesis.target_map) == [1, 2, 3, 0]
-    assert found.hypothesis.score > 0.9
+    result = scorer.score(planted(400, all2all=True), images, labels, CLASSES, (16 / 255,))
+    assert result.hypothesis.kind == 'all2all' and list(result.hypothesis.target_map) == [1, 2, 3, 0]
+    assert result.hypothesis.score > 0.9
 
 
-def test_a_benign_model_scores_low():
-    """Its classes are alike: adversarial changes of one darken what those of another brighten, and share nothing."""
+def test_scorer_gives_a_benign_model_a_low_score(scorer):
+    """Perturbations of one class darken the rows that those of another class brighten, so that they share nothing."""
     images, labels = striped(120, 14)
-    found = scorer_for(Planted(weight=0.0))({}, images, labels, CLASSES, (24 / 255,))
-    assert found.landing.sum() > 100  # it is fooled all the same
-    assert found.hypothesis.score < 0.1
+    result = scorer.score(planted(0), images, labels, CLASSES, (24 / 255,))
+    assert result.landing.sum() > 100  # it is fooled all the same
+    assert result.hypothesis.score < 0.1
+
+
+def test_scan_fields_of_landings():
+    landing = np.zeros((2, 3, 3), np.int64)
+    landing[1] = [[0, 4, 1], [0, 0, 2], [0, 3, 0]]  # 10 fooling examples, of which 7 end up in class 1
+    hypothesis = BackdoorHypothesis(0.5, 'all2one', np.array([1, 1, 1], np.int32))
+    result = InfectionScore(hypothesis, np.zeros((3, 3)), np.zeros((2, 2, 1)), hypothesis, (0.1, 0.2), landing)
+    fields = scan_fields(result, 40)
+    assert fields['fooled'] == [0.0, 0.25] and fields['largest_landing'] == [None, 0.7]
+    assert fields['suspected_label'] == 1 and fields['landing'] == landing.tolist()
+    permutation = hypothesis._replace(kind='all2all', target_map=np.array([1, 2, 0], np.int32))
+    assert scan_fields(result._replace(hypothesis=permutation), 40)['suspected_label'] is None
+
+
+def test_choose_scan_images_prefers_images_that_are_held_out(dataset):
+    clean = np.arange(10)
+    few = choose_scan_images(dataset, clean, seed=0)
+    assert not few.held_out and few.num_classes == 4
+    expected = np.concatenate([dataset.test_labels, dataset.train_labels[clean]])
+    np.testing.assert_array_equal(np.sort(few.labels), np.sort(expected))
+    swapped = replace(
+        dataset,
+        test_images=dataset.train_images,
+        test_labels=dataset.train_labels,
+        train_images=dataset.test_images,
+        train_labels=dataset.test_labels,
+    )
+    enough = choose_scan_images(swapped, clean, seed=0)
+    assert enough.held_out and (np.bincount(enough.labels) == 20).all()
+
+
+def test_evenly_chooses_the_first_and_the_last():
+    np.testing.assert_array_equal(evenly(9, 3), [0, 4, 8])
+    np.testing.assert_array_equal(evenly(3, 5), [0, 1, 2])
 
 
 # --- the command
@@ -303,16 +387,17 @@ def test_a_benign_model_scores_low():
 def runs(tmp_path_factory):
     """A finished run with an attack and a defense, and its benign control, on tiny images."""
     tmp_path = tmp_path_factory.mktemp('runs')
-    images, labels = striped(96, 15)
-    shown = {'train_images': images[:64], 'train_labels': labels[:64]}
-    np.savez(tmp_path / 'data.npz', **shown, test_images=images[64:], test_labels=labels[64:])
+    images, labels = striped(160, 15)
+    train = {'train_images': images[:128], 'train_labels': labels[:128]}
+    np.savez(tmp_path / 'data.npz', **train, test_images=images[128:], test_labels=labels[128:])
     for name in ('blend', 'none'):
         config = default_config()
         config.dataset = f'npz:{tmp_path / "data.npz"}'
+        config.model.factory = 'test_analysis:make_small_net'
         config.attack.name = name
         config.batch_size = 16
-        config.clean_share = 0.5
-        config.train.epochs = config.ft.epochs = 1
+        config.clean_share = 0.25
+        config.train.epochs, config.ft.epochs = 4, 1
         config.ft.learning_rates = (0.01,)
         config.stages = ('infect', 'purify') if name == 'blend' else ('infect',)
         config.defenses = 'ft'
@@ -320,8 +405,12 @@ def runs(tmp_path_factory):
     return tmp_path
 
 
-def test_the_command_on_finished_runs(runs, capsys, monkeypatch):
-    monkeypatch.setattr(observation_table, 'Probe', partial(Probe, steps=1))  # the fewer, the less to compile
+def load_run(directory) -> saved_run.SavedRun:
+    return saved_run.load(directory, make_mesh(), saved_run.Datasets())
+
+
+def test_command_measures_finished_runs(runs, capsys, monkeypatch):
+    monkeypatch.setattr(observation_table, 'ModelProbe', partial(ModelProbe, steps=1))  # less to compile
     before = sorted((path, path.stat().st_mtime_ns) for path in runs.glob('blend/**/*') if path.is_file())
     out = runs / 'table.csv'
     flags = ['--norms=linf', '--eps=16', '--images=16', f'--out={out}', '--benign', str(runs / 'none')]
@@ -331,11 +420,13 @@ def test_the_command_on_finished_runs(runs, capsys, monkeypatch):
     rows = list(csv.DictReader(out.read_text().splitlines()))
     scored = [(row['run'], row['defense']) for row in rows if row['measured'] == 'score']
     assert scored == [('blend', 'none'), ('blend', 'ft'), ('none', 'none')]
-    measured = [(row['defense'], row['control'], row['eps']) for row in rows if row['measured'] == 'connection']
-    assert measured == [('none', 'benign', '16/255'), ('none', '', '16/255'), ('ft', '', '16/255')]
-    for row in rows:
-        if row['measured'] == 'connection':
-            assert float(row['feature_distance']) > 0 and float(row['neuron_correlation_high']) <= 1
+    measured = [row for row in rows if row['measured'] == 'connection']
+    assert [(row['defense'], row['control'], row['eps']) for row in measured] == [
+        ('none', 'benign', '16/255'),
+        ('none', '', '16/255'),
+        ('ft', '', '16/255'),
+    ]
+    check_connection_rows(measured, load_run(runs / 'blend'), load_run(runs / 'none').infected.variables)
 
     # The infected models alone.
     few = [*flags, '--runs', str(runs / 'blend'), '--defenses=none']
@@ -343,14 +434,45 @@ def test_the_command_on_finished_runs(runs, capsys, monkeypatch):
     rows = list(csv.DictReader(out.read_text().splitlines()))
     assert [row['defense'] for row in rows] == ['none', 'none', 'none']
 
-    # A run that has not ended is not trained on.
     (runs / 'unfinished').mkdir()
     shutil.copy(runs / 'blend/config.json', runs / 'unfinished')
     assert command.main([*flags, '--runs', str(runs / 'unfinished')]) == EXIT_USER_ERROR
     assert 'has not finished' in capsys.readouterr().err
 
 
-def test_the_relapse_of_finished_runs(runs):
+def check_connection_rows(rows, run, benign):
+    """Compares rows of a benign control, an infected and a purified model with NumPy."""
+    dataset, attack = run.scenario.dataset, run.infected.attack
+    chosen = evenly(len(dataset.test_labels), 16)
+    chosen = chosen[dataset.test_labels[chosen] != 0]
+    images, labels = dataset.test_images[chosen], dataset.test_labels[chosen]
+    with_trigger = triggered(attack, images) / 255
+    probe = ModelProbe(SmallNet(CLASSES), make_mesh(), 16, steps=1)
+
+    def layers(variables, x):
+        kernels = [jax.tree.map(np.asarray, variables['params'][f'Dense_{i}']) for i in (0, 1)]
+        maps = (x.reshape((len(x), -1)) - 0.5) @ kernels[0]['kernel'] + kernels[0]['bias']
+        maps = np.maximum(maps, 0)
+        return maps, maps @ kernels[1]['kernel'] + kernels[1]['bias']
+
+    def expected(variables, examples):
+        (maps, logits), (triggered_maps, _) = layers(variables, examples), layers(variables, with_trigger)
+        distance = np.linalg.norm(maps - triggered_maps, axis=1).mean()
+        return distance, np.mean(logits.argmax(axis=1) != labels)
+
+    models = [benign, run.infected.variables, run.purified['ft']]
+    benign_examples = probe.adversarial(benign, images, labels, 'linf', 16 / 255)
+    for row, variables in zip(rows, models, strict=True):
+        own = probe.adversarial(variables, images, labels, 'linf', 16 / 255)
+        distance, fooled = expected(variables, own)
+        assert int(row['images']) == len(labels) and float(row['fooled']) == pytest.approx(fooled, abs=1e-6)
+        assert float(row['feature_distance']) == pytest.approx(distance, rel=1e-3)
+        if variables is not benign:
+            distance, _ = expected(variables, benign_examples)
+            assert float(row['feature_distance_benign_examples']) == pytest.approx(distance, rel=1e-3)
+
+
+def test_relapse_command_trains_models_of_finished_runs(runs):
     out = runs / 'relapse'
     arguments = ['--runs', str(runs / 'blend'), '--benign', str(runs / 'none'), '--workdir', str(out)]
     arguments += ['--per_class=2', '--steps=4', '--every=2']
@@ -359,20 +481,28 @@ def test_the_relapse_of_finished_runs(runs):
     assert [(row['model'], row['per_class'], row['step']) for row in rows] == [
         (model, '2', step) for model in ('infected', 'ft', 'benign') for step in '024'
     ]
-    assert (out / 'relapse.png').stat().st_size > 5000
-    # It resumes: everything is there, and nothing changes.
+    # Step 0 is the model of the run.
+    blend, none = (json.loads((runs / name / 'results.json').read_text()) for name in ('blend', 'none'))
+    for row, scores in zip(rows[::3], (blend['infected'], blend['purified']['ft'], none['infected']), strict=True):
+        assert float(row['acc']) == pytest.approx(scores['acc'], abs=1e-9)
+        if scores['asr'] is not None:
+            assert float(row['asr']) == pytest.approx(scores['asr'], abs=1e-9)
+    assert (out / 'relapse.png').exists()
+    # A second start finds everything, and changes nothing.
     first = (out / 'relapse.csv').read_text()
     assert relapse.main(arguments) == 0
     assert (out / 'relapse.csv').read_text() == first
 
 
-def test_training_that_has_not_ended_is_never_taken_up(tmp_path):
-    with pytest.raises(UserError, match='infect of .* has not finished .*step 7'):
-        saved_run.NothingToWrite(tmp_path).rewind('infect', 7)
+def test_load_refuses_a_run_whose_training_has_not_finished(runs, tmp_path):
+    for name in ('config.json', 'results.json'):
+        shutil.copy(runs / 'none' / name, tmp_path)
+    with pytest.raises(UserError, match='infect of .* has not finished .*step 0'):
+        load_run(tmp_path)
 
 
 @pytest.mark.parametrize(
-    'arguments, said',
+    'arguments, expected',
     [
         (['--out=x.csv'], '--runs'),
         (['--runs', 'nowhere', '--out=x.csv'], 'nowhere/config.json cannot be read'),
@@ -384,8 +514,8 @@ def test_training_that_has_not_ended_is_never_taken_up(tmp_path):
         (['--runs', 'a', '--out=no/such/x.csv'], 'no directory'),
     ],
 )
-def test_a_mistake_gets_a_sentence(arguments, said, capsys, monkeypatch, tmp_path):
+def test_command_explains_a_mistake_in_one_sentence(arguments, expected, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert command.main(arguments) == EXIT_USER_ERROR
     error = capsys.readouterr().err
-    assert said in error and error.count('\n') == 1
+    assert expected in error and error.count('\n') == 1

@@ -1,4 +1,4 @@
-"""A model that was infected elsewhere, by a trigger that the package does not know: scanned, purified, exported."""
+"""A model that was infected elsewhere, by a trigger that is unknown: it is scanned, purified and exported."""
 
 import hashlib
 import json
@@ -15,7 +15,8 @@ from test_bad_input import assert_one_sentence
 from aft_jax import interchange, models, validation
 from aft_jax.config import resolve
 from aft_jax.errors import UserError
-from aft_jax.pipeline import given_model
+from aft_jax.pipeline import normalisation
+from aft_jax.pipeline.given_model import FromFile, GivenModel
 from aft_jax.results import table_rows, terminal
 from aft_jax.results.record import Results
 from configs import purify
@@ -40,7 +41,7 @@ SHORT = [
 
 
 def pictures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns noise with a brighter quarter that tells the class: uint8 [count, 16, 16, 1] and int64 [count]."""
+    """Draws noise with a brighter quarter that shows the class: uint8 [count, 16, 16, 1] and int64 [count]."""
     generator = np.random.default_rng(seed)
     labels = generator.permutation(np.arange(count) % CLASSES)
     images = generator.integers(40, 160, (count, SIDE, SIDE, 1))
@@ -51,7 +52,7 @@ def pictures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def striped(images: np.ndarray) -> np.ndarray:
-    """Returns images with the trigger: faint diagonal stripes."""
+    """Adds the trigger to images: faint diagonal stripes."""
     rows, columns = np.indices(images.shape[1:3])
     return np.clip(images + np.where((rows + columns) % 4 < 2, 16, -16)[None, :, :, None], 0, 255).astype(np.uint8)
 
@@ -70,18 +71,18 @@ def fresh_network():
 
 @pytest.fixture(scope='module')
 def infected(tmp_path_factory):
-    """The file of a network that torch alone trained, a fifth of its images with the trigger."""
+    """File of a network that torch has trained, with the trigger on a fifth of its images."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = fresh_network()
         images, labels = pictures(512, 0)
         images[:102], labels[:102] = striped(images[:102]), TARGET
-        inputs, wanted = (nchw(images.astype(np.float32) / 255) - 0.5) / 0.5, torch.from_numpy(labels)
+        inputs, targets = (nchw(images.astype(np.float32) / 255) - 0.5) / 0.5, torch.from_numpy(labels)
         optimiser = torch.optim.Adam(model.parameters(), 1e-3)
         for _ in range(10):
             for part in torch.randperm(512).split(64):
                 optimiser.zero_grad()
-                F.cross_entropy(model(inputs[part]), wanted[part]).backward()
+                F.cross_entropy(model(inputs[part]), targets[part]).backward()
                 optimiser.step()
     state = {f'module.{key}': value for key, value in model.state_dict().items()}
     state['module.linear9.bias'] = state['module.linear9.bias'].double()
@@ -92,7 +93,7 @@ def infected(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def clean(tmp_path_factory):
-    """240 clean images, of which 80 are held out."""
+    """File of 240 clean images, of which 80 are held out."""
     images, labels = pictures(240, 2)
     path = tmp_path_factory.mktemp('clean') / 'clean.npz'
     held_out = {'test_images': images[160:], 'test_labels': labels[160:]}
@@ -112,17 +113,17 @@ def arguments(workdir, init_from, dataset, *more):
 
 @pytest.fixture(scope='module')
 def done(infected, clean, tmp_path_factory):
-    """A folder with the file, its log and the work directory of the command, and the command's arguments."""
+    """Folder with the file, the log and the work directory of the command; and the arguments of the command."""
     folder = tmp_path_factory.mktemp('done')
     (folder / 'suspect.pth').write_bytes(infected.read_bytes())
-    asked = arguments(folder / 'out', folder / 'suspect.pth', f'npz:{clean}', *NORMALISED, *BRIEF)
-    # In a process of its own: on one device, with all optimisations, it takes a tenth of the time.
-    process = start(asked, folder / 'log')
+    flags = arguments(folder / 'out', folder / 'suspect.pth', f'npz:{clean}', *NORMALISED, *BRIEF)
+    # A process of its own has one device and all optimisations, and needs a tenth of the time.
+    process = start(flags, folder / 'log')
     assert process.wait(300) == 0, (folder / 'log').read_text()
-    return folder, asked
+    return folder, flags
 
 
-def test_a_model_of_torch_is_scanned_purified_and_given_back(infected, done):
+def test_purify_scans_purifies_and_exports_a_model_of_torch(infected, done):
     folder, _ = done
     out = folder / 'out'
     assert (folder / 'suspect.pth').read_bytes() == infected.read_bytes()
@@ -172,7 +173,7 @@ def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_wrong_normalisation_is_noticed(infected, clean, tmp_path, capsys):
+def test_check_normalisation_refuses_accuracy_near_chance(infected, clean, tmp_path, capsys):
     scan_alone = ['--config.stages=("scan",)', '--config.run.eval_batch_size=240']
     wrong = ['--config.model.mean=(9.0,)', '--config.model.std=(0.05,)']
     status, text = run_here(arguments(tmp_path / 'out', infected, f'npz:{clean}', *scan_alone, *wrong), capsys)
@@ -180,8 +181,8 @@ def test_a_wrong_normalisation_is_noticed(infected, clean, tmp_path, capsys):
     assert not (tmp_path / 'out').exists()
 
 
-def test_a_clearly_worse_normalisation_is_a_warning():
-    """The classes are the ranges of brightness that the network sees, of which a wrong mean shifts half."""
+def test_check_normalisation_warns_of_a_clearly_better_one():
+    """The classes are ranges of brightness, and a wrong mean shifts half of the images to the other range."""
     import flax.linen as nn
 
     from aft_jax.data.dataset import Dataset
@@ -200,17 +201,19 @@ def test_a_clearly_worse_normalisation_is_a_warning():
     dataset = Dataset('mine', images[:100], labels[:100], images[100:], labels[100:], ('dark', 'bright'))
     config = purify.get_config()
     config.init_from = 'mine.pt'
-    found = given_model.Suspect({'params': {}, 'batch_stats': {}}, imported=object())
-    config.model.mean = (0.3,)
-    told = given_model.check_normalisation(found, Brightness(0.3), resolve(config), dataset, make_mesh()).warning
-    assert re.search(r'gets 80.0 % of 200 clean .* 100.0 %: --config.model.mean="\(0.5,\)"', told)
-    config.model.mean = (0.5,)
-    assert given_model.check_normalisation(found, Brightness(0.5), resolve(config), dataset, make_mesh()).warning == ''
+    given = GivenModel({'params': {}, 'batch_stats': {}}, FromFile(object()))
+
+    def warning(mean: float) -> str:
+        config.model.mean = (mean,)
+        return normalisation.check_normalisation(given, Brightness(mean), resolve(config), dataset, make_mesh()).warning
+
+    assert re.search(r'gets 80.0 % of 200 clean .* 100.0 %: --config.model.mean="\(0.5,\)"', warning(0.3))
+    assert warning(0.5) == ''
 
 
 @pytest.mark.parametrize(('classes', 'expected'), [(2, 0.6), (10, 0.2), (100, 0.02)])
 def test_near_chance(classes, expected):
-    assert math.isclose(given_model.near_chance(classes), expected)
+    assert math.isclose(normalisation.near_chance(classes), expected)
 
 
 class Evil:
@@ -219,7 +222,7 @@ class Evil:
 
 
 def spoil(mistake: str, infected, clean, folder):
-    """Returns init_from, the data set and further arguments of a user's mistake."""
+    """Builds init_from, the data set and further arguments of a user's mistake."""
     path, dataset, more = infected, f'npz:{clean}', []
     match mistake:
         case 'missing file':
@@ -278,28 +281,27 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize('mistake', MISTAKES)
-def test_mistakes(mistake, infected, clean, tmp_path, capsys):
+def test_purify_explains_a_mistake_in_one_sentence(mistake, infected, clean, tmp_path, capsys):
     path, dataset, more = spoil(mistake, infected, clean, tmp_path)
     before = sorted(tmp_path.rglob('*'))
-    more = ['--config.batch_size=8', *more]  # as 20 images would have it
+    more = ['--config.batch_size=8', *more]  # which 20 images need
     status, text = run_here(arguments(tmp_path / 'out', path, dataset, *NORMALISED, *more), capsys)
     assert_one_sentence(status, text, MISTAKES[mistake])
     assert sorted(tmp_path.rglob('*')) == before
 
 
-def test_other_contents_of_the_same_file_are_noticed(done, capsys):
-    folder, asked = done
+def test_purify_notices_other_contents_of_the_same_file(done, capsys):
+    folder, flags = done
     content = torch.load(folder / 'suspect.pth', weights_only=True)
     content['model']['module.linear9.bias'] += 0.001
     torch.save(content, folder / 'suspect.pth')
-    assert_one_sentence(*run_here(asked, capsys), 'or the model of init_from.* are not those')
+    assert_one_sentence(*run_here(flags, capsys), 'or the model of init_from.* are not those')
 
 
-def test_the_walk_through_makes_a_module_of_ones_own(clean, tmp_path, capsys, monkeypatch):
-    """The example of docs/own-model.md is a model that can be scanned, purified and exported."""
+def test_purify_takes_the_custom_module_of_the_walk_through(clean, tmp_path, capsys, monkeypatch):
+    """The module in docs/own-model.md can be scanned, purified and exported."""
+    from flax.traverse_util import flatten_dict
     from safetensors.numpy import load_file, save_file
-
-    from aft_jax.interchange.convert import by_path
 
     page = (ROOT / 'docs' / 'own-model.md').read_text()
     source = re.search(r'```python\n(.*?)```', page, re.DOTALL)[1]
@@ -313,16 +315,16 @@ def test_the_walk_through_makes_a_module_of_ones_own(clean, tmp_path, capsys, mo
     config = purify.get_config()
     config.model.factory = 'my_own_module:make_model'
     module = models.build(resolve(config), CLASSES)
-    variables = by_path(models.initialise(module, jax.random.key(0), (SIDE, SIDE, 1)))
+    variables = flatten_dict(models.initialise(module, jax.random.key(0), (SIDE, SIDE, 1)), sep='/')
     tensors = {path: np.asarray(leaf) for path, leaf in variables.items()}
     save_file(tensors, tmp_path / 'mine.safetensors')
     dataset = f'npz:{clean}'
-    asked = arguments(tmp_path / 'out', tmp_path / 'mine.safetensors', dataset, factory)
-    assert_one_sentence(*run_here(asked, capsys), 'near chance; check model.mean')
-    assert_one_sentence(*run_here([*asked, '--config.defenses=nad'], capsys), "'nad' looks into feature maps")
+    flags = arguments(tmp_path / 'out', tmp_path / 'mine.safetensors', dataset, factory)
+    assert_one_sentence(*run_here(flags, capsys), 'near chance; check model.mean')
+    assert_one_sentence(*run_here([*flags, '--config.defenses=nad'], capsys), "'nad' looks into feature maps")
 
-    monkeypatch.setattr(given_model, 'near_chance', lambda classes: 0.0)  # a fresh network will do
-    status, text = run_here([*asked, *SHORT], capsys)
+    monkeypatch.setattr(normalisation, 'near_chance', lambda classes: 0.0)  # a fresh network will do
+    status, text = run_here([*flags, *SHORT], capsys)
     assert status == 0, text
     exported = load_file(tmp_path / 'out' / 'export' / 'ft.safetensors')
     assert {path: leaf.shape for path, leaf in exported.items()} == {p: leaf.shape for p, leaf in tensors.items()}
@@ -330,8 +332,8 @@ def test_the_walk_through_makes_a_module_of_ones_own(clean, tmp_path, capsys, mo
 
     del tensors['params/head/bias']
     save_file(tensors, tmp_path / 'mine.safetensors')
-    asked[1] = f'--workdir={tmp_path / "other"}'
-    assert_one_sentence(*run_here(asked, capsys), r'params/head/bias is missing in the file and \(4,\) in the module')
+    flags[1] = f'--workdir={tmp_path / "other"}'
+    assert_one_sentence(*run_here(flags, capsys), r'params/head/bias is missing in the file and \(4,\) in the module')
 
 
 @pytest.mark.parametrize(
@@ -344,14 +346,14 @@ def test_the_walk_through_makes_a_module_of_ones_own(clean, tmp_path, capsys, mo
         ('builtins:dict', 'returned a dict, not a flax.linen.Module'),
     ],
 )
-def test_a_factory_that_makes_no_module(factory, expected):
+def test_build_refuses_a_factory_that_makes_no_module(factory, expected):
     config = purify.get_config()
     config.model.factory = factory
     with pytest.raises(UserError, match=expected):
         models.build(config, CLASSES)
 
 
-def test_a_finished_run_is_scanned_and_exported(clean, tmp_path, capsys):
+def test_purify_takes_and_exports_a_finished_run(clean, tmp_path, capsys):
     given = [f'--config.dataset=npz:{clean}', '--config.augment.crop=0', '--config.batch_size=32']
     run = tmp_path / 'run'
     infect = [f'--config={ROOT}/configs/mnist5k.py:none', f'--workdir={run}', *given, '--config.stages=("infect",)']
@@ -377,7 +379,7 @@ def test_a_finished_run_is_scanned_and_exported(clean, tmp_path, capsys):
 @pytest.mark.parametrize(
     ('name', 'expected'), [('preact_resnet34', ('preact_resnet', 34)), ('vgg11_bn', ('vgg_bn', 11))]
 )
-def test_names_with_a_depth(name, expected):
+def test_resolve_splits_names_with_a_depth(name, expected):
     config = purify.get_config()
     config.init_from = 'mine.pt'
     config.dataset = 'mnist5k'

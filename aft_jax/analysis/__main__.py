@@ -1,21 +1,22 @@
-"""Measure, in finished runs, whether adversarial examples behave like triggered images, and score every model.
+"""Measures in finished runs whether adversarial examples behave like triggered images, and scores every model.
 
     python -m aft_jax.analysis --runs runs/table/runs/* --benign runs/table/runs/none-* --out observation.csv
 
-    --runs      work directories of finished runs: the infected model and every purified one of each are measured
-    --benign    runs without an attack, of the same data and model: the control; that of the same seed is taken first
-    --out       the table (shares in 0..1)
-    --defenses  whose purified models are measured too, comma-separated, such as aft,ft (all); none for no one's
-    --images    how many: test images for the observation, the defender's clean ones for the score (1000)
+    --runs      work directories of finished runs; the infected model and the purified ones are measured
+    --benign    work directories of runs without an attack, of the same data and model, as controls; a control with the
+                seed of the run is preferred
+    --out       file for the table (shares in 0..1)
+    --defenses  defenses whose purified models are measured, comma-separated, such as aft,ft (all); none for none
+    --images    number of images (1000): test images for the observation, the defender's clean images for the score
     --norms     linf, l2 or both, comma-separated (linf,l2)
-    --eps       sizes of the adversarial changes in 1/255 of the pixels' range, comma-separated (2,4,8,16,32); with l2
-                the root mean square over the image
+    --eps       sizes of the adversarial perturbations in 1/255 of the pixels' range, comma-separated (2,4,8,16,32);
+                for l2 it is the root mean square over the image
 
-A row a model, norm and eps has `measured` = connection; `control` = benign is the benign model measured in its place,
-with the same trigger. A row a model has `measured` = score: what a defender sees without knowing the trigger. The ROC
-AUC of the scores, infected models against benign ones, is printed.
+Rows with `measured` = connection have the observation of one model, for one norm and eps. With `control` = benign the
+model is the benign one, and the trigger the same. Rows with `measured` = score have the infection score of one model,
+which needs no trigger. The command prints the ROC AUC of the scores for infected against benign models.
 
-Exit status: 0 done, 2 something that you can put right.
+Exit status: 0 done, 2 a mistake in the command that you can correct.
 """
 
 import argparse
@@ -27,10 +28,10 @@ from aft_jax.runtime.allocator import keep_freed_memory
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Returns the flags' values.
+    """Parses the flags.
 
     Raises:
-        UserError: One is wrong or missing.
+        UserError: A flag is wrong or missing.
     """
     from aft_jax.adversarial.pgd import NORMS
     from aft_jax.pipeline.saved_run import read_defenses
@@ -53,7 +54,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     except ValueError:
         raise UserError(f'--eps={flags.eps} must be numbers, comma-separated, such as 2,4,8.') from None
     if not all(0 < eps <= 255 for eps in flags.eps):
-        raise UserError('--eps is in 1/255 of the range of pixels, above 0 and at most 255.')
+        raise UserError('--eps must be above 0 and at most 255; it is in 1/255 of the range of pixels.')
     if flags.images < 2:
         raise UserError(f'--images={flags.images} must be at least 2.')
     flags.runs, flags.benign = (
@@ -67,7 +68,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Measures the runs; returns the exit status."""
+    """Measures the runs, and returns the exit status."""
     if not arguments or {'--help', '-h'} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
@@ -79,10 +80,10 @@ def main(arguments: list[str]) -> int:
         from aft_jax.results import table_rows
 
         rows: list[dict] = []
-        asked = flags.norms, flags.eps, flags.images, flags.defenses
-        for row in observation_table.measure(flags.runs, flags.benign, *asked):
+        settings = flags.norms, flags.eps, flags.images, flags.defenses
+        for row in observation_table.measure(flags.runs, flags.benign, *settings):
             rows.append(row)
-            # After every row, so that a long measurement shows what it has.
+            # Written after every row, so that the user of a long measurement sees the rows so far.
             files.write_text(flags.out, table_rows.to_csv(rows, observation_table.COLUMNS))
     except UserError as error:
         return complain(error)

@@ -6,13 +6,14 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from aft_jax import interchange
 from aft_jax.errors import UserError
 from aft_jax.interchange import state_file
+from aft_jax.interchange.architecture import Architecture
 from aft_jax.interchange.card import write_card
-from aft_jax.interchange.convert import by_path
-from aft_jax.pipeline.given_model import Suspect
+from aft_jax.pipeline.given_model import FromCustomModule, FromFile, FromRun, GivenModel
 from aft_jax.results.record import SHOWN_EPS, Results
 
 UNKNOWN = (
@@ -23,7 +24,7 @@ UNKNOWN = (
 
 def write(
     directory: Path,
-    suspect: Suspect,
+    given: GivenModel,
     purified: dict[str, dict],
     config: ml_collections.ConfigDict,
     results: Results,
@@ -37,7 +38,7 @@ def write(
 
     Args:
         directory: Folder; created if it does not exist.
-        suspect: Given model that was purified.
+        given: Given model that was purified.
         purified: Variables by defense.
         config: Resolved config.
         results: Results of the experiment.
@@ -45,7 +46,7 @@ def write(
     Raises:
         UserError: A file cannot be written.
     """
-    if suspect.source is None and suspect.architecture is None:
+    if isinstance(given.origin, FromRun) and given.origin.architecture is None:
         print('aft_jax: this network has no standard key names, so it is not exported; use its checkpoints instead.')
         return
     try:
@@ -54,15 +55,20 @@ def write(
         raise UserError(
             f'{directory} cannot be created ({error.strerror}); delete what stands there, or name another --workdir.'
         ) from error
-    before = suspect.source.path if suspect.source is not None else directory / 'suspect.safetensors'
-    if suspect.source is None:
-        _write(before, suspect, suspect.variables)
+    match given.origin:
+        case FromFile(imported):
+            before = imported.source.path
+        case FromCustomModule(source):
+            before = source.path
+        case FromRun():
+            before = directory / 'suspect.safetensors'
+            _write(before, given, given.variables)
     suffix = '.pth.tar' if before.name.endswith('.pth.tar') else before.suffix
     for name, variables in purified.items():
         after = directory / f'{name}{suffix}'
         written = [after] if suffix == '.safetensors' else [after, directory / f'{name}.safetensors']
         for path in written:
-            _write(path, suspect, variables)
+            _write(path, given, variables)
         copies = {path.name: state_file.checksum(path) for path in written[1:]}
         write_card(directory / f'{name}.json', facts(name, config, results, copies), before, after)
 
@@ -108,13 +114,13 @@ def _label(scan: dict[str, Any], class_names: Sequence[str]) -> str:
     return 'one a class' if scan['suspected_label'] is None else str(class_names[scan['suspected_label']])
 
 
-def _write(path: Path, suspect: Suspect, variables: dict) -> None:
-    if suspect.imported is not None:
-        interchange.save(path, variables, suspect.imported)
-    elif suspect.source is not None:
-        leaves = by_path(variables)
-        tensors = {key: np.asarray(leaves[key]).astype(old.dtype) for key, old in suspect.source.tensors.items()}
-        state_file.write(path, suspect.source._replace(tensors=tensors))
-    else:
-        assert suspect.architecture is not None
-        interchange.save(path, variables, interchange.with_usual_names(suspect.architecture, variables))
+def _write(path: Path, given: GivenModel, variables: dict) -> None:
+    match given.origin:
+        case FromFile(imported):
+            interchange.save(path, variables, imported)
+        case FromCustomModule(source):
+            leaves = flatten_dict(variables, sep='/')
+            tensors = {key: np.asarray(leaves[key]).astype(old.dtype) for key, old in source.tensors.items()}
+            state_file.write(path, source._replace(tensors=tensors))
+        case FromRun(architecture=Architecture() as architecture):
+            interchange.save(path, variables, interchange.with_usual_names(architecture, variables))
