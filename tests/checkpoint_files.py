@@ -1,4 +1,4 @@
-"""Reads checkpoints by Orbax alone, whatever devices wrote them."""
+"""Reader of checkpoints that uses only Orbax, for checkpoints written by any number of devices."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 
 
 def final_arrays(directory: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of a stage's newest checkpoint by path."""
+    """Reads the arrays of a stage's newest checkpoint, by path."""
     newest = max((p for p in directory.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
     checkpointer = ocp.StandardCheckpointer()
     stored = checkpointer.metadata(newest / 'state').item_metadata.tree

@@ -17,16 +17,16 @@ from aft_jax.runtime.sharding import make_mesh
 from aft_jax.training.loop import Run, RunOptions
 from aft_jax.training.metrics import MetricWriter
 
-# Before any backend starts. The environment variable is for the processes that tests start.
+# Set before any backend starts. The environment variable is for the processes that tests start.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 4)
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# Tests compile far more than they compute, and XLA compiles twice as fast so.
+# Tests compile far more than they compute, and XLA compiles twice as fast with this setting.
 jax.config.update('jax_disable_most_optimizations', True)
 
-# Nor need anything be compiled twice, in this process, its neighbours and those that tests start, or in the next run.
+# Compiled programs are shared by all test processes, and with the next run.
 CACHE = Path(__file__).parent.parent / '.jax_cache'
 for name, value in {'jax_compilation_cache_dir': str(CACHE), 'jax_persistent_cache_min_compile_time_secs': 0.0}.items():
     jax.config.update(name, value)
@@ -34,8 +34,8 @@ for name, value in {'jax_compilation_cache_dir': str(CACHE), 'jax_persistent_cac
 
 CLASSES = 4
 SIDE = 8
-# Two workers take one file after another: those that start processes and wait for them come first, so that neither
-# worker is left alone with one at the end.
+# Two workers take one file after another. The slowest files come first, so that both workers end at about the same
+# time.
 FIRST = ('test_distributed', 'test_kill_resume', 'test_experiment', 'test_sweep', 'test_training')
 
 
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class TinyNet(nn.Module):
-    """The smallest network with everything that training has to carry: BatchNorm, dropout, two dense layers."""
+    """A tiny network with BatchNorm, dropout and two dense layers."""
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -56,7 +56,7 @@ class TinyNet(nn.Module):
 
 
 def structured_images(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns noise with a bright quarter that tells the class: uint8 [count, 8, 8, 1] and int32 [count]."""
+    """Draws noise with one bright quarter per class: uint8 [count, 8, 8, 1] and int32 [count]."""
     generator = np.random.default_rng(seed)
     labels = (np.arange(count) % CLASSES).astype(np.int32)
     images = generator.integers(0, 120, (count, SIDE, SIDE, 1))
@@ -73,7 +73,7 @@ def dataset() -> Dataset:
     """80 training and 24 test images of 8x8x1 in four classes, 20 training images a class."""
     train, test = structured_images(80, 1), structured_images(24, 2)
     for array in (*train, *test):
-        array.setflags(write=False)  # whoever writes into shared data fails at once
+        array.setflags(write=False)  # writing into shared data fails at once
     return Dataset('tiny', *train, *test, class_names=('north-west', 'north-east', 'south-west', 'south-east'))
 
 
@@ -103,7 +103,7 @@ def tiny_variables(tiny_net: nn.Module) -> dict:
 
 @pytest.fixture
 def make_run(tmp_path: Path, config: ml_collections.ConfigDict):
-    """Returns a function that makes a `Run` in a named directory; what it opened is closed after the test."""
+    """A function that makes a `Run` in a named directory; its writers are closed after the test."""
     writers = []
 
     def make(name: str = 'run', devices: int = 4, **options: int) -> Run:
@@ -128,7 +128,7 @@ def make_run(tmp_path: Path, config: ml_collections.ConfigDict):
 
 @pytest.fixture(scope='session')
 def assert_trees_close() -> Callable[..., None]:
-    """Returns a function that compares two pytrees leaf by leaf, bit for bit unless a tolerance is given."""
+    """A function that compares two pytrees leaf by leaf, bit for bit or with an absolute tolerance."""
 
     def compare(actual, expected, atol: float = 0.0) -> None:
         assert jax.tree.structure(actual) == jax.tree.structure(expected)

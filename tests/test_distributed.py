@@ -1,6 +1,6 @@
-"""Two processes of two devices over loopback are one program, and end as one process does.
+"""Runs of two processes with two devices each over loopback, which give the results of one process.
 
-They are killed, told to stop, and restarted on the way; and a checkpoint of four devices goes on with one.
+They are killed, stopped by SIGTERM, and resumed, and one device resumes a checkpoint of four.
 """
 
 import json
@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoint_files import final_arrays
 from command import ROOT, start
+from toys import save_brightness_dataset
 
 from aft_jax.cli import EXIT_PREEMPTED, EXIT_USER_ERROR
 
@@ -24,27 +26,18 @@ STAGES = ('infect', 'purify/aft')
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> Path:
-    """Holds the data."""
+    """A folder with the data set."""
     path = tmp_path_factory.mktemp('distributed')
-    generator = np.random.default_rng(5)
-    labels = np.arange(512) % 4
-    images = generator.integers(0, 200, (512, 12, 12, 1)) + 14 * labels[:, None, None, None]
-    np.savez(
-        path / 'data.npz',
-        train_images=images[:448].astype(np.uint8),
-        train_labels=labels[:448],
-        test_images=images[448:].astype(np.uint8),
-        test_labels=labels[448:],
-    )
+    save_brightness_dataset(path / 'data.npz')
     return path
 
 
 def launch(
     folder: Path, workdir: str, processes: int, devices: int, *more: str, slurm: bool = False
 ) -> list[subprocess.Popen]:
-    """Starts a run as so many processes with so many devices each; their output goes to WORKDIR.i.log.
+    """Starts a run of several processes with several devices each; the output of process i goes to WORKDIR.i.log.
 
-    The processes are told of each other by flags, or find themselves in a SLURM job of so many tasks.
+    The processes find each other by flags, or as the tasks of a SLURM job.
     """
     arguments = [
         f'--config={ROOT}/configs/quickstart.py',
@@ -86,7 +79,7 @@ def launch(
 
 
 def finish(processes: list[subprocess.Popen]) -> list[int]:
-    """Waits for all and returns their exit statuses."""
+    """Waits for all processes and returns their exit statuses."""
     deadline = time.monotonic() + LONGEST
     try:
         return [process.wait(timeout=max(1.0, deadline - time.monotonic())) for process in processes]
@@ -96,7 +89,7 @@ def finish(processes: list[subprocess.Popen]) -> list[int]:
 
 
 def wait_for_checkpoint(directory: Path, processes: list[subprocess.Popen]) -> None:
-    """Waits until there is a checkpoint that was not there before."""
+    """Waits for a new checkpoint."""
     deadline = time.monotonic() + LONGEST
     earlier = steps(directory)
     while not steps(directory) - earlier:
@@ -108,30 +101,54 @@ def steps(directory: Path) -> set[str]:
     return {path.name for path in directory.glob('*') if path.name.isdigit()}
 
 
-def said(folder: Path, workdir: str, process: int = 0) -> str:
+def output(folder: Path, workdir: str, process: int = 0) -> str:
+    """Reads the output of a process."""
     return (folder / f'{workdir}.{process}.log').read_text()
 
 
 @pytest.fixture(scope='module')
 def one(folder) -> Path:
-    """The work directory of one process with one device, never interrupted."""
-    assert finish(launch(folder, 'one', 1, 1, NO_PICTURES)) == [0], said(folder, 'one')
+    """The work directory of an uninterrupted run of one process with one device."""
+    assert finish(launch(folder, 'one', 1, 1, NO_PICTURES)) == [0], output(folder, 'one')
     return folder / 'one'
 
 
-def assert_same_outcome(expected: Path, found: Path) -> None:
-    scores = [json.loads((directory / 'results.json').read_text()) for directory in (expected, found)]
+def assert_same_outcome(expected: Path, actual: Path) -> None:
+    scores = [json.loads((directory / 'results.json').read_text()) for directory in (expected, actual)]
     for part in (lambda r: r['infected'], lambda r: r['purified']['aft']):
         first, second = ({k: v for k, v in part(r).items() if k in ('acc', 'asr', 'ra', 'per_class')} for r in scores)
         assert first == second
     for stage in STAGES:
-        arrays, others = (final_arrays(directory / 'checkpoints' / stage) for directory in (expected, found))
+        arrays, others = (final_arrays(directory / 'checkpoints' / stage) for directory in (expected, actual))
         assert arrays.keys() == others.keys() and any('kernel' in name for name in arrays)
         for name, array in arrays.items():
             np.testing.assert_allclose(others[name], array, rtol=0, atol=1e-5, err_msg=f'{stage}{name}', strict=True)
 
 
-def test_killed_and_told_to_stop_two_processes_equal_one(folder, one):
+@pytest.fixture(scope='module')
+def orphan(folder) -> Iterator[list[subprocess.Popen]]:
+    """A run of two processes, one of which is killed; the other notices after `processes.HEARTBEAT_SECONDS`.
+
+    Other tests run during this time.
+    """
+    processes = launch(folder, 'dying', 2, 1, '--config.train.epochs=500')
+    wait_for_checkpoint(folder / 'dying/checkpoints/infect', processes)
+    processes[1].kill()
+    yield processes
+    processes[0].kill()
+
+
+@pytest.mark.usefixtures('orphan')
+def test_slurm_job_prints_a_user_error_once(folder):
+    """The tasks have found each other, because only process 0 prints the error."""
+    name = 'wrong'
+    processes = launch(folder, name, 2, 1, '--config.dataset=npz:nowhere.npz', slurm=True)
+    assert finish(processes) == [EXIT_USER_ERROR] * 2, output(folder, name)
+    assert output(folder, name).count('aft_jax: ') == 1 and 'aft_jax: ' not in output(folder, name, 1)
+    assert 'nowhere.npz' in output(folder, name) and 'Traceback' not in output(folder, name)
+
+
+def test_two_processes_killed_and_stopped_equal_one(folder, one):
     checkpoints = folder / 'two/checkpoints/infect'
     processes = launch(folder, 'two', 2, 2)
     wait_for_checkpoint(checkpoints, processes)
@@ -142,44 +159,31 @@ def test_killed_and_told_to_stop_two_processes_equal_one(folder, one):
 
     processes = launch(folder, 'two', 2, 2)
     wait_for_checkpoint(checkpoints, processes)
-    processes[1].send_signal(signal.SIGTERM)  # one is told, and both stop
-    assert finish(processes) == [EXIT_PREEMPTED] * 2, said(folder, 'two') + said(folder, 'two', 1)
-    assert 'told to stop' in said(folder, 'two') and 'told to stop' not in said(folder, 'two', 1)
+    processes[1].send_signal(signal.SIGTERM)  # one process gets the signal, and both stop
+    assert finish(processes) == [EXIT_PREEMPTED] * 2, output(folder, 'two') + output(folder, 'two', 1)
+    assert 'told to stop' in output(folder, 'two') and 'told to stop' not in output(folder, 'two', 1)
     assert not (folder / 'two/results.json').exists()
 
-    assert finish(launch(folder, 'two', 2, 2)) == [0, 0], said(folder, 'two') + said(folder, 'two', 1)
+    assert finish(launch(folder, 'two', 2, 2)) == [0, 0], output(folder, 'two') + output(folder, 'two', 1)
     assert_same_outcome(one, folder / 'two')
     environment = json.loads((folder / 'two/results.json').read_text())['environment']
     assert (environment['devices'], environment['processes']) == (4, 2)
     assert (folder / 'two/report/before_after.png').exists()
     # Process 0 alone writes.
-    assert 'ACC' in said(folder, 'two') and 'ACC' not in said(folder, 'two', 1)
+    assert 'ACC' in output(folder, 'two') and 'ACC' not in output(folder, 'two', 1)
     lines = (folder / 'two/metrics.jsonl').read_text().splitlines()
     assert len(lines) == len((one / 'metrics.jsonl').read_text().splitlines()) == len(set(lines))
 
 
-def test_a_checkpoint_of_four_devices_goes_on_with_one(folder, one):
+def test_one_device_resumes_a_checkpoint_of_four(folder, one):
     processes = launch(folder, 'four', 1, 4, NO_PICTURES)
     wait_for_checkpoint(folder / 'four/checkpoints/infect', processes)
     processes[0].send_signal(signal.SIGTERM)
-    assert finish(processes) == [EXIT_PREEMPTED], said(folder, 'four')
+    assert finish(processes) == [EXIT_PREEMPTED], output(folder, 'four')
     assert not (folder / 'four/results.json').exists()
-    assert finish(launch(folder, 'four', 1, 1, NO_PICTURES)) == [0], said(folder, 'four')
+    assert finish(launch(folder, 'four', 1, 1, NO_PICTURES)) == [0], output(folder, 'four')
     assert_same_outcome(one, folder / 'four')
 
 
-@pytest.mark.parametrize('slurm', [False, True])
-def test_a_mistake_is_told_once(folder, slurm):
-    """So they have found each other, by flags or as the tasks of a SLURM job."""
-    name = f'wrong-{slurm}'
-    processes = launch(folder, name, 2, 1, '--config.dataset=npz:nowhere.npz', slurm=slurm)
-    assert finish(processes) == [EXIT_USER_ERROR] * 2, said(folder, name)
-    assert said(folder, name).count('aft_jax: ') == 1 and 'aft_jax: ' not in said(folder, name, 1)
-    assert 'nowhere.npz' in said(folder, name) and 'Traceback' not in said(folder, name)
-
-
-def test_when_one_process_dies_so_does_the_other(folder):
-    processes = launch(folder, 'dying', 2, 1, '--config.train.epochs=500')
-    wait_for_checkpoint(folder / 'dying/checkpoints/infect', processes)
-    processes[1].kill()
-    assert finish(processes)[0] not in (0, EXIT_PREEMPTED)
+def test_process_ends_when_another_one_dies(orphan):
+    assert finish(orphan)[0] not in (0, EXIT_PREEMPTED)

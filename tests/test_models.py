@@ -1,4 +1,4 @@
-"""The classifiers against NumPy: layers, whole forward passes, parameter counts; what training mode changes."""
+"""The classifiers against NumPy: layers, whole forward passes, parameter counts, and the effects of training mode."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ def build(config, name, num_classes=10, **options):
 
 
 def random_variables(module, shape, seed=0):
-    """Variables in which nothing is trivial: no zero bias, no unit scale, no fresh statistics."""
+    """Draws variables without trivial values: no zero bias, no unit scale, no fresh statistics."""
     generator = np.random.default_rng(seed)
     abstract = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape)))
 
@@ -46,7 +46,7 @@ def count_parameters(module, shape):
 
 
 class Reference:
-    """The networks of ALGORITHMS in NumPy, float64, evaluation mode."""
+    """The networks in NumPy, float64, evaluation mode."""
 
     def __init__(self, variables, mean, std):
         self.params, self.stats, self.mean, self.std = variables['params'], variables['batch_stats'], mean, std
@@ -87,7 +87,7 @@ def batch_norm(x, p, s):
 
 
 def convolve(x, p, stride):
-    """Cross-correlation with torch's padding of (k - 1) // 2 on every side."""
+    """Computes a cross-correlation with torch's padding of (k - 1) // 2 on every side."""
     kernel = p['kernel'].astype(np.float64)
     size = kernel.shape[0]
     margin = (size - 1) // 2
@@ -98,7 +98,7 @@ def convolve(x, p, stride):
 
 @pytest.mark.parametrize('size', [7, 8])
 @pytest.mark.parametrize(('kernel', 'stride'), [(3, 1), (3, 2), (1, 2)])
-def test_convolution_is_padded_as_in_torch(size, kernel, stride):
+def test_conv_is_padded_as_in_torch(size, kernel, stride):
     image = np.random.default_rng(0).random((size, size)).astype(np.float32)
     weights = np.random.default_rng(1).normal(size=(kernel, kernel)).astype(np.float32)
     layer = conv(1, kernel, stride, dtype=jnp.float32, use_bias=False)
@@ -124,7 +124,7 @@ def test_preact_resnet_equals_numpy_and_has_no_final_norm(config):
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def test_final_norm_is_batch_norm_and_relu_before_the_pooling(config):
+def test_preact_resnet_final_norm_is_batch_norm_and_relu_before_the_pooling(config):
     module = build(config, 'preact_resnet', width=4, final_norm=True)
     variables, images = random_variables(module, SMALL_SHAPE), random_images(3, SMALL_SHAPE)
     logits, stages = jax.jit(lambda v, x: module.apply(v, x, features=True))(variables, images)
@@ -181,12 +181,12 @@ def test_parameter_counts(config, name, depth, shape, expected, total):
         ('vgg_bn', 19, 143_678_248),
     ],
 )
-def test_parameter_counts_are_those_that_torchvision_publishes(config, name, depth, total):
+def test_parameter_counts_equal_those_of_torchvision(config, name, depth, total):
     module = build(config, name, num_classes=1000, depth=depth, stem='imagenet')
     assert count_parameters(module, (64, 64, 3)) == total
 
 
-def test_the_stem_for_large_images_has_two_strides(config):
+def test_resnet_stem_for_large_images_has_two_strides(config):
     module = build(config, 'resnet', width=4, stem='imagenet')
     _, stages = jax.eval_shape(
         lambda x: module.init_with_output(jax.random.key(0), x, features=True), np.zeros((2, 65, 64, 3), 'f')
@@ -195,7 +195,7 @@ def test_the_stem_for_large_images_has_two_strides(config):
 
 
 @pytest.mark.parametrize('name', ['resnet', 'vgg_bn'])
-def test_training_mode_changes_every_statistic(config, name):
+def test_apply_in_training_mode_changes_every_statistic(config, name):
     module = build(config, name, width=2, depth=18 if name == 'resnet' else 11, hidden=4)
     variables, images = random_variables(module, (32, 32, 3)), random_images(2, (32, 32, 3))
     train = jax.jit(partial(module.apply, train=True, mutable=['batch_stats'], rngs={'dropout': jax.random.key(0)}))
@@ -211,14 +211,14 @@ def test_max_pool(side, size, stride, margin):
     padded = np.pad(maps, ((0, 0), (margin, margin), (margin, margin), (0, 0)), constant_values=-np.inf)
     windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(1, 2))[:, ::stride, ::stride]
     np.testing.assert_array_equal(max_pool(jnp.asarray(maps), size, stride, margin), windows.max(axis=(4, 5)))
-    # The gradient goes to each window's largest pixel, as often as it is one.
+    # Each pixel's gradient is the number of windows whose maximum it is.
     gradient = jax.grad(lambda x: max_pool(x, size, stride, margin).sum())(jnp.asarray(maps))
     largest = windows.max(axis=(4, 5))
     expected = np.array([[(largest[i] == value).sum() for value in maps[i].ravel()] for i in range(2)])
     np.testing.assert_array_equal(np.asarray(gradient).reshape(2, -1), expected)
 
 
-def test_max_pool_of_maps_that_are_too_small():
+def test_max_pool_rejects_maps_that_are_too_small():
     with pytest.raises(ValueError, match='maps of 1x5 are too small for a pool of 2x2'):
         max_pool(jnp.zeros((1, 1, 5, 2)), 2, 2, 0)
 
@@ -234,25 +234,25 @@ def test_adaptive_average_pool(shape):
     np.testing.assert_allclose(adaptive_average_pool(jnp.asarray(maps), 7), expected, atol=1e-6)
 
 
-def test_the_modules_own_defaults_are_the_papers():
+def test_module_defaults_are_those_of_the_papers():
     assert count_parameters(PreActResNet(10), (32, 32, 3)) == PREACT_18
     assert count_parameters(MnistCNN(10), MNIST_SHAPE) == MNIST_CNN
 
 
 @pytest.mark.parametrize(
-    ('name', 'depth', 'shape', 'maps'),
+    ('dtype', 'name', 'depth', 'shape', 'maps'),
     [
-        ('mnist_cnn', 18, MNIST_SHAPE, [(14, 14, 32), (7, 7, 64), (4, 4, 64)]),
-        ('preact_resnet', 18, (32, 32, 3), [(32, 32, 8), (16, 16, 16), (8, 8, 32), (4, 4, 64)]),
-        ('preact_resnet', 50, (32, 32, 3), [(32, 32, 32), (16, 16, 64), (8, 8, 128), (4, 4, 256)]),
-        ('resnet', 18, (32, 32, 3), [(32, 32, 8), (16, 16, 16), (8, 8, 32), (4, 4, 64)]),
-        ('resnet', 50, (32, 32, 3), [(32, 32, 32), (16, 16, 64), (8, 8, 128), (4, 4, 256)]),
-        ('vgg_bn', 11, (47, 40, 3), [(47, 40, 8), (23, 20, 16), (11, 10, 32), (5, 5, 64), (2, 2, 64)]),
+        ('float32', 'mnist_cnn', 18, MNIST_SHAPE, [(14, 14, 32), (7, 7, 64), (4, 4, 64)]),
+        ('bfloat16', 'mnist_cnn', 18, MNIST_SHAPE, [(14, 14, 32), (7, 7, 64), (4, 4, 64)]),
+        ('bfloat16', 'preact_resnet', 18, (32, 32, 3), [(32, 32, 8), (16, 16, 16), (8, 8, 32), (4, 4, 64)]),
+        ('float32', 'preact_resnet', 50, (32, 32, 3), [(32, 32, 32), (16, 16, 64), (8, 8, 128), (4, 4, 256)]),
+        ('float32', 'resnet', 18, (32, 32, 3), [(32, 32, 8), (16, 16, 16), (8, 8, 32), (4, 4, 64)]),
+        ('bfloat16', 'resnet', 50, (32, 32, 3), [(32, 32, 32), (16, 16, 64), (8, 8, 128), (4, 4, 256)]),
+        ('bfloat16', 'vgg_bn', 11, (47, 40, 3), [(47, 40, 8), (23, 20, 16), (11, 10, 32), (5, 5, 64), (2, 2, 64)]),
     ],
 )
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_shapes_and_dtypes(config, name, depth, shape, maps, dtype):
-    """Parameters, statistics and logits are float32 whatever the computation's dtype."""
+def test_build_shapes_and_dtypes(config, dtype, name, depth, shape, maps):
+    """Parameters, statistics and logits are float32 for every dtype of the computation."""
     config.dtype = dtype
     module = build(config, name, num_classes=7, depth=depth, width=8)
 
@@ -260,16 +260,16 @@ def test_shapes_and_dtypes(config, name, depth, shape, maps, dtype):
         variables = module.init(jax.random.key(0), images)
         return variables, *module.apply(variables, images, features=True)
 
-    variables, logits, stages = jax.eval_shape(initialise_and_apply, jnp.zeros((5, *shape)))
+    variables, logits, block_outputs = jax.eval_shape(initialise_and_apply, jnp.zeros((5, *shape)))
     assert logits.shape == (5, 7) and logits.dtype == jnp.float32
-    assert [stage.shape for stage in stages] == [(5, *m) for m in maps]
-    assert {stage.dtype for stage in stages} == {jnp.dtype(dtype)}
+    assert [output.shape for output in block_outputs] == [(5, *m) for m in maps]
+    assert {output.dtype for output in block_outputs} == {jnp.dtype(dtype)}
     assert set(variables) == {'params', 'batch_stats'}
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
 
 
 @pytest.mark.parametrize('name', ['mnist_cnn', 'preact_resnet'])
-def test_bfloat16_comes_near_float32(config, name):
+def test_apply_in_bfloat16_is_near_float32(config, name):
     module = build(config, name, width=4)
     variables, images = random_variables(module, SMALL_SHAPE), random_images(4, SMALL_SHAPE)
     exact = np.asarray(jax.jit(module.apply)(variables, images))
@@ -283,7 +283,7 @@ def test_bfloat16_comes_near_float32(config, name):
     ('name', 'mean', 'std'),
     [('mnist_cnn', (0.4,), (0.2,)), ('preact_resnet', (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))],
 )
-def test_normalisation_is_inside(config, name, mean, std):
+def test_apply_normalises_images(config, name, mean, std):
     module = build(config, name, width=4, mean=mean, std=std)
     bare = build(config, name, width=4, mean=(0.0,), std=(1.0,))
     variables, images = random_variables(module, SMALL_SHAPE), random_images(4, SMALL_SHAPE)
@@ -292,7 +292,7 @@ def test_normalisation_is_inside(config, name, mean, std):
     np.testing.assert_allclose(jax.jit(module.apply)(variables, images), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_dropout_and_batch_statistics_belong_to_training(config):
+def test_apply_uses_dropout_and_batch_statistics_only_in_training(config):
     module = build(config, 'mnist_cnn', dropout=0.5)
     variables = models.initialise(module, jax.random.key(0), MNIST_SHAPE)
     images = random_images(6, MNIST_SHAPE)
@@ -319,7 +319,7 @@ def test_dropout_and_batch_statistics_belong_to_training(config):
 
 
 def test_dropout_keeps_its_share_and_the_mean(config):
-    """Of the 512 units a share of 0.3 is zero and the others grow by 1 / 0.7: seen through a head that adds them."""
+    """Of 512 units a share of 0.3 becomes 0 and the others grow by 1 / 0.7; the head adds them up."""
     module = build(config, 'mnist_cnn', num_classes=1, dropout=0.3)
     variables = jax.tree.map(np.zeros_like, random_variables(module, MNIST_SHAPE))
     variables['params']['Dense_0']['bias'] += 1  # every unit is 1 before dropout

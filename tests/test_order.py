@@ -12,7 +12,7 @@ def stream(order, steps):
 
 # A batch that divides the data, one that straddles epochs, and one larger than the data.
 @pytest.mark.parametrize(('size', 'batch_size'), [(12, 4), (10, 4), (5, 12), (7, 7)])
-def test_every_image_once_an_epoch(size, batch_size):
+def test_batch_has_every_image_once_per_epoch(size, batch_size):
     order = Order(0, 'infect', size, batch_size)
     epochs = 12
     batches = [order.batch(step) for step in range(size * epochs // batch_size)]
@@ -25,7 +25,7 @@ def test_every_image_once_an_epoch(size, batch_size):
     assert len({tuple(p) for p in passes}) == whole  # each epoch in an order of its own
 
 
-def test_a_step_depends_on_its_number_alone():
+def test_batch_depends_only_on_its_step():
     order = Order(3, 'infect', 10, 4)
     forwards = [order.batch(step) for step in range(20)]
     for step in (19, 0, 7, 6, 12, 7):
@@ -33,7 +33,7 @@ def test_a_step_depends_on_its_number_alone():
         np.testing.assert_array_equal(Order(3, 'infect', 10, 4).batch(step), forwards[step])
 
 
-def test_seed_and_purpose_give_independent_streams():
+def test_order_of_each_seed_and_purpose_is_independent():
     streams = [
         stream(Order(seed, purpose, 50, 10), 10)
         for seed, purpose in [(0, 'infect/0'), (1, 'infect/0'), (0, 'infect/1'), (0, 'purify/aft/0')]
@@ -43,7 +43,7 @@ def test_seed_and_purpose_give_independent_streams():
             assert np.mean(one == other) < 0.15  # 2 % by chance
 
 
-def test_batch_size_does_not_change_the_order():
+def test_order_does_not_depend_on_the_batch_size():
     np.testing.assert_array_equal(stream(Order(0, 'x', 10, 4), 15), stream(Order(0, 'x', 10, 12), 5))
 
 

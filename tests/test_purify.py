@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from command import ROOT, run_here, start
+from flax.traverse_util import flatten_dict
 from PIL import Image
 from test_bad_input import assert_one_sentence
 
@@ -276,7 +277,7 @@ MISTAKES = {
     'no data': "There is no data set ''",
     'empty folder': 'at least two sub-folders',
     '20 images': 'has 20 images; .* takes 100 clean',
-    'other classes': 'tells 4 classes apart, but the data have 3',
+    'other classes': 'has 4 classes, but the data have 3',
 }
 
 

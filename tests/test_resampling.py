@@ -21,7 +21,7 @@ def one_sample(image, row, column):
     return total
 
 
-def test_equals_a_loop_over_pixels_and_scipy():
+def test_sample_bilinear_equals_a_loop_over_pixels_and_scipy():
     rows = GENERATOR.uniform(-2, 6, (3, 4, 6)).astype(np.float32)
     columns = GENERATOR.uniform(-2, 8, (3, 4, 6)).astype(np.float32)
     # Positions between the border and a pixel beyond it are where conventions differ: make sure that some are there.
@@ -38,13 +38,13 @@ def test_equals_a_loop_over_pixels_and_scipy():
         np.testing.assert_allclose(actual[b, ..., c], expected, atol=1e-5)
 
 
-def test_whole_positions_give_the_pixels_themselves():
+def test_sample_bilinear_at_whole_positions_gives_the_pixels():
     rows, columns = np.meshgrid(np.arange(5.0), np.arange(7.0), indexing='ij')
     rows, columns = (np.broadcast_to(a, (3, 5, 7)).astype(np.float32) for a in (rows, columns))
     np.testing.assert_array_equal(sample_bilinear(IMAGES, rows, columns), IMAGES)
 
 
-def test_far_outside_is_black():
+def test_sample_bilinear_far_outside_is_black():
     rows = np.array([[[-1.0, 5.0, 2.0, 2.0, -100.0]]] * 3, np.float32)
     columns = np.array([[[3.0, 3.0, -1.0, 7.0, 1e6]]] * 3, np.float32)
     np.testing.assert_array_equal(sample_bilinear(IMAGES, rows, columns), np.zeros((3, 1, 5, 2)))

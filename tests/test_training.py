@@ -1,17 +1,23 @@
-"""The optimiser against NumPy; devices, chunks, interruptions and damage that must not change a result."""
+"""The optimiser against NumPy; devices, steps per call, interruptions and damage that must not change a result."""
 
-import json
 import logging
 import shutil
+import subprocess
+import sys
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command import ROOT
+from toys import Interrupted, lines, wander
 
 from aft_jax import models
 from aft_jax.errors import UserError
+from aft_jax.models.classifier import Classifier
+from aft_jax.models.layers import batch_norm, conv
 from aft_jax.runtime.sharding import check_batch_size, make_mesh, replicate
 from aft_jax.training import loop, state
 from aft_jax.training.checkpoint import Checkpoints, checksum
@@ -22,25 +28,26 @@ from aft_jax.training.steps import accuracy, classification_step, cross_entropy
 STEPS = 8
 
 
-class Interrupted(Exception):
-    """What a test raises in the middle of a stage."""
+class SmallCNN(Classifier):
+    """The layers of our networks, small enough to compile quickly."""
+
+    def blocks(self, x, train):
+        x = conv(4, 3, 2, dtype=self.dtype, use_bias=True)(x)
+        return (nn.relu(batch_norm(x, train=train, dtype=self.dtype)),)
+
+    def head(self, x, train):
+        x = nn.Dropout(0.3, deterministic=not train)(x.reshape((len(x), -1)))
+        return nn.Dense(self.num_classes, dtype=self.dtype)(x)
 
 
 def add_noise(key, images, labels):
-    """A transform whose result tells whether the key is right."""
+    """A transform whose result depends on the key."""
     return images + 0.05 * jax.random.normal(key, images.shape), labels
-
-
-def wander(current, batch, key):
-    """A step that is compiled in no time and whose state and metrics tell the step, the key and the batch."""
-    kick = jax.random.uniform(key) + jnp.mean(batch['images']) + jnp.mean(batch['labels'].astype(jnp.float32))
-    after = current.replace(step=current.step + 1, params=jax.tree.map(lambda p: 0.9 * p + kick, current.params))
-    return after, {'loss': current.step.astype(jnp.float32), 'kick': kick}
 
 
 @pytest.fixture
 def train(dataset, tiny_net, tiny_variables):
-    """Returns a function that fits the tiny network, with any argument of `fit` replaced."""
+    """A function that fits the tiny network, with any argument of `TrainingStage` replaced."""
 
     def call(run, module=tiny_net, variables=tiny_variables, step=None, steps=STEPS, stage='infect', **options):
         optimiser = sgd(0.05, 'cosine', steps)
@@ -62,13 +69,9 @@ def hook_that_fails_at(step, every_steps):
     return EvalHook(evaluate, every_steps=every_steps)
 
 
-def lines(run):
-    return [json.loads(line) for line in (run.workdir / 'metrics.jsonl').read_text().splitlines()]
-
-
 @pytest.mark.parametrize('schedule', ['constant', 'cosine'])
 @pytest.mark.parametrize('max_grad_norm', [0.0, 1.0])
-def test_optimiser_equals_torch_sgd_in_numpy(schedule, max_grad_norm):
+def test_sgd_equals_torch_in_numpy(schedule, max_grad_norm):
     """buffer = momentum * buffer + (gradient + decay * p); p -= rate(t) * buffer, on a quadratic bowl."""
     generator = np.random.default_rng(0)
     curvature, start = generator.uniform(0.5, 2, (3, 4)), generator.normal(size=(3, 4))
@@ -101,9 +104,9 @@ def test_cross_entropy_and_accuracy_by_hand():
     np.testing.assert_allclose(accuracy(logits, labels), 2 / 3, atol=1e-6)
 
 
-def test_four_devices_equal_one(train, make_run, assert_trees_close, config):
-    """The real network: parameters, momentum, batch statistics and metrics of three steps."""
-    module = models.build(config, 4)
+def test_fit_on_four_devices_equals_one(train, make_run, assert_trees_close):
+    """Parameters, momentum, batch statistics and metrics of three steps agree."""
+    module = SmallCNN(4)
     variables = models.initialise(module, jax.random.key(0), (8, 8, 1))
     runs = [make_run(f'{count}', devices=count) for count in (1, 4)]
     one, four = (train(run, module, variables, steps=3).state for run in runs)
@@ -114,31 +117,31 @@ def test_four_devices_equal_one(train, make_run, assert_trees_close, config):
         assert a == pytest.approx(b, abs=1e-5)
 
 
-def test_many_steps_a_call_equal_one(train, make_run, assert_trees_close):
-    """Calls of two steps, or of one where something is logged (3), saved (5), or ends (11) in between."""
+def test_fit_with_several_steps_per_call_equals_one(train, make_run, assert_trees_close):
+    """Calls have two steps, or one where something is logged (3), saved (5), or ends (11) in between."""
     every = {'log_every': 3, 'checkpoint_every': 5}
     runs = [make_run(f'{chunk}', steps_per_call=chunk, **every) for chunk in (1, 2)]
-    one, two = (train(run, steps=11).state for run in runs)
+    one, two = (train(run, step=wander, steps=11).state for run in runs)
     assert_trees_close(two, one, atol=1e-6)
     assert [line['step'] for line in lines(runs[0])] == [3, 5, 6, 9, 10, 11]
     for a, b in zip(*map(lines, runs), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
 
 
-def test_calls_have_two_lengths_and_end_at_every_mark():
+def test_plan_calls_ends_a_call_at_every_mark():
     calls = list(loop.plan_calls(0, [23, 31], [10, 14], 4))
     assert [last for _, last in calls] == [4, 8, 9, 10, 14, 18, 19, 20, 21, 22, 23, 27, 28, 29, 30, 31]
     assert [first for first, _ in calls] == [0, *(last for _, last in calls[:-1])]
 
 
 @pytest.mark.parametrize('call', [0, 3, 7, 12])
-def test_a_run_that_goes_on_cuts_its_calls_where_it_would_have(call):
+def test_plan_calls_of_a_resumed_run_are_the_same(call):
     calls = list(loop.plan_calls(0, [23, 31], [10, 14], 4))
     assert list(loop.plan_calls(calls[call][0], [23, 31], [10, 14], 4)) == calls[call:]
 
 
 @pytest.mark.parametrize(
-    ('backend', 'asked', 'on_cpu', 'ends', 'intervals', 'expected'),
+    ('backend', 'setting', 'on_cpu', 'ends', 'intervals', 'expected'),
     [
         ('cpu', 0, 5, [9380], [50, 1000], 5),
         ('cpu', 0, 5, [891, 938], [50, 500], 1),
@@ -152,19 +155,19 @@ def test_a_run_that_goes_on_cuts_its_calls_where_it_would_have(call):
         ('gpu', 9, 1, [9380], [20, 1000], 9),
     ],
 )
-def test_how_many_steps_a_call_takes(make_run, monkeypatch, backend, asked, on_cpu, ends, intervals, expected):
+def test_steps_per_call(make_run, monkeypatch, backend, setting, on_cpu, ends, intervals, expected):
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-    assert loop.steps_per_call(make_run(steps_per_call=asked).options, on_cpu, ends, intervals) == expected
+    assert loop.steps_per_call(make_run(steps_per_call=setting).options, on_cpu, ends, intervals) == expected
 
 
-def test_metrics_are_averages_over_the_steps_since_the_last_line(train, make_run):
+def test_fit_logs_averages_since_the_last_line(train, make_run):
     run = make_run(log_every=3)
-    train(run, step=wander)  # its loss is the number of the step: 0, 1, 2, ...
+    train(run, step=wander)  # the loss is the number of the step: 0, 1, 2, ...
     assert [(line['step'], line['loss']) for line in lines(run)] == [(3, 1.0), (6, 4.0), (8, 6.5)]
 
 
 def record(current, batch, key):
-    """A step that learns nothing and reports what it was given."""
+    """A step that learns nothing and reports its arguments."""
     places = jnp.asarray([1.0, 10.0, 100.0, 1000.0])
     metrics = {
         'loss': jnp.zeros(()),
@@ -179,11 +182,11 @@ def record(current, batch, key):
 
 
 def digits(values):
-    """The four indices below 10 that `record` packed into each number."""
+    """Unpacks the four indices below 10 that `record` packed into each number."""
     return np.array([[round(v) // 10**i % 10 for i in range(4)] for v in values])
 
 
-def test_what_a_step_is_given(make_run, tiny_variables):
+def test_fit_passes_batches_constants_and_keys_to_a_step(make_run, tiny_variables):
     arrays = {
         'images': np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1),
         'labels': np.arange(10, dtype=np.int32),
@@ -207,7 +210,7 @@ def test_what_a_step_is_given(make_run, tiny_variables):
     assert not set(columns['key']) & {line['key'] for line in lines(other)}
 
 
-def test_phases_may_report_different_metrics(make_run, tiny_variables, dataset):
+def test_fit_phases_may_report_different_metrics(make_run, tiny_variables, dataset):
     def first(current, batch, key):
         return current.replace(step=current.step + 1), {'loss': jnp.ones(()), 'early': jnp.full((), 5.0)}
 
@@ -225,7 +228,7 @@ def test_phases_may_report_different_metrics(make_run, tiny_variables, dataset):
 
 
 @pytest.mark.parametrize('every', [2, 3])
-def test_resumed_equals_uninterrupted_bit_for_bit(train, make_run, assert_trees_close, every):
+def test_fit_resumed_equals_uninterrupted_bit_for_bit(train, make_run, assert_trees_close, every):
     step = wander if every == 3 else None  # the real step once is enough
     whole, cut = make_run('whole', checkpoint_every=every), make_run('cut', checkpoint_every=every)
     expected = train(whole, step=step, eval_hooks=(hook_that_fails_at(-1, every_steps=1),))
@@ -247,7 +250,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(train, make_run, assert_trees_
     assert lines(cut) == lines(whole)
 
 
-def test_resuming_one_stage_keeps_the_lines_of_another(train, make_run):
+def test_fit_resuming_one_stage_keeps_the_lines_of_another(train, make_run):
     run = make_run(checkpoint_every=2)
     train(run, step=wander, stage='infect')
     first = lines(run)
@@ -259,13 +262,13 @@ def test_resuming_one_stage_keeps_the_lines_of_another(train, make_run):
     assert purified == list(range(1, STEPS + 1))
 
 
-def test_a_finished_stage_is_loaded_and_what_was_given_is_left_alone(
+def test_fit_loads_a_finished_stage_and_does_not_change_its_arguments(
     train, make_run, assert_trees_close, tiny_variables
 ):
     run = make_run()
-    given = jax.tree.map(np.array, tiny_variables)
+    variables_before = jax.tree.map(np.array, tiny_variables)
     expected = train(run)
-    assert_trees_close(tiny_variables, given)
+    assert_trees_close(tiny_variables, variables_before)
     before = lines(run)
 
     def never(*_):
@@ -278,7 +281,7 @@ def test_a_finished_stage_is_loaded_and_what_was_given_is_left_alone(
 
 
 @pytest.mark.parametrize('log_every', [1, 50])
-def test_a_loss_that_is_no_number_stops_and_loses_nothing(
+def test_fit_stops_at_a_non_finite_loss_and_keeps_the_checkpoint(
     train, make_run, assert_trees_close, tiny_variables, log_every
 ):
     whole, broken = (make_run(name, checkpoint_every=2, log_every=log_every) for name in ('whole', 'broken'))
@@ -360,14 +363,14 @@ def flip_all_bytes_of_arrays(newest):
         path.write_bytes(bytes(b ^ 0xFF for b in path.read_bytes()))
 
 
-def test_the_newest_checkpoint_is_restored_with_its_info(saved_twice, assert_trees_close, caplog):
+def test_restore_loads_the_newest_checkpoint_and_its_info(saved_twice, assert_trees_close, caplog):
     restored, info = restore(saved_twice)
     assert_trees_close(restored, small_state(4))
     assert info['seconds'] == 4.0
     assert not caplog.records
 
 
-def test_no_checkpoint_is_none(tmp_path):
+def test_restore_without_checkpoints_is_none(tmp_path):
     assert restore(tmp_path / 'empty') is None
 
 
@@ -388,9 +391,7 @@ def test_no_checkpoint_is_none(tmp_path):
     }.items(),
     ids=lambda item: item[0],
 )
-def test_a_damaged_checkpoint_is_skipped_and_the_one_before_used(
-    saved_twice, tmp_path, caplog, assert_trees_close, damage
-):
+def test_restore_skips_a_damaged_checkpoint(saved_twice, tmp_path, caplog, assert_trees_close, damage):
     directory = tmp_path / 'stage'
     shutil.copytree(saved_twice, directory)
     damage[1](directory / '4')
@@ -398,14 +399,14 @@ def test_a_damaged_checkpoint_is_skipped_and_the_one_before_used(
         restored, info = checkpoints.restore(small_state(0))
         assert_trees_close(restored, small_state(2))
         assert info['seconds'] == 2.0
-        told = [r for r in caplog.records if r.name.startswith('aft_jax')]
-        assert [r.levelname for r in told] == ['WARNING'] and str(directory / '4') in told[0].getMessage()
+        warnings = [r for r in caplog.records if r.name.startswith('aft_jax')]
+        assert [r.levelname for r in warnings] == ['WARNING'] and str(directory / '4') in warnings[0].getMessage()
         checkpoints.save(4, small_state(4), {'seconds': 5.0})  # its place is free again
     assert_trees_close(restore(directory)[0], small_state(4))
     assert (tmp_path / 'stage.damaged' / '4-0').is_dir()
 
 
-def test_all_damaged_starts_anew(saved_twice, tmp_path, caplog):
+def test_restore_with_all_checkpoints_damaged_is_none(saved_twice, tmp_path, caplog):
     directory = tmp_path / 'stage'
     shutil.copytree(saved_twice, directory)
     for step in ('2', '4'):
@@ -414,8 +415,8 @@ def test_all_damaged_starts_anew(saved_twice, tmp_path, caplog):
     assert len([r for r in caplog.records if 'damaged' in r.getMessage()]) == 2
 
 
-def test_damage_to_any_file_never_gives_wrong_values(saved_twice, tmp_path, caplog, assert_trees_close):
-    """A flipped byte in any one file is either of no consequence, or told and the checkpoint before used."""
+def test_restore_with_any_damaged_file_never_gives_wrong_values(saved_twice, tmp_path, caplog, assert_trees_close):
+    """A flipped byte in a file has no effect, or it is reported and the checkpoint before is used."""
     skipped = 0
     for i, original in enumerate(files_of(saved_twice / '4')):
         directory = tmp_path / f'{i}'
@@ -430,7 +431,30 @@ def test_damage_to_any_file_never_gives_wrong_values(saved_twice, tmp_path, capl
     assert skipped > 0
 
 
-def test_a_half_written_directory_is_not_a_checkpoint(saved_twice, tmp_path, assert_trees_close):
+def test_restore_prints_no_tracebacks(saved_twice, tmp_path):
+    """Fails without `_abandoned_reads_are_silent`, unless Orbax no longer abandons reads."""
+    program = (
+        'import sys\n'
+        'import jax.numpy as jnp\n'
+        'from pathlib import Path\n'
+        'from aft_jax.runtime.sharding import make_mesh, replicate\n'
+        'from aft_jax.training.checkpoint import Checkpoints\n'
+        "tree = {'step': jnp.int32(0), 'params': {'w': jnp.zeros((40, 30)), 'b': jnp.zeros(3)}, 'nothing': {}}\n"
+        'with Checkpoints(Path(sys.argv[1]), keep=2) as checkpoints:\n'
+        '    state, _ = checkpoints.restore(replicate(make_mesh(), tree))\n'
+        "print(int(state['step']))\n"
+    )
+    directory = tmp_path / 'stage'
+    shutil.copytree(saved_twice, directory)
+    damage_all(truncate)(directory / '4' / 'state' / 'd')
+    finished = subprocess.run(
+        [sys.executable, '-c', program, directory], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert finished.stdout == '2\n'
+    assert 'damaged' in finished.stderr and 'Traceback' not in finished.stderr, finished.stderr
+
+
+def test_restore_ignores_a_half_written_directory(saved_twice, tmp_path, assert_trees_close):
     directory = tmp_path / 'stage'
     shutil.copytree(saved_twice, directory)
     half = directory / '6.orbax-checkpoint-tmp-1234567'
@@ -443,7 +467,7 @@ def test_a_half_written_directory_is_not_a_checkpoint(saved_twice, tmp_path, ass
     assert_trees_close(restore(directory)[0], small_state(6))
 
 
-def test_a_run_goes_on_before_the_damage(train, make_run, caplog, assert_trees_close):
+def test_fit_resumes_before_a_damaged_checkpoint(train, make_run, caplog, assert_trees_close):
     whole, cut = (make_run(name, checkpoint_every=2) for name in ('whole', 'cut'))
     expected = train(whole, step=wander)
     with pytest.raises(Interrupted):
@@ -469,14 +493,14 @@ def test_checksum_sees_values_shapes_dtypes_and_names():
     assert checksum(jax.tree.map(jnp.asarray, base)) == checksum(base)
 
 
-@pytest.mark.parametrize(('size', 'told'), [(10, '; 8 or 12 would work'), (2, '; 4 would work')])
-def test_a_batch_that_the_devices_do_not_divide(train, make_run, size, told):
-    with pytest.raises(UserError, match=rf'^batch_size={size} cannot be divided among 4 devices.*{told}'):
+@pytest.mark.parametrize(('size', 'advice'), [(10, '; 8 or 12 would work'), (2, '; 4 would work')])
+def test_check_batch_size(train, make_run, size, advice):
+    with pytest.raises(UserError, match=rf'^batch_size={size} cannot be divided among 4 devices.*{advice}'):
         train(make_run(), step=wander, batch_size=size)
     check_batch_size(make_mesh(), 8, 'batch_size')
 
 
-def test_mixed_precision_step(config, dataset, assert_trees_close):
+def test_classification_step_in_mixed_precision(config, dataset, assert_trees_close):
     config.dtype = 'bfloat16'
     module = models.build(config, 4)
     optimiser = sgd(0.01, 'constant', 10)

@@ -1,4 +1,4 @@
-"""Convolutions by way of evaluated tiles are those of NumPy in float64, up to float32 rounding."""
+"""Winograd convolutions and their gradients equal those of NumPy in float64 up to float32 rounding."""
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +35,10 @@ def correlated(x, kernel, padding):
     return np.einsum('bhwcij,ijcd->bhwd', windows(x, padding), kernel)
 
 
-def same(found, expected):
-    assert found.dtype == jnp.float32
-    # Rounding grows with what is added up, not with what is left of it.
-    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
+def same(actual, expected):
+    assert actual.dtype == jnp.float32
+    # Rounding errors grow with the summands, not with the sum.
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
 
 
 @pytest.fixture(params=[1, 10**9], ids=['in parts', 'at once'], autouse=True)
@@ -46,12 +46,12 @@ def part_bytes(request, monkeypatch):
     monkeypatch.setattr(winograd, 'PART_BYTES', request.param)
 
 
-def test_convolution(case):
+def test_convolve(case):
     x, kernel, _, padding = case
     same(winograd.convolve(jnp.float32(x), jnp.float32(kernel), padding), correlated(x, kernel, padding))
 
 
-def test_gradient_of_the_input(case):
+def test_input_gradient(case):
     x, kernel, out, padding = case
     full = [(2 - before, 2 - after) for before, after in padding]
     expected = correlated(out, kernel[::-1, ::-1].swapaxes(2, 3), full)
@@ -59,20 +59,20 @@ def test_gradient_of_the_input(case):
     same(winograd.input_gradient(jnp.float32(out), jnp.float32(kernel), padding), expected)
 
 
-def test_gradient_of_the_kernel(case):
+def test_kernel_gradient(case):
     x, _, out, padding = case
     expected = np.einsum('bhwcij,bhwd->ijcd', windows(x, padding), out)
     same(winograd.kernel_gradient(jnp.float32(x), jnp.float32(out), padding), expected)
 
 
-def test_rounding_is_little_more_than_that_of_the_plain_sum():
+def test_convolve_rounds_little_more_than_the_plain_sum():
     generator = np.random.default_rng(1)
     x, kernel = generator.normal(size=(2, 16, 16, 64)), generator.normal(size=(3, 3, 64, 64))
     x, kernel = np.float32(x), np.float32(kernel)
     expected = correlated(np.float64(x), np.float64(kernel), ((1, 1), (1, 1)))
 
-    def error(found):
-        return np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
+    def error(actual):
+        return np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2))
 
     plain = convolution.plain(jnp.asarray(x), jnp.asarray(kernel), (1, 1), ((1, 1), (1, 1)))
     ours = winograd.convolve(jnp.asarray(x), jnp.asarray(kernel), ((1, 1), (1, 1)))
@@ -80,12 +80,12 @@ def test_rounding_is_little_more_than_that_of_the_plain_sum():
 
 
 @pytest.mark.parametrize(
-    'channels, strides, dtype, taken',
+    'channels, strides, dtype, used',
     [(32, (1, 1), jnp.float32, True), (31, (1, 1), jnp.float32, False), (32, (2, 2), jnp.float32, False),
      (32, (1, 1), jnp.bfloat16, False)],
 )  # fmt: skip
-def test_a_cpu_takes_it_for_wide_layers_of_stride_1(channels, strides, dtype, taken, monkeypatch):
-    """The suite has four devices, so the choice itself is looked at with the count changed."""
+def test_convolve_on_a_cpu_uses_winograd_for_wide_layers_of_stride_1(channels, strides, dtype, used, monkeypatch):
+    """The suite has four devices, so this test changes the count."""
     called = []
     monkeypatch.setattr(
         winograd, 'convolve', lambda *args: called.append('forward') or convolution.plain(*args[:2], (1, 1), args[2])
@@ -103,4 +103,4 @@ def test_a_cpu_takes_it_for_wide_layers_of_stride_1(channels, strides, dtype, ta
         return convolution.convolve(x, kernel, strides, ((1, 1), (1, 1))).astype(jnp.float32).sum()
 
     jax.grad(value, argnums=(0, 1))(x, kernel)
-    assert sorted(set(called)) == (['forward', 'input', 'kernel'] if taken else [])
+    assert sorted(set(called)) == (['forward', 'input', 'kernel'] if used else [])

@@ -1,7 +1,6 @@
-"""The classifiers in torch, under the names of torchvision and of the releases; imported only where torch is.
+"""The classifiers in torch, with the names of torchvision and of the releases.
 
-Written from the definitions, independently of the package: what the names mean is defined here a second time. Two of
-the networks are those that the benchmarks race.
+They are written from the definitions, independently of the package. Two of them are those of the benchmarks.
 """
 
 import torch
@@ -12,7 +11,7 @@ from benchmarks.torch_networks import MnistCNN, PreActResNet, conv, nchw, stages
 
 __all__ = ['CLASSES', 'MnistCNN', 'PreActResNet', 'ResNet', 'VGG', 'nchw', 'randomised']
 
-torch.set_num_threads(1)  # the suite runs one process a core
+torch.set_num_threads(1)  # the suite runs one process per core
 
 VGG_PLANS = {
     11: '1 M 2 M 4 4 M 8 8 M 8 8 M',
@@ -47,7 +46,7 @@ class PostActBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """torchvision's, or with the 3x3 stem without pooling; `kin` has the names shortcut and linear."""
+    """torchvision's ResNet, or one with a 3x3 stem without pooling; `kin` names its layers shortcut and linear."""
 
     def __init__(self, depth=18, width=64, stem='imagenet', num_classes=10, channels=3, kin=False):
         super().__init__()
@@ -65,7 +64,7 @@ class ResNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """torchvision's with BatchNorm."""
+    """torchvision's VGG with BatchNorm."""
 
     def __init__(self, depth=16, width=64, pool_size=7, hidden=4096, num_classes=10, channels=3):
         super().__init__()
@@ -93,9 +92,9 @@ CLASSES = {'preact_resnet': PreActResNet, 'resnet': ResNet, 'vgg_bn': VGG, 'mnis
 
 
 def randomised(name: str, seed: int = 0, **options) -> nn.Module:
-    """Returns a network in evaluation mode in which nothing is fresh: no unit scale, no zero bias, no zero counter.
+    """Builds a network in evaluation mode without trivial values: no unit scale, no zero bias, no zero counter.
 
-    Weights keep the size of the maps about the same from layer to layer, so that logits are of the order of 1.
+    The weights keep the scale of the maps about the same from layer to layer, so that logits are of the order of 1.
     """
     generator = torch.Generator().manual_seed(seed)
     model = CLASSES[name](**options)

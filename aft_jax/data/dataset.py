@@ -10,12 +10,12 @@ class Dataset:
     """A labelled image data set in memory.
 
     Attributes:
-        name: The name it was asked for, such as 'mnist5k' or 'npz:/data/mine.npz'.
+        name: Name in `config.dataset`, such as 'mnist5k' or 'npz:/data/mine.npz'.
         train_images: uint8 [N, H, W, C], C in {1, 3}.
         train_labels: int32 [N], in [0, K).
         test_images: uint8 [M, H, W, C].
         test_labels: int32 [M], in [0, K).
-        class_names: K names, in the order of the labels.
+        class_names: Names of the K classes, in the order of the labels.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Dataset:
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """The four arrays, training first."""
+        """The four arrays: training images and labels, then test images and labels."""
         return self.train_images, self.train_labels, self.test_images, self.test_labels
 
     @property

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: from the system's own IDX files where it has them, else from TFDS."""
+"""Fashion-MNIST: from IDX files on disk where there are any, else from TFDS."""
 
 import os
 from typing import Any
@@ -6,20 +6,20 @@ from typing import Any
 from aft_jax.data import idx, tfds_source
 from aft_jax.data.dataset import Dataset
 
-DEBIAN_FOLDER = '/usr/share/datasets/fashion-mnist'  # of the package dataset-fashion-mnist
+DEBIAN_FOLDER = '/usr/share/datasets/fashion-mnist'  # from the package dataset-fashion-mnist
 
 
 def load(options: Any) -> Dataset:
     """Loads Fashion-MNIST: 60,000 training and 10,000 test images.
 
     Args:
-        options: As in `aft_jax.data.load`. `idx_dir`, or Debian's folder where it exists, is preferred to a download.
+        options: Options of `aft_jax.data.load`. `idx_dir`, or else Debian's folder, is preferred to a download.
 
     Returns:
-        The data set; images are uint8 [N, 28, 28, 1] unless `options.size` says otherwise.
+        The data set; images are uint8 [N, 28, 28, 1], or [N, size, size, 1] with `options.size`.
 
     Raises:
-        UserError: If `idx_dir` lacks a file or has a damaged one; without such files, as in `tfds_source.load`.
+        UserError: If a file in `idx_dir` is missing or damaged, or if `tfds_source.load` raises one.
     """
     folder = os.path.expanduser(options.idx_dir) or (DEBIAN_FOLDER if os.path.isdir(DEBIAN_FOLDER) else '')
     if not folder:

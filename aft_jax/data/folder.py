@@ -1,4 +1,4 @@
-"""A data set of the user's own, as a folder of pictures: one sub-folder a class."""
+"""A data set of the user's own, as a folder of pictures: one sub-folder per class."""
 
 import pathlib
 import struct
@@ -20,26 +20,26 @@ SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.webp')
 def load(path: str, options: Any) -> Dataset:
     """Loads a folder of pictures.
 
-    Classes are the names of the sub-folders, sorted. If there are PATH/train and PATH/test, each with the same classes,
-    they are the splits; else the same `options.test_share` of every class is held out in every run.
+    The names of the sub-folders, sorted, are the classes. PATH/train and PATH/test, each with the same classes, are the
+    splits where they exist. Otherwise `options.test_share` of every class is held out, the same pictures in every run.
 
-    Pictures become grey (one channel) if all of them are, coloured (three) otherwise. Transparency is dropped, and of
-    an animation the first frame is taken.
+    If all pictures are grey the images have one channel, otherwise three. Transparency is dropped. Only the first frame
+    of an animation is used.
 
     Args:
         path: The folder.
-        options: As in `aft_jax.data.load`.
+        options: Options of `aft_jax.data.load`.
 
     Returns:
-        The data set; pictures are in the order of their names.
+        The data set; the pictures of each class are in the order of their names.
 
     Raises:
-        UserError: If the folder is not as said above, a picture is broken, or they differ in size without
-            `options.size`.
+        UserError: If the folder has another layout, a picture is broken, or the pictures differ in size and
+            `options.size` is 0.
     """
     root = user_path(path, 'dataset=folder:')
     if not root.is_dir():
-        raise UserError(f'There is no folder {root}: give a folder with one sub-folder of pictures a class.')
+        raise UserError(f'There is no folder {root}: give a folder with one sub-folder of pictures per class.')
     halves = [half for half in ('train', 'test') if (root / half).is_dir()]
     if halves == ['train', 'test']:
         train, test = (_find_pictures(root / half) for half in halves)
@@ -75,11 +75,11 @@ def load(path: str, options: Any) -> Dataset:
 
 
 def _find_pictures(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-    """Returns the pictures of each class, both sorted."""
+    """Lists the pictures of each class, both sorted."""
     classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith('.'))
     if len(classes) < 2:
-        found = f'only one, {classes[0].name}' if classes else 'none'
-        raise UserError(f'{root} needs at least two sub-folders, one for each class; it has {found}.')
+        present = f'only one, {classes[0].name}' if classes else 'none'
+        raise UserError(f'{root} needs at least two sub-folders, one for each class; it has {present}.')
     pictures = {}
     for folder in classes:
         pictures[folder.name] = sorted(
@@ -121,13 +121,13 @@ def read_picture(path: pathlib.Path) -> np.ndarray:
     """Reads a picture.
 
     Args:
-        path: A file in one of the formats of `SUFFIXES`.
+        path: Picture file in one of the formats of `SUFFIXES`.
 
     Returns:
         uint8 [H, W, 3]; a grey picture has three equal channels.
 
     Raises:
-        UserError: If it is broken, larger than PIL thinks safe, or has more than eight bits a channel.
+        UserError: If the picture is broken, larger than PIL considers safe, or has more than eight bits per channel.
     """
     try:
         with warnings.catch_warnings():
@@ -135,7 +135,7 @@ def read_picture(path: pathlib.Path) -> np.ndarray:
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             with Image.open(path) as picture:
                 if picture.mode.startswith(('I', 'F')):
-                    raise UserError(f'The picture {path} has more than eight bits a channel: convert it to eight.')
+                    raise UserError(f'The picture {path} has more than eight bits per channel: convert it to eight.')
                 return np.asarray(picture.convert('RGB'))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(f'The picture {path} is too large to be read safely: make it smaller ({error}).') from error

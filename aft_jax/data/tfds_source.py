@@ -1,4 +1,4 @@
-"""Every TFDS data set: prepared once as ArrayRecord, then read without TensorFlow."""
+"""Data sets of TFDS: prepared once as ArrayRecord, then read without TensorFlow."""
 
 import contextlib
 import fcntl
@@ -15,27 +15,27 @@ import numpy as np
 
 from aft_jax.data import transform
 from aft_jax.data.dataset import Dataset
-from aft_jax.data.tfds_quiet import fail_fast, quiet
+from aft_jax.data.tfds_quiet import fail_fast, quiet, removes_temporary_files
 from aft_jax.errors import UserError
 
-_CHUNK = 4096  # records fetched at once: one by one is four times slower, all at once would double the memory
+_CHUNK = 4096  # records fetched at once: one by one is four times slower, all at once doubles the memory
 
 
 def load(tfds_name: str, options: Any, *, test_split: str = 'test', default_size: int = 0) -> Dataset:
-    """Loads one of TFDS's own image classification sets, downloading and preparing it the first time.
+    """Loads an image classification set of TFDS's catalogue, downloading and preparing it the first time.
 
     Args:
-        tfds_name: Name in TFDS's catalogue, with its config if it has some, such as 'imagenet_resized/64x64'.
-        options: As in `aft_jax.data.load`.
-        test_split: The split that serves as the test images.
-        default_size: What `options.size` of 0 means.
+        tfds_name: Name in TFDS's catalogue, with its config if there is one, such as 'imagenet_resized/64x64'.
+        options: Options of `aft_jax.data.load`.
+        test_split: Split that serves as the test images.
+        default_size: Size of the pictures where `options.size` is 0.
 
     Returns:
         The data set.
 
     Raises:
-        UserError: If it is not prepared and cannot be (no network, no TensorFlow, no disk space), or if what is
-            there cannot be read.
+        UserError: If the data set cannot be prepared (no network, no TensorFlow, no disk space), or if the prepared
+            files cannot be read.
     """
     require_tfds(tfds_name)
     import tensorflow_datasets as tfds
@@ -62,29 +62,29 @@ def load_own(
     test_split: str = 'test',
     default_size: int = 0,
 ) -> Dataset:
-    """Loads the set of any TFDS builder, preparing it the first time.
+    """Loads the data set of a TFDS builder, preparing it the first time.
 
     Args:
-        name: What the set is called in messages.
-        make_builder: Makes the TFDS builder from `data_dir` and `file_format`.
-        check: Called before preparing; raises UserError if that cannot succeed.
-        options: As in `aft_jax.data.load`.
-        test_split: As in `load`.
-        default_size: As in `load`.
+        name: Name of the data set in messages.
+        make_builder: Function that makes the TFDS builder from `data_dir` and `file_format`.
+        check: Function called before preparing, which raises UserError if preparing cannot succeed.
+        options: Options of `aft_jax.data.load`.
+        test_split: Split that serves as the test images.
+        default_size: Size of the pictures where `options.size` is 0.
 
     Returns:
         The data set; its examples are in the order of TFDS.
 
     Raises:
-        UserError: As in `load`.
+        UserError: If the data set cannot be prepared or read; see `load`.
     """
     root = data_dir(options)
-    with quiet():
+    with quiet(), removes_temporary_files():
         builder = _open_builder(name, make_builder, root)
         if not builder.is_prepared():
             check()
             with _only_one(root, name):
-                # Another process may have done it while this one waited.
+                # Another process may have prepared it while this one waited for the lock.
                 builder = _open_builder(name, make_builder, root)
                 if not builder.is_prepared():
                     _prepare(name, builder, root)
@@ -94,17 +94,17 @@ def load_own(
             test_images, test_labels = _read(builder, test_split, size, name)
         except UserError:
             raise
-        except Exception as error:  # TFDS, ArrayRecord, protobuf and PIL all have their own ways to say 'damaged'
+        except Exception as error:  # TFDS, ArrayRecord, protobuf and PIL raise errors of their own
             raise UserError(
                 f"Data set '{name}' in {builder.data_path} is damaged ({_reason(error)}): "
-                'delete that directory, and it will be prepared anew.'
+                'delete that directory, and the data set is prepared again.'
             ) from error
         names = tuple(str(class_name) for class_name in builder.info.features['label'].names)
     return Dataset(name, train_images, train_labels, test_images, test_labels, names)
 
 
 def require_tfds(name: str) -> None:
-    """Raises UserError if TensorFlow Datasets is not installed; `name` is the data set that wants it."""
+    """Checks that TensorFlow Datasets is installed; raises a UserError about the data set `name` if it is not."""
     if importlib.util.find_spec('tensorflow_datasets') is None:
         raise UserError(
             f"Data set '{name}' is read with TensorFlow Datasets, which is not installed: "
@@ -113,7 +113,7 @@ def require_tfds(name: str) -> None:
 
 
 def data_dir(options: Any) -> str:
-    """Returns the TFDS data directory that `options.dir` means."""
+    """Returns the TFDS data directory: `options.dir`, or else TFDS's default."""
     if options.dir:
         return os.path.expanduser(options.dir)
     from tensorflow_datasets.core import constants
@@ -135,8 +135,8 @@ def _open_builder(name: str, make_builder: Callable[..., Any], root: str) -> Any
 
 @contextlib.contextmanager
 def _only_one(root: str, name: str) -> Iterator[None]:
-    """Holds a lock while a set is being prepared; the system frees it if this process dies."""
-    if '://' in root:  # a bucket has no locks: there, TFDS's rename at the end decides who was first
+    """Holds a lock while a data set is prepared; the system frees the lock if this process dies."""
+    if '://' in root:  # a bucket has no locks; TFDS's rename at the end decides which process was first
         yield
         return
     try:
@@ -145,7 +145,7 @@ def _only_one(root: str, name: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"Data set '{name}' cannot be prepared in {root} ({error.strerror}): "
-            'set --config.data.dir to a directory that can be written.'
+            'set --config.data.dir to a writable directory.'
         ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -158,9 +158,9 @@ def _prepare(name: str, builder: Any, root: str) -> None:
     print(f"Preparing data set '{name}' in {root}, this once.", file=sys.stderr, flush=True)
     try:
         with fail_fast():
-            # The copies in TFDS's bucket are TFRecord, and asking for them hangs where there is no network.
+            # The copies in TFDS's bucket are TFRecord, and looking for them hangs without a network.
             builder.download_and_prepare(download_config=DownloadConfig(try_download_gcs=False))
-    except Exception as error:  # a download can fail in more ways than can be listed
+    except Exception as error:  # downloads raise errors of many kinds
         raise UserError(
             f"Data set '{name}' is not prepared in {root} and could not be downloaded or prepared there "
             f'({_reason(error)}): try again with a network, or set --config.data.dir to a directory that holds it.'
@@ -176,7 +176,7 @@ def _read(builder: Any, split: str, size: int, name: str) -> tuple[np.ndarray, n
     import tensorflow_datasets as tfds
     from PIL import Image
 
-    # PIL decodes here, not TFDS: it is twice as fast, and does not depend on whether OpenCV is installed.
+    # PIL decodes here, not TFDS: PIL is twice as fast, and does not depend on whether OpenCV is installed.
     source = builder.as_data_source(split, decoders={'image': tfds.decode.SkipDecoding()})
     channels = builder.info.features['image'].shape[-1]
     labels = np.empty(len(source), np.int32)

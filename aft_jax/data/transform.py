@@ -1,4 +1,4 @@
-"""From single pictures to one array of one shape."""
+"""Resizing, padding and stacking of pictures into one array."""
 
 from collections.abc import Iterable
 
@@ -13,10 +13,10 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
     Args:
         image: uint8 [H, W, C], C in {1, 3}.
-        size: Pixels of a side; 0 leaves the picture as it is.
+        size: Side in pixels; 0 keeps the picture's size.
 
     Returns:
-        uint8 [size, size, C]. A picture that was no square is stretched.
+        uint8 [size, size, C]. A picture that is not square is stretched.
     """
     height, width, channels = image.shape
     if size == 0 or (height, width) == (size, size):
@@ -26,13 +26,13 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def stack(images: Iterable[np.ndarray], count: int, size: int, source: str) -> np.ndarray:
-    """Resizes pictures and lays them into one array, holding no more than one of them besides it.
+    """Resizes pictures and copies them into one array, with at most one picture in memory besides the array.
 
     Args:
         images: `count` pictures, uint8 [H, W, C], of any sizes but with the same C.
-        count: How many there are; at least 1.
-        size: As in `resize`.
-        source: What the pictures are called in the message of an error, such as "folder '/data/mine'".
+        count: Number of pictures, at least 1.
+        size: Side in pixels, or 0; see `resize`.
+        source: Name of the pictures for error messages, such as "folder '/data/mine'".
 
     Returns:
         uint8 [count, H, W, C].
@@ -49,7 +49,7 @@ def stack(images: Iterable[np.ndarray], count: int, size: int, source: str) -> n
             one, other = (f'{width}x{height}' for height, width, _ in (stacked.shape[1:], image.shape))
             raise UserError(
                 f'The pictures of {source} differ in size ({one} and {other}, for example): '
-                'give the size that all shall have, such as --config.data.size=32.'
+                'give the size of all pictures, such as --config.data.size=32.'
             )
         stacked[index] = image
     if stacked is None or index + 1 != count:

@@ -1,11 +1,11 @@
-"""Networks that were trained in PyTorch: into Flax variables, and back into the very file that they came from.
+"""Import of networks trained in PyTorch, and export back into a file of the same form.
 
     suspect = load(Path('attack_result.pt'))
     variables = purify(suspect.architecture, suspect.variables)
     save(Path('purified.pt'), variables, suspect)
 
-No code of a file is ever run. Images are normalised inside our networks (`config.model.mean` and `std`) and mostly
-before those of torch; that is not in the weights, so the import changes nothing about it.
+No code in a file is ever run. Our networks normalise images inside (`config.model.mean` and `std`), most torch networks
+expect normalised images. The weights do not tell mean and std, so the config has to.
 """
 
 import json
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from aft_jax.errors import UserError
 from aft_jax.interchange.architecture import Architecture, detect, match
-from aft_jax.interchange.convert import BFLOAT16, by_path, nested, to_flax, to_torch
+from aft_jax.interchange.convert import BFLOAT16, to_flax, to_torch
 from aft_jax.interchange.state_file import StateFile, read, write
 from aft_jax.interchange.torch_names import COUNTER, namings
 
@@ -28,11 +29,11 @@ class Imported(NamedTuple):
     """A network of a PyTorch file.
 
     Attributes:
-        architecture: What it is.
+        architecture: Kind and sizes of the network.
         variables: {'params', 'batch_stats'}, float32 NumPy arrays.
-        keys: Our path -> the file's key.
+        keys: Flax path -> key in the file.
         flat: Path of the dense layer's kernel that reads flattened feature maps, or ''.
-        source: The file's content.
+        source: Content of the file.
     """
 
     architecture: Architecture
@@ -43,49 +44,51 @@ class Imported(NamedTuple):
 
 
 def load(path: Path, mapping: Path | None = None) -> Imported:
-    """Reads a network.
+    """Loads a network from a file of PyTorch weights.
 
     Args:
-        path: A .safetensors, .pt, .pth or .pth.tar file; see `files.read`.
-        mapping: A JSON file {key of the file: our path}, such as {"backbone.first.weight": "params/stem/kernel"}, for
-            keys under unusual names; null instead of a path leaves a tensor aside. Our paths are those of the module's
-            variables. Keys that are not in it are read by their usual names.
+        path: A .safetensors, .pt, .pth or .pth.tar file; see `state_file.read`.
+        mapping: JSON file {key in the file: Flax path}, such as {"backbone.first.weight": "params/stem/kernel"}, for
+            keys with unusual names. null instead of a path ignores a tensor. Flax paths are those of the module's
+            variables. Other keys are read by their usual names.
 
     Returns:
         The network with its weights.
 
     Raises:
-        UserError: A file cannot be read, or what it holds is none of our networks, or not one that computes: a key is
-            missing, too many or of another shape, or a value is not finite.
+        UserError: If a file cannot be read or holds none of our networks, a key is missing, unknown or of another
+            shape, or a value is not finite.
     """
     source = read(path)
-    found = match(source.tensors, read_mapping(mapping) if mapping else {}, str(path))
-    architecture = detect(found, source.tensors, str(path))
-    flat = found.naming.flat[0] if found.naming.flat else ''
+    matched = match(source.tensors, read_mapping(mapping) if mapping else {}, str(path))
+    architecture = detect(matched, source.tensors, str(path))
+    flat = matched.naming.flat[0] if matched.naming.flat else ''
     leaves, keys = {}, {}
-    for key, ours in found.naming.paths.items():
-        name = found.keys[key]
+    for key, ours in matched.naming.paths.items():
+        name = matched.keys[key]
         values = _checked(source.tensors[name], name, path)
         if ours.endswith('/var') and values.min(initial=0) < 0:
             raise UserError(f'{name} of {path} has negative variances.')
         leaves[ours], keys[ours] = to_flax(values, architecture.flat_side if key == flat else 0), name
-    return Imported(architecture, nested(leaves), keys, found.naming.paths[flat] if flat else '', source)
+    return Imported(
+        architecture, unflatten_dict(leaves, sep='/'), keys, matched.naming.paths[flat] if flat else '', source
+    )
 
 
 def save(path: Path, variables: Mapping[str, Any], imported: Imported) -> None:
-    """Writes variables in the form of the file that the network came from: its keys, their order and its dtypes.
+    """Writes variables in the form of the imported file: with its keys, their order and their dtypes.
 
-    What the variables do not have (BatchNorm's counters of batches, and what a mapping left aside) stays as it was.
+    Tensors without a variable (BatchNorm's counters of batches, tensors that the mapping ignores) keep their values.
 
     Args:
-        path: To be written; its suffix chooses the form.
+        path: File to write; its suffix chooses the form.
         variables: {'params', 'batch_stats'} of the same network.
-        imported: Where it came from.
+        imported: The network as it was imported.
 
     Raises:
-        UserError: The file cannot be written, or a value is not finite, or not in the dtype that it must have.
+        UserError: If the file cannot be written, or a value is not finite in the dtype of the file.
     """
-    arrays = {place: np.asarray(leaf) for place, leaf in by_path(variables).items()}
+    arrays = {place: np.asarray(leaf) for place, leaf in flatten_dict(variables, sep='/').items()}
     if arrays.keys() != imported.keys.keys():
         raise ValueError(f'not variables of {imported.architecture}')
     tensors = dict(imported.source.tensors)
@@ -102,17 +105,18 @@ def save(path: Path, variables: Mapping[str, Any], imported: Imported) -> None:
 
 
 def with_usual_names(architecture: Architecture, variables: Mapping[str, Any]) -> Imported:
-    """Returns a network of our own as if it had been imported, so that it can be saved for torch.
+    """Converts a network of our own to an `Imported`, so that it can be saved for torch.
 
-    Its keys are those of torchvision or the releases (see `names`), its dtype is float32, its counters of batches 0.
+    Its keys are those of torchvision or the releases (see `torch_names`), its dtype is float32, and its counters of
+    batches are 0.
 
     Args:
-        architecture: What it is.
+        architecture: Kind and sizes of the network.
         variables: {'params', 'batch_stats'}.
     """
-    naming = next(found for found in namings() if found.describes(architecture.name, architecture.options))
+    naming = next(naming for naming in namings() if naming.describes(architecture.name, architecture.options))
     flat = naming.flat[0] if naming.flat else ''
-    leaves = {place: np.asarray(leaf, np.float32) for place, leaf in by_path(variables).items()}
+    leaves = {place: np.asarray(leaf, np.float32) for place, leaf in flatten_dict(variables, sep='/').items()}
     tensors: dict[str, np.ndarray] = {}
     for key, ours in naming.paths.items():
         tensors[key] = to_torch(leaves[ours], architecture.flat_side if key == flat else 0)
@@ -120,21 +124,21 @@ def with_usual_names(architecture: Architecture, variables: Mapping[str, Any]) -
             tensors[f'{key.rpartition(".")[0]}.{COUNTER}'] = np.zeros((), np.int64)
     keys = {ours: key for key, ours in naming.paths.items()}
     source = StateFile(Path(), tensors)
-    return Imported(architecture, nested(leaves), keys, naming.paths[flat] if flat else '', source)
+    return Imported(architecture, unflatten_dict(leaves, sep='/'), keys, naming.paths[flat] if flat else '', source)
 
 
 def read_mapping(path: Path) -> dict[str, str | None]:
     """Reads a mapping file; see `load`.
 
     Raises:
-        UserError: It is not there, or no JSON object of texts and nulls.
+        UserError: If the file is missing, or is not a JSON object of strings and nulls.
     """
     try:
         mapping = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f'the mapping file {path} cannot be read ({error.strerror}).') from error
     except ValueError as error:
-        raise UserError(f'the mapping file {path} is no JSON: {error}.') from error
+        raise UserError(f'the mapping file {path} is not JSON: {error}.') from error
     if not isinstance(mapping, dict) or not all(value is None or isinstance(value, str) for value in mapping.values()):
         raise UserError(f'the mapping file {path} should be an object of keys and paths: {{"their.key": "our/path"}}.')
     return mapping

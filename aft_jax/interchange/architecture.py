@@ -1,4 +1,4 @@
-"""Which network a state dict is of, told from its keys and shapes."""
+"""Detection of a network's architecture from the keys and shapes of its state dict."""
 
 import difflib
 import math
@@ -10,27 +10,28 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from aft_jax import models
 from aft_jax.config import default_config
 from aft_jax.errors import UserError
-from aft_jax.interchange.convert import by_path, torch_shape
+from aft_jax.interchange.convert import torch_shape
 from aft_jax.interchange.torch_names import COUNTER, Naming, namings
 from aft_jax.models.vgg_bn import SMALLEST_SIDE
 
-# How many keys an error names of each kind.
+# Largest number of keys of each kind that an error lists.
 SHOWN = 8
 IMAGENET_KERNEL = 7
 
 
 class Architecture(NamedTuple):
-    """A network, as far as its weights tell it.
+    """A network, as far as its weights determine it.
 
     Attributes:
-        name: As in `config.model.name`.
-        options: The other fields of `config.model` that the weights tell.
-        num_classes: Of the head.
-        channels: Of the images.
+        name: Value of `config.model.name`.
+        options: Other fields of `config.model` that the weights determine.
+        num_classes: Number of classes of the head.
+        channels: Channels of the images.
         flat_side: Side of the feature maps that `mnist_cnn` and `vgg_bn` flatten; 0 for others.
     """
 
@@ -41,29 +42,29 @@ class Architecture(NamedTuple):
     flat_side: int
 
     def build(self) -> nn.Module:
-        """Returns the network, for images that are normalised already."""
+        """Builds the network, for images that are normalised already."""
         config = default_config()
         config.model.update(name=self.name, mean=(0.0,), std=(1.0,), **self.options)
         return models.build(config, self.num_classes)
 
     def image_shape(self) -> tuple[int, int, int]:
-        """Returns the shape (H, W, C) of images that fit: the size of the data is not in the weights."""
+        """Chooses a shape (H, W, C) of images that fits; the weights do not determine the size of the images."""
         side = 8 * self.flat_side if self.name == 'mnist_cnn' else SMALLEST_SIDE
         return side, side, self.channels
 
     def __str__(self) -> str:
-        """Such as 'resnet (depth=18, width=64, stem=cifar, 10 classes, 3 channels)'."""
+        """Returns a description, such as 'resnet (depth=18, width=64, stem=cifar, 10 classes, 3 channels)'."""
         options = [f'{field}={value}' for field, value in self.options.items()]
         return f'{self.name} ({", ".join(options)}, {self.num_classes} classes, {self.channels} channels)'
 
 
 class Match(NamedTuple):
-    """A naming, and how the keys of a file stand to it.
+    """The naming that is nearest to the keys of a file.
 
     Attributes:
-        naming: The nearest network.
-        keys: Its keys -> those of the file, as far as these are there.
-        extra: Keys of the file that the network does not have.
+        naming: Names of the nearest network.
+        keys: Usual key -> key in the file, for the keys that the file has.
+        extra: Keys in the file that the network does not have.
     """
 
     naming: Naming
@@ -72,29 +73,29 @@ class Match(NamedTuple):
 
     @property
     def missing(self) -> list[str]:
-        """Keys of the network that the file lacks."""
+        """The keys of the network that the file lacks."""
         return [key for key in self.naming.paths if key not in self.keys]
 
 
 def match(names: Iterable[str], mapping: Mapping[str, str | None], source: str) -> Match:
-    """Returns the network whose keys are nearest to those of a file, all of them behind one prefix.
+    """Finds the network whose keys are nearest to those of a file, all of them behind one prefix.
 
-    The prefix is whatever makes the most keys agree: `module.`, `netC.`, `1.`, or none.
+    The prefix is the one for which most keys agree: `module.`, `netC.`, `1.`, or none.
 
     Args:
-        names: The keys of the file. Counters of batches are left aside.
-        mapping: Keys of the file -> our path, or None for one to be left aside; others are read by their usual names.
-        source: What to call the file in an error.
+        names: Keys in the file. Counters of batches are ignored.
+        mapping: Key in the file -> Flax path, or None to ignore the key; other keys are read by their usual names.
+        source: Name of the file for error messages.
 
     Raises:
-        UserError: The mapping names what there is not, or the file is of no network that is known.
+        UserError: If the mapping has unknown keys or paths, or the file holds no known network.
     """
     names = [name for name in names if name.rpartition('.')[2] != COUNTER]
     candidates = _renamed(names, mapping, source)
     rest = [name for name in names if name not in mapping]
     prefixes = {''} | {name[: i + 1] for name in rest for i, letter in enumerate(name) if letter == '.'}
     best, best_difference = None, math.inf
-    # The shortest of prefixes that are as good as each other.
+    # Of equally good prefixes the shortest is taken.
     for prefix in sorted(prefixes, key=lambda prefix: (len(prefix), prefix)):
         stripped = {name[len(prefix) :]: name for name in rest if name.startswith(prefix)}
         for naming, renamed in candidates:
@@ -107,46 +108,46 @@ def match(names: Iterable[str], mapping: Mapping[str, str | None], source: str) 
     if best is None or len(best.keys) < len(best.naming.paths) / 2:
         shown = ', '.join(repr(name) for name in names[:3])
         raise UserError(
-            f'{source} is of no network that is known ({", ".join(models.NAMES)}): it has {len(names)} keys, such as '
-            f'{shown}; for one of those networks under other names, give a mapping file.'
+            f'{source} holds none of the known networks ({", ".join(models.NAMES)}): it has {len(names)} keys, such as '
+            f'{shown}; give a mapping file if it is one of these networks under other names.'
         )
     return best
 
 
 def _renamed(names: list[str], mapping: Mapping[str, str | None], source: str) -> list[tuple[Naming, dict[str, str]]]:
-    """Returns each network that has all the paths of the mapping, with the keys of it that the mapping stands for."""
+    """Finds the networks that have all paths of the mapping, each with {usual key: key in the file}."""
     for name in mapping:
         if name not in names:
-            raise UserError(f'the mapping file names {name!r}, which {source} does not hold.{_nearest(name, names)}')
-    wanted = {path: name for name, path in mapping.items() if path is not None}
-    if len(wanted) < sum(path is not None for path in mapping.values()):
-        raise UserError('the mapping file gives one of our paths to two keys.')
+            raise UserError(f'the mapping file names {name!r}, which is not in {source}.{_nearest(name, names)}')
+    mapped = {path: name for name, path in mapping.items() if path is not None}
+    if len(mapped) < sum(path is not None for path in mapping.values()):
+        raise UserError('the mapping file gives the same path to two keys.')
     candidates = []
     for naming in namings():
         key_of = {path: key for key, path in naming.paths.items()}
-        if all(path in key_of for path in wanted):
-            candidates.append((naming, {key_of[path]: name for path, name in wanted.items()}))
+        if all(path in key_of for path in mapped):
+            candidates.append((naming, {key_of[path]: name for path, name in mapped.items()}))
     if not candidates:
         paths = {path for naming in namings() for path in naming.paths.values()}
-        unknown = [path for path in wanted if path not in paths]
+        unknown = [path for path in mapped if path not in paths]
         if unknown:
             raise UserError(
                 f'the mapping file names the path {unknown[0]!r}, which no network has.{_nearest(unknown[0], paths)}'
             )
-        raise UserError('the mapping file names paths of different networks, which no single one has.')
+        raise UserError('the mapping file mixes paths of different networks; use those of one network.')
     return candidates
 
 
 def detect(match: Match, tensors: Mapping[str, np.ndarray], source: str) -> Architecture:
-    """Returns the network with its sizes, after a look at every key and shape.
+    """Determines the sizes of the network, and checks every key and shape.
 
     Args:
-        match: The network's names.
-        tensors: The file's, by its own keys.
-        source: What to call the file in an error.
+        match: Naming of the network.
+        tensors: Tensors of the file, by the keys in the file.
+        source: Name of the file for error messages.
 
     Raises:
-        UserError: A key is missing, is one too many, or has another shape than the network's; all are listed.
+        UserError: If keys are missing or unknown, or tensors have the wrong shape. The message lists them.
     """
     naming = match.naming
     faults = []
@@ -156,8 +157,8 @@ def detect(match: Match, tensors: Mapping[str, np.ndarray], source: str) -> Arch
         faults.append(f'has {_listed(match.extra, missing)} too many')
     if faults:
         raise UserError(
-            f'{source} is nearest to {_described(naming)}, but {" and ".join(faults)}; a mapping file can give keys '
-            'other names, or leave them aside.'
+            f'{source} is nearest to {_described(naming)}, but {" and ".join(faults)}; a mapping file can rename '
+            'or ignore keys.'
         )
     shapes = {key: tensors[name].shape for key, name in match.keys.items()}
     architecture = _sizes(naming, shapes)
@@ -166,15 +167,17 @@ def detect(match: Match, tensors: Mapping[str, np.ndarray], source: str) -> Arch
         expected = _expected_shapes(architecture, naming)
         wrong = [key for key in naming.paths if shapes[key] != expected[key]]
     if architecture is None or wrong:
-        there = [f'{match.keys[key]} {_shape(shapes[key])} instead of {_shape(expected[key])}' for key in wrong[:SHOWN]]
+        listed = [
+            f'{match.keys[key]} {_shape(shapes[key])} instead of {_shape(expected[key])}' for key in wrong[:SHOWN]
+        ]
         more = f' and {len(wrong) - SHOWN} more' if len(wrong) > SHOWN else ''
-        what = f'{", ".join(there)}{more}' if wrong else f'{match.keys[naming.stem]} {_shape(shapes[naming.stem])}'
+        what = f'{", ".join(listed)}{more}' if wrong else f'{match.keys[naming.stem]} {_shape(shapes[naming.stem])}'
         raise UserError(f'{source} has the keys of {_described(naming)}, but not its shapes: {what}.')
     return architecture
 
 
 def _sizes(naming: Naming, shapes: Mapping[str, tuple[int, ...]]) -> Architecture | None:
-    """Returns what first and last layers tell, or None where they are no such layers at all."""
+    """Determines the sizes from the first and the last layer, or returns None if their shapes are no such layers."""
     stem, head = shapes[naming.stem], shapes[naming.head]
     if len(stem) != 4 or len(head) != 2 or not all((*stem, *head)):
         return None
@@ -195,47 +198,53 @@ def _sizes(naming: Naming, shapes: Mapping[str, tuple[int, ...]]) -> Architectur
 
 def _expected_shapes(architecture: Architecture, naming: Naming) -> dict[str, tuple[int, ...]]:
     images = jax.ShapeDtypeStruct((1, *architecture.image_shape()), jnp.float32)
-    leaves = by_path(jax.eval_shape(architecture.build().init, jax.random.key(0), images))
+    leaves = flatten_dict(jax.eval_shape(architecture.build().init, jax.random.key(0), images), sep='/')
     return {key: torch_shape(leaves[path].shape) for key, path in naming.paths.items()}
 
 
 def check_model(architecture: Architecture, options: ml_collections.ConfigDict, source: str) -> None:
-    """Raises a UserError where `config.model` asks for another network than the file's.
+    """Checks that `config.model` describes the network of the file.
 
     Args:
-        architecture: The file's.
+        architecture: Network of the file.
         options: `config.model`.
-        source: What to call the file.
+        source: Name of the file for error messages.
+
+    Raises:
+        UserError: If they differ.
     """
-    found = {'name': architecture.name, **architecture.options}
+    fields = {'name': architecture.name, **architecture.options}
     if architecture.name != options.name:
-        found = {'name': architecture.name}
-    differing = {field: value for field, value in found.items() if options[field] != value}
+        fields = {'name': architecture.name}
+    differing = {field: value for field, value in fields.items() if options[field] != value}
     if differing:
-        there = ', '.join(f'model.{field}={value}' for field, value in differing.items())
-        here = ', '.join(f'model.{field}={options[field]}' for field in differing)
-        raise UserError(f'{source} holds a network of {there}, but the config says {here}.')
+        in_file = ', '.join(f'model.{field}={value}' for field, value in differing.items())
+        in_config = ', '.join(f'model.{field}={options[field]}' for field in differing)
+        raise UserError(f'{source} holds a network of {in_file}, but the config says {in_config}.')
 
 
 def check_data(architecture: Architecture, num_classes: int, image_shape: tuple[int, int, int], source: str) -> None:
-    """Raises a UserError where a data set has other classes, channels or image sizes than the network.
+    """Checks that a data set has the classes, channels and image sizes of the network.
 
     Args:
-        architecture: The file's.
-        num_classes: Of the data.
-        image_shape: Of the data, (H, W, C).
-        source: What to call the file.
+        architecture: Network of the file.
+        num_classes: Number of classes of the data.
+        image_shape: Shape (H, W, C) of the images.
+        source: Name of the file for error messages.
+
+    Raises:
+        UserError: If they differ.
     """
     *sides, channels = image_shape
     if architecture.num_classes != num_classes:
-        raise UserError(f'{source} tells {architecture.num_classes} classes apart, but the data have {num_classes}.')
+        raise UserError(f'{source} has {architecture.num_classes} classes, but the data have {num_classes}.')
     if architecture.channels != channels:
         raise UserError(f'{source} takes images of {architecture.channels} channels, but the data have {channels}.')
     if architecture.name == 'mnist_cnn' and any(math.ceil(side / 8) != architecture.flat_side for side in sides):
         largest = 8 * architecture.flat_side
         raise UserError(
-            f'{source} takes images of {largest - 7} to {largest} pixels a side, but those of the data are '
-            f'{sides[0]}x{sides[1]}.'
+            f'{source} takes images of {largest - 7} to {largest} pixels per side, but the images of the data '
+            f'are {sides[0]}x{sides[1]}.'
         )
 
 
@@ -244,7 +253,7 @@ def _described(naming: Naming) -> str:
 
 
 def _listed(keys: list[str], others: list[str]) -> str:
-    """Returns how many keys there are and their names, each with the nearest of `others`."""
+    """Formats the number of keys and their names, each with the nearest of `others`."""
     shown = []
     for key in keys[:SHOWN]:
         near = difflib.get_close_matches(key, others, n=1)

@@ -1,4 +1,4 @@
-"""The .safetensors form: tensors and texts, no code. Only this module imports the library."""
+"""The .safetensors format: tensors and strings, no code. Only this module imports the library."""
 
 from pathlib import Path
 
@@ -14,17 +14,17 @@ except ImportError as error:
 
 
 def decode(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Returns the tensors and the metadata of a file; raises a UserError for a damaged one."""
+    """Reads the tensors and the metadata of a file; raises a UserError if it is damaged."""
     try:
         with safetensors.safe_open(path, 'np') as file:
             return {name: file.get_tensor(name) for name in file.offset_keys()}, file.metadata() or {}
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f'{path} cannot be read as .safetensors: it is damaged, cut short, or of another kind.'
+            f'{path} cannot be read as .safetensors: it is damaged, cut short, or another kind of file.'
         ) from error
 
 
 def encode(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    """Returns the content of a file with these tensors and metadata."""
+    """Encodes tensors and metadata as the content of a file."""
     whole = {name: np.asarray(array, order='C') for name, array in tensors.items()}
     return safetensors.numpy.save(whole, metadata or {'format': 'pt'})

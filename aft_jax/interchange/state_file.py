@@ -1,4 +1,4 @@
-"""Files of tensors: .safetensors, and PyTorch's .pt and .pth, of which nothing but tensors is ever loaded."""
+"""Files of tensors: .safetensors, and PyTorch's .pt and .pth, from which only tensors and plain values are loaded."""
 
 import hashlib
 from pathlib import Path
@@ -9,19 +9,19 @@ import numpy as np
 from aft_jax.errors import UserError
 from aft_jax.files import write_bytes
 
-TORCH_SUFFIXES = ('.pt', '.pth', '.tar')  # the last is that of .pth.tar
+TORCH_SUFFIXES = ('.pt', '.pth', '.tar')  # .tar stands for .pth.tar
 SUFFIXES = (*TORCH_SUFFIXES, '.safetensors')
 
 
 class StateFile(NamedTuple):
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
-        path: Where it lies.
-        tensors: The state dict, in its order and its dtypes, by the keys that it has there.
-        wrapper: Key of the dictionary that the state dict lies under, or '' where it is the file's only content.
-        notes: What else is kept: of a torch file the texts and whole numbers beside the state dict (such as
-            BackdoorBench's model_name), of a .safetensors file its metadata.
+        path: Path of the file.
+        tensors: State dict with the keys, the order and the dtypes of the file.
+        wrapper: Key of the dictionary in the file that holds the state dict, or '' if the file is the state dict.
+        notes: Strings and integers beside the state dict of a torch file (such as BackdoorBench's model_name), or the
+            metadata of a .safetensors file.
     """
 
     path: Path
@@ -31,15 +31,15 @@ class StateFile(NamedTuple):
 
 
 def read(path: Path) -> StateFile:
-    """Reads a state dict without running anything that the file holds.
+    """Reads a state dict without running code from the file.
 
     Args:
-        path: A .safetensors file; or a .pt, .pth or .pth.tar file with a state dict, or with a dictionary that has one
-            under 'model', 'netC', 'state_dict' and the like.
+        path: A .safetensors, .pt, .pth or .pth.tar file. A torch file holds a state dict, or a dictionary with a state
+            dict under a key such as 'model', 'netC' or 'state_dict'.
 
     Raises:
-        UserError: There is no such file, it is no such file or damaged, it holds more than tensors and plain values, or
-            the library that reads it is not installed.
+        UserError: If the file is missing, damaged or of another kind, holds more than tensors and plain values, or
+            needs a library that is not installed.
     """
     check_suffix(path)
     if path.is_dir():
@@ -50,7 +50,7 @@ def read(path: Path) -> StateFile:
                 raise UserError(f'{path} is empty.')
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror}).') from error
-    # Whichever library is there is imported when it is needed: torch alone takes seconds, and neither is required.
+    # Neither library is required, and importing torch takes seconds, so each is imported only when it is needed.
     if path.suffix == '.safetensors':
         from aft_jax.interchange import safetensors_file
 
@@ -66,13 +66,13 @@ def read(path: Path) -> StateFile:
 
 
 def write(path: Path, state: StateFile) -> None:
-    """Writes the tensors of `state`, in the form that the suffix of `path` names; `state.path` is left alone.
+    """Writes the tensors of `state` in the format of the suffix of `path`.
 
-    In a torch file they lie under the wrapper, with the notes beside it; a .safetensors file has no wrapper, and keeps
-    the notes of a .safetensors file alone.
+    A torch file gets the wrapper and the notes of `state`. A .safetensors file has no wrapper, and gets the notes only
+    if `state` came from a .safetensors file.
 
     Raises:
-        UserError: The path is that of `state`, cannot be written, or needs a library that is not installed.
+        UserError: If the path is that of `state`, cannot be written, or needs a library that is not installed.
     """
     check_suffix(path)
     if path.exists() and state.path.exists() and path.samefile(state.path):
@@ -93,12 +93,12 @@ def write(path: Path, state: StateFile) -> None:
 
 
 def check_suffix(path: Path) -> None:
-    """Raises a UserError for a name from which the kind of file cannot be told."""
+    """Checks that the suffix tells the kind of file; raises a UserError if it does not."""
     if path.suffix not in SUFFIXES:
         raise UserError(f'{path} should end in {", ".join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.')
 
 
 def checksum(path: Path) -> str:
-    """Returns the sha256 of a file, in hexadecimal digits."""
+    """Computes the SHA-256 of a file, in hexadecimal digits."""
     with path.open('rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -1,8 +1,8 @@
-"""PyTorch's own form, a pickle of tensors. Only this module imports torch.
+"""PyTorch's own format, a pickle of tensors. Only this module imports torch.
 
-A pickle is a program. torch's restricted loader runs none of it but the making of tensors and plain containers, and
-refuses everything else. NumPy arrays, which BackdoorBench puts beside its weights, are neither made nor refused: an
-empty stand-in takes their place, so that nothing of NumPy's meets data that a stranger wrote.
+A pickle is a program. torch's restricted loader only builds tensors and plain containers, and refuses everything else.
+BackdoorBench stores NumPy arrays beside its weights. An empty placeholder replaces them, so that NumPy never processes
+untrusted data.
 """
 
 import io
@@ -23,7 +23,7 @@ try:
 except ImportError as error:
     raise UserError('a .pt or .pth file needs PyTorch; pip install torch, or convert it to .safetensors.') from error
 
-# Where a state dict lies in a file that holds more, by the habits of releases; the first that is there counts.
+# Keys under which releases store the state dict in a larger dictionary; the first that exists is used.
 WRAPPERS = ('model', 'netC', 'state_dict', 'model_state_dict', 'net', 'net_state_dict')
 NUMPY_NAMES = (
     'numpy.core.multiarray._reconstruct',
@@ -36,37 +36,37 @@ NUMPY_NAMES = (
 
 
 class LeftOut:
-    """Stands in for anything of NumPy's in a file, whatever it is made from."""
+    """A placeholder for any NumPy object in a file."""
 
     def __init__(self, *arguments: Any):
-        """Takes whatever there is, and keeps none of it."""
+        """Ignores all arguments."""
 
     def __setstate__(self, state: Any) -> None:
-        """Likewise."""
+        """Ignores the state."""
 
 
 def decode(path: Path) -> tuple[dict[str, np.ndarray], str, dict[str, Any]]:
-    """Returns the state dict, the key that it lies under or '', and the texts and whole numbers beside it.
+    """Reads the state dict, its key in the file or '', and the strings and integers beside it.
 
     Raises:
-        UserError: The file holds anything but tensors and plain values, no state dict, or is damaged.
+        UserError: If the file is damaged, has no state dict, or holds more than tensors and plain values.
     """
     try:
         stand_ins: list[Any] = [(LeftOut, name) for name in NUMPY_NAMES]
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of old forms; what cannot be read is an error
+            warnings.simplefilter('ignore')  # about old formats; whatever cannot be read is an error
             loaded = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # Of many kinds, all about the file.
-        if found := re.search(r'GLOBAL ([\w.]+)', str(error)):
+    except Exception as error:  # torch raises errors of many kinds about the file.
+        if name := re.search(r'GLOBAL ([\w.]+)', str(error)):
             raise UserError(
-                f'{path} holds more than tensors ({found[1]}), and to load that could run code of its author; save '
+                f'{path} holds more than tensors ({name[1]}), and loading it could run code of its author; save '
                 'model.state_dict() alone, or as .safetensors.'
             ) from error
         reason = 'holds more than tensors, or' if isinstance(error, pickle.UnpicklingError) else 'cannot be read:'
-        raise UserError(f'{path} {reason} it is damaged, cut short, or not of PyTorch.') from error
+        raise UserError(f'{path} {reason} it is damaged, cut short, or not a file of PyTorch.') from error
     wrapper, state = _state_dict(loaded)
     if state is None:
-        raise UserError(f'{path} holds no state dict, neither by itself nor under {", ".join(WRAPPERS)}.')
+        raise UserError(f'{path} holds no state dict, neither at the top level nor under {", ".join(WRAPPERS)}.')
     tensors = {}
     for name, tensor in state.items():
         if isinstance(tensor, torch.Tensor):
@@ -76,7 +76,7 @@ def decode(path: Path) -> tuple[dict[str, np.ndarray], str, dict[str, Any]]:
 
 
 def encode(tensors: dict[str, np.ndarray], wrapper: str, notes: dict[str, Any]) -> bytes:
-    """Returns the content of a file with this state dict, under `wrapper` and beside `notes` where there is one."""
+    """Encodes a state dict as the content of a file; a `wrapper` puts it under this key, beside `notes`."""
     state = OrderedDict((name, _to_torch(array)) for name, array in tensors.items())
     buffer = io.BytesIO()
     torch.save({**notes, wrapper: state} if wrapper else state, buffer)
@@ -113,7 +113,7 @@ def _to_numpy(tensor: torch.Tensor, name: str, path: Path) -> np.ndarray:
 
 
 def _to_torch(array: np.ndarray) -> torch.Tensor:
-    # A copy, because torch wants to be able to write.
+    # A copy, because torch requires writable memory.
     array = np.array(array, order='C')
     if array.dtype == BFLOAT16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)

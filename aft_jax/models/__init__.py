@@ -1,7 +1,7 @@
 """Image classifiers as Flax linen modules: pure functions of (variables, images).
 
-Every module takes float32 images [B, H, W, C] in [0, 1], normalises them itself, and returns float32 logits
-[B, K]; with `features=True` it returns (logits, feature maps of its stages, first to last).
+Every module takes float32 images [B, H, W, C] in [0, 1], normalises them itself, and returns float32 logits [B, K].
+With `features=True` it returns (logits, feature maps of its blocks, first to last).
 """
 
 from collections.abc import Callable
@@ -19,19 +19,19 @@ from aft_jax.models.resnet import ResNet
 from aft_jax.models.vgg_bn import CONVOLUTIONS, VGG
 
 NAMES = ('mnist_cnn', 'preact_resnet', 'resnet', 'vgg_bn')
-# Of the models that come in several.
+# Depths of the models that come in several.
 DEPTHS = {'preact_resnet': tuple(BLOCKS), 'resnet': tuple(BLOCKS), 'vgg_bn': tuple(CONVOLUTIONS)}
-# Names with the depth in them, as people write them: 'preact_resnet18', and torchvision's 'vgg11_bn'.
+# Common names that contain the depth: 'preact_resnet18', and torchvision's 'vgg11_bn'.
 COMBINED = {f'{name}{depth}': (name, depth) for name, depths in DEPTHS.items() for depth in depths} | {
     f'vgg{depth}_bn': ('vgg_bn', depth) for depth in CONVOLUTIONS
 }
 
 
 def build(config: ml_collections.ConfigDict, num_classes: int) -> nn.Module:
-    """Returns the classifier that `config.model` and `config.dtype` describe, without parameters.
+    """Builds the classifier that `config.model` and `config.dtype` describe, without parameters.
 
     Raises:
-        UserError: `config.model.factory` does not make one.
+        UserError: If `config.model.factory` does not make a classifier.
     """
     options = config.model
     if options.factory:
@@ -62,7 +62,7 @@ def build(config: ml_collections.ConfigDict, num_classes: int) -> nn.Module:
 
 
 def initialise(module: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]) -> dict:
-    """Returns fresh variables {'params', 'batch_stats'} for images of shape (H, W, C)."""
+    """Draws fresh variables {'params', 'batch_stats'} for images of shape (H, W, C)."""
     return jax.jit(module.init)(key, jnp.zeros((1, *image_shape), jnp.float32))
 
 

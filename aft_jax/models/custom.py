@@ -1,4 +1,4 @@
-"""A network of the user's own, by the name of the function that makes it."""
+"""Import of a network of the user's own, by the name of the function that makes it."""
 
 import importlib
 import inspect
@@ -9,21 +9,21 @@ from aft_jax.errors import UserError
 
 
 def make(factory: str, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
-    """Returns the module that a function of the user's makes.
+    """Calls the user's function that makes the network.
 
     Args:
-        factory: 'package.module:function', importable from where the command was started. The function is called as
+        factory: 'package.module:function', importable from the current directory. The function is called as
             function(num_classes=K, mean=mean, std=std) and returns a module with
-            `__call__(images, train=False) -> logits`: float32 images [B, H, W, C] in [0, 1], which it normalises
-            itself, to float32 logits [B, K]. Its variables are 'params' and, where it has BatchNorm, 'batch_stats';
-            dropout draws from the key 'dropout'. The defense `nad`, the observation and the pruning defenses ask for
-            `features=True` as well, for (logits, feature maps [B, H, W, C] of its stages).
-        num_classes: K.
+            `__call__(images, train=False) -> logits`. The images are float32 [B, H, W, C] in [0, 1], and the module
+            normalises them itself. The logits are float32 [B, K]. The variables are 'params' and, with BatchNorm,
+            'batch_stats'. Dropout uses the key 'dropout'. The defense `nad`, the observation and the pruning defenses
+            also pass `features=True`, and expect (logits, feature maps [B, H, W, C] of each block).
+        num_classes: Number of classes K.
         mean: `config.model.mean`.
         std: `config.model.std`.
 
     Raises:
-        UserError: There is no such function, it fails, or it returns something else.
+        UserError: If there is no such function, or it fails, or it returns something else.
     """
     place, _, name = factory.partition(':')
     if not (place and name.isidentifier()):
@@ -35,11 +35,11 @@ def make(factory: str, num_classes: int, mean: tuple[float, ...], std: tuple[flo
             f'model.factory={factory} cannot be imported ({error}); name a function that `import {place}` finds from '
             'the current directory.'
         ) from error
-    except Exception as error:  # Whatever the user's file raises.
+    except Exception as error:  # The user's file may raise anything.
         raise UserError(f'model.factory={factory}: its file cannot be run ({_line(error)}).') from error
     try:
         module = function(num_classes=num_classes, mean=mean, std=std)
-    except Exception as error:  # Whatever the user's function raises.
+    except Exception as error:  # The user's function may raise anything.
         raise UserError(
             f'model.factory={factory} cannot be called with num_classes, mean and std ({_line(error)}).'
         ) from error
@@ -49,7 +49,7 @@ def make(factory: str, num_classes: int, mean: tuple[float, ...], std: tuple[flo
 
 
 def shows_features(module: nn.Module) -> bool:
-    """Whether a module can be asked for its feature maps."""
+    """Returns whether a module can return its feature maps."""
     return 'features' in inspect.signature(type(module).__call__).parameters
 
 

@@ -15,16 +15,16 @@ from aft_jax.ops.convolution import convolve
 
 
 def batch_norm(x: jax.Array, *, train: bool, dtype: Any, name: str | None = None) -> jax.Array:
-    """BatchNorm over all axes but the last, computed in float32, returned in `dtype`.
+    """Applies BatchNorm over all axes but the last, computed in float32, returned in `dtype`.
 
-    Flax keeps 0.9 of the old statistics, which torch writes as momentum 0.1.
+    Flax keeps 0.9 of the running statistics, which torch calls momentum 0.1.
     """
     norm = BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
     return norm(x.astype(jnp.float32)).astype(dtype)
 
 
 def conv(channels: int, kernel: int, stride: int, *, dtype: Any, use_bias: bool, name: str | None = None) -> nn.Conv:
-    """A square convolution, padded as in torch with padding=(kernel - 1) // 2 on every side."""
+    """Builds a square convolution, padded as in torch with padding=(kernel - 1) // 2 on every side."""
     margin = (kernel - 1) // 2
     return nn.Conv(
         channels,
@@ -39,22 +39,22 @@ def conv(channels: int, kernel: int, stride: int, *, dtype: Any, use_bias: bool,
 
 
 def max_pool(x: jax.Array, size: int, stride: int, margin: int) -> jax.Array:
-    """Returns the largest of each `size` x `size` pixels, `stride` apart, in maps with a margin that never wins.
+    """Computes the maximum of each window of `size` x `size` pixels, `stride` apart, in padded maps.
 
-    Made of pairwise maxima, whose gradient is deterministic on a GPU as well; where several pixels are the largest it
-    is shared among them, while torch gives it to one.
+    It consists of pairwise maxima, whose gradient is deterministic on a GPU as well. If several pixels are the largest,
+    the gradient is shared among them, while torch gives it to one.
 
     Args:
         x: [B, H, W, C].
-        size: Pixels of the window's side.
-        stride: Pixels between windows.
-        margin: Pixels around the map, at most `size` - 1.
+        size: Side of the window in pixels.
+        stride: Distance between windows in pixels.
+        margin: Padding of minus infinity in pixels, at most `size` - 1.
 
     Returns:
         [B, H', W', C], H' = floor((H + 2 margin - size) / stride) + 1.
 
     Raises:
-        ValueError: The maps are smaller than the window.
+        ValueError: If the maps are smaller than the window.
     """
     for axis in (1, 2):
         widths = [(0, 0)] * 4
@@ -70,10 +70,10 @@ def max_pool(x: jax.Array, size: int, stride: int, margin: int) -> jax.Array:
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
-    """Returns [B, size, size, C], averages of maps [B, H, W, C] as torch's AdaptiveAvgPool2d takes them.
+    """Averages maps [B, H, W, C] to [B, size, size, C], as torch's AdaptiveAvgPool2d.
 
-    Cell i averages the pixels from floor(i H / size) to ceil((i + 1) H / size), so that cells overlap, or repeat a
-    pixel, where H is no multiple of the size.
+    Cell i averages the pixels from floor(i H / size) to ceil((i + 1) H / size). So cells overlap, or repeat a pixel, if
+    H is not a multiple of the size.
     """
     rows, columns = (_averaging_matrix(length, size) for length in x.shape[1:3])
     averages = jnp.einsum('bhwc,ph,qw->bpqc', x.astype(jnp.float32), rows, columns, precision=lax.Precision.HIGHEST)
@@ -89,7 +89,7 @@ def _averaging_matrix(length: int, size: int) -> np.ndarray:
 
 
 def normalise(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: Any) -> jax.Array:
-    """Returns (images - mean) / std in `dtype`; mean and std have one value or one a channel."""
+    """Computes (images - mean) / std in `dtype`; mean and std have one value or one per channel."""
     channels = images.shape[-1]
     mean_array = jnp.broadcast_to(jnp.asarray(mean, jnp.float32), (channels,))
     std_array = jnp.broadcast_to(jnp.asarray(std, jnp.float32), (channels,))

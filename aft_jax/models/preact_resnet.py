@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from aft_jax.models.layers import batch_norm, conv, normalise
+from aft_jax.models.classifier import Classifier
+from aft_jax.models.layers import batch_norm, conv
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 BOTTLENECK_DEPTHS = (50,)
@@ -20,7 +21,7 @@ EXPANSION = 4
 class Block(nn.Module):
     """Two 3x3 convolutions (basic) or 1x1, 3x3, 1x1 (bottleneck), each after BatchNorm and ReLU, plus the shortcut.
 
-    The 1x1 projection shortcut, where the shape changes, is taken after the first BatchNorm and ReLU.
+    Where the shape changes, the shortcut is a 1x1 convolution of the output of the first BatchNorm and ReLU.
     """
 
     channels: int
@@ -54,17 +55,17 @@ class Block(nn.Module):
 def residual_stages(
     block: Callable[..., nn.Module], x: jax.Array, depth: int, width: int, dtype: Any, train: bool
 ) -> tuple[jax.Array, ...]:
-    """Returns the maps [B, H, W, C] of four stages, strides 1, 2, 2, 2; called within a module's compact method.
+    """Computes the maps [B, H, W, C] of four stages, strides 1, 2, 2, 2; called within a module's compact method.
 
     Args:
-        block: A class of blocks, such as `Block`.
-        x: [B, H, W, C], of the stem.
-        depth: Of BLOCKS.
+        block: Class of the residual blocks, such as `Block`.
+        x: Output of the stem, [B, H, W, C].
+        depth: Key of BLOCKS.
         width: Channels of the first stage.
-        dtype: Of the computation.
+        dtype: Dtype of the computation.
         train: Whether batch statistics are used.
     """
-    stages = []
+    block_outputs = []
     for stage, blocks in enumerate(BLOCKS[depth]):
         for number in range(blocks):
             x = block(
@@ -74,42 +75,38 @@ def residual_stages(
                 dtype=dtype,
                 name=f'stage{stage + 1}_block{number + 1}',
             )(x, train)
-        stages.append(x)
-    return tuple(stages)
+        block_outputs.append(x)
+    return tuple(block_outputs)
 
 
-class PreActResNet(nn.Module):
+def average_head(x: jax.Array, num_classes: int) -> jax.Array:
+    """Computes logits, float32 [B, K], by a dense layer 'head' on the average of a map [B, H, W, C] over its pixels."""
+    return nn.Dense(num_classes, dtype=jnp.float32, name='head')(x.astype(jnp.float32).mean(axis=(1, 2)))
+
+
+class PreActResNet(Classifier):
     """PreActResNet 18, 34 or 50: conv 3x3, four stages (strides 1, 2, 2, 2), global average, linear.
 
-    As in the network of the AFT authors' release there is no BatchNorm and ReLU between the last block and the
-    pooling; `final_norm=True` gives the usual variant.
+    The network of the AFT authors' release has no BatchNorm and ReLU between the last block and the pooling.
+    `final_norm=True` gives the usual variant, which has both.
 
     Attributes:
-        num_classes: K.
         depth: 18, 34 or 50.
-        width: Channels of the first stage; 64 in the papers, less trains on a CPU.
-        final_norm: BatchNorm and ReLU before the pooling.
-        mean: Pixel mean, one value or one a channel.
-        std: Pixel standard deviation, likewise.
-        dtype: Of the computation; parameters are float32.
+        width: Channels of the first stage: 64 in the papers, fewer for training on a CPU.
+        final_norm: Whether BatchNorm and ReLU come before the pooling.
     """
 
-    num_classes: int
     depth: int = 18
     width: int = 64
     final_norm: bool = False
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[float, ...] = (0.25,)
-    dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False, features: bool = False):
-        x = normalise(images, self.mean, self.std, self.dtype)
+    def blocks(self, x: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        """Computes the maps of the four stages."""
         x = conv(self.width, 3, 1, dtype=self.dtype, use_bias=False, name='stem')(x)
-        stages = residual_stages(Block, x, self.depth, self.width, self.dtype, train)
-        x = stages[-1]
+        return residual_stages(Block, x, self.depth, self.width, self.dtype, train)
+
+    def head(self, x: jax.Array, train: bool) -> jax.Array:
+        """Computes the logits from the average of the last map."""
         if self.final_norm:
             x = nn.relu(batch_norm(x, train=train, dtype=self.dtype, name='final_norm_layer'))
-        x = x.astype(jnp.float32).mean(axis=(1, 2))
-        logits = nn.Dense(self.num_classes, dtype=jnp.float32, name='head')(x)
-        return (logits, stages) if features else logits
+        return average_head(x, self.num_classes)

@@ -1,17 +1,17 @@
-"""Residual networks with BatchNorm and ReLU after each convolution: torchvision's, and their kin for small images.
+"""Residual networks with BatchNorm and ReLU after each convolution: torchvision's, and variants for small images.
 
-Source: He et al., "Deep Residual Learning for Image Recognition" (2016); in a bottleneck it is the 3x3 convolution that
-has the stride, as in torchvision.
+Source: He et al., "Deep Residual Learning for Image Recognition" (2016). In a bottleneck block the 3x3 convolution has
+the stride, as in torchvision.
 """
 
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from aft_jax.models.layers import batch_norm, conv, max_pool, normalise
-from aft_jax.models.preact_resnet import EXPANSION, residual_stages
+from aft_jax.models.classifier import Classifier
+from aft_jax.models.layers import batch_norm, conv, max_pool
+from aft_jax.models.preact_resnet import EXPANSION, average_head, residual_stages
 
 STEMS = ('imagenet', 'cifar')
 
@@ -19,7 +19,7 @@ STEMS = ('imagenet', 'cifar')
 class Block(nn.Module):
     """Two 3x3 convolutions (basic) or 1x1, 3x3, 1x1 (bottleneck), each before BatchNorm, plus the shortcut, then ReLU.
 
-    Where the shape changes the shortcut is a 1x1 convolution and a BatchNorm.
+    Where the shape changes, the shortcut is a 1x1 convolution and a BatchNorm.
     """
 
     channels: int
@@ -46,37 +46,28 @@ class Block(nn.Module):
         return nn.relu(y + x)
 
 
-class ResNet(nn.Module):
+class ResNet(Classifier):
     """ResNet 18, 34 or 50: stem, four stages (strides 1, 2, 2, 2), global average, linear.
 
     Attributes:
-        num_classes: K.
         depth: 18, 34 or 50.
         width: Channels of the first stage; 64 in the paper.
         stem: 'imagenet', a 7x7 convolution of stride 2 and a 3x3 max pool of stride 2; or 'cifar', a 3x3 convolution.
-        mean: Pixel mean, one value or one a channel.
-        std: Pixel standard deviation, likewise.
-        dtype: Of the computation; parameters are float32.
     """
 
-    num_classes: int
     depth: int = 18
     width: int = 64
     stem: str = 'imagenet'
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[float, ...] = (0.25,)
-    dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False, features: bool = False):
+    def blocks(self, x: jax.Array, train: bool) -> tuple[jax.Array, ...]:
+        """Computes the maps of the four stages."""
         large = self.stem == 'imagenet'
-        x = normalise(images, self.mean, self.std, self.dtype)
         x = conv(self.width, 7 if large else 3, 2 if large else 1, dtype=self.dtype, use_bias=False, name='stem')(x)
         x = nn.relu(batch_norm(x, train=train, dtype=self.dtype, name='stem_norm'))
         if large:
             x = max_pool(x, 3, 2, 1)
-        stages = residual_stages(Block, x, self.depth, self.width, self.dtype, train)
-        x = stages[-1]
-        x = x.astype(jnp.float32).mean(axis=(1, 2))
-        logits = nn.Dense(self.num_classes, dtype=jnp.float32, name='head')(x)
-        return (logits, stages) if features else logits
+        return residual_stages(Block, x, self.depth, self.width, self.dtype, train)
+
+    def head(self, x: jax.Array, train: bool) -> jax.Array:
+        """Computes the logits from the average of the last map."""
+        return average_head(x, self.num_classes)

@@ -1,7 +1,7 @@
-"""BatchNorm whose gradient passes over the images twice: once for two sums, once for the gradient itself.
+"""BatchNorm with a gradient in two passes over the images: one for two sums, one for the gradient itself.
 
-Derived step by step, as `flax.linen.BatchNorm` has it, mean and mean square each send a gradient back, and a CPU writes
-and reads the images several times more. Outputs and statistics are flax's, and so are the gradients up to rounding.
+`flax.linen.BatchNorm` with XLA's own gradients gives the same result up to rounding, slower on a CPU. There mean and
+mean square are differentiated one after the other, so the images are written and read several times more.
 
 Source: Ioffe & Szegedy, "Batch Normalization" (2015), section 3.
 """
@@ -23,13 +23,13 @@ class BatchNorm(nn.BatchNorm):
 
     @nn.compact
     def __call__(self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None):
-        """Returns the normalised images.
+        """Normalises the images.
 
         Args:
             x: float32 [B, ..., C].
-            use_running_average: Normalise by the statistics that are kept (default: what the field says), instead of
-                the batch's, which then move those that are kept.
-            mask: bool [B, 1, ...]; images that are False count for nothing in the batch's statistics.
+            use_running_average: Whether to normalise by the running statistics (default: the field's value) instead of
+                the batch's. The batch's statistics also update the running ones.
+            mask: bool [B, 1, ...]; False excludes an image from the batch's statistics.
         """
         average = nn.merge_param('use_running_average', self.use_running_average, use_running_average)
         shape = (x.shape[-1],)
@@ -54,13 +54,13 @@ class BatchNorm(nn.BatchNorm):
 def normalised_by_batch(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (x - mean) / sqrt(var + epsilon) * scale + bias, and mean and variance, of which one may derive as well.
+    """Computes (x - mean) / sqrt(var + epsilon) * scale + bias, and mean and variance, all differentiable.
 
     Args:
         x: float32 [B, ..., C].
         scale: float32 [C].
         bias: float32 [C].
-        epsilon: Of the variance.
+        epsilon: Constant added to the variance.
 
     Returns:
         float32 [B, ..., C]; mean and variance over all axes but the last, float32 [C].
@@ -75,13 +75,16 @@ def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) ->
 
 
 def _backward(_: float, saved: Any, gradients: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """With u = (x - mean) r: of bias sum(dy), of scale sum(dy u), of x (dy - mean(dy) - u mean(dy u)) r scale."""
+    """Computes the gradients. With u = (x - mean) r and r = 1 / sqrt(var + epsilon) they are:
+
+    bias sum(dy), scale sum(dy u), x (dy - mean(dy) - u mean(dy u)) r scale.
+    """
     x, mean, r, scale = saved
     of_y, of_mean, of_var = gradients
     axes, count = _axes(x), x.size // x.shape[-1]
     of_bias = of_y.sum(axes)
     of_scale = ((of_y * x).sum(axes) - mean * of_bias) * r
-    # The gradient of x is linear in dy and x, so the rest of it is a matter of C numbers each.
+    # The gradient of x is linear in dy and x, with coefficients of C numbers each.
     by_x = (2 * of_var - scale * r * r * of_scale) / count
     constant = (of_mean - scale * r * of_bias) / count - by_x * mean
     wide = partial(_wide, like=x)

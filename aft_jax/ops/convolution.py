@@ -1,16 +1,17 @@
-"""A convolution that is fast on a CPU, and so are its gradients; everywhere else they are XLA's own.
+"""A convolution that is fast on a CPU, together with its gradients; on other devices it is XLA's own.
 
-On a CPU, 3x3 of stride 1 in float32 between WIDE channels or more goes by way of `winograd`, and a first layer or
-a shortcut is one matrix product. For the others, two traps of XLA's CPU backend, and the way around them:
+XLA's own operation gives the same result up to float32 rounding, slower. On a CPU, a 3x3 convolution of stride 1 in
+float32 with at least WIDE channels uses `ops.winograd`. A first layer or a shortcut is one matrix product. The other
+convolutions avoid two weaknesses of XLA's CPU backend:
 
-- For the gradient of the weights it gathers the patches of the whole batch before it multiplies them: 300 MB for 128
-  images of 32x32x64, ten times as slow as the convolution itself. Here a loop takes a few images at a time, whose
-  patches stay in the cache, and adds up.
-- Inside a loop it has a fast kernel for convolutions in the layout NHWC, HWIO alone, which its own gradients do not
-  have (https://github.com/jax-ml/jax/issues/12868). Here both gradients are written as convolutions in that layout.
+- For the gradient of the kernel XLA gathers the patches of the whole batch before it multiplies them. For 128 images of
+  32x32x64 these are 300 MB, and the gradient takes ten times as long as the convolution. Here a loop sums over parts of
+  a few images, whose patches stay in the cache.
+- Inside a loop XLA is fast only for convolutions in the layout NHWC, HWIO, which its own gradients do not have
+  (https://github.com/jax-ml/jax/issues/12868). Here both gradients are convolutions in this layout.
 
-The results are the same up to float32 rounding. CPUs with several (virtual) devices see the plain ones, because a batch
-that is cut among them should not be cut again.
+With several (virtual) CPU devices the plain operations are used, because each device already has only a part of the
+batch.
 """
 
 import math
@@ -23,13 +24,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from aft_jax.ops import winograd
-from aft_jax.ops.tiling import nearest_divisor, summed
+from aft_jax.ops.tiling import nearest_divisor, sum_over_parts
 
-# Of one part of the batch. Measured: 2 to 8 MB are much alike, 16 MB is slower.
+# Size of the patches of one part of the batch. Measured: 2 to 8 MB are equally fast, 16 MB is slower.
 PATCH_BYTES = 2_000_000
-# Below 32 channels of output a part of fewer images is up to ten times as slow, whatever its size.
+# Below 32 output channels, parts of fewer images are up to ten times as slow, whatever their size.
 FEW_CHANNELS, FEWEST_IMAGES = 32, 8
-# Measured: with 32 channels winograd is 1.5 times as fast, with 16 the same, with 8 or 3 often slower.
+# Measured: winograd is 1.5 times as fast with 32 channels, equally fast with 16, and often slower with 8 or 3.
 WIDE = 32
 LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 Pairs = tuple[tuple[int, int], tuple[int, int]]
@@ -38,23 +39,23 @@ Pairs = tuple[tuple[int, int], tuple[int, int]]
 def convolve(
     x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[tuple[int, int]], **plain: Any
 ) -> jax.Array:
-    """The convolution as `flax.linen.Conv` calls it.
+    """Computes a convolution; the signature is that which `flax.linen.Conv` calls.
 
     Args:
         x: [B, H, W, C].
         kernel: [h, w, C, C'], of the same dtype.
-        strides: Of rows and columns.
+        strides: Strides of rows and columns.
         padding: Rows and columns of zeros (before, after).
-        plain: What `flax.linen.Conv` adds: no dilation, one group, no preferred dtype.
+        plain: Other arguments of `flax.linen.Conv`: no dilation, one group, no preferred dtype.
 
     Returns:
         [B, H', W', C'], of the same dtype.
 
     Raises:
-        ValueError: A dilated or grouped convolution.
+        ValueError: If the convolution is dilated or grouped.
     """
-    given = {name: value for name, value in plain.items() if name != 'dimension_numbers'}
-    unusual = {name: value for name, value in given.items() if value not in (None, 1, (1, 1), [1, 1])}
+    options = {name: value for name, value in plain.items() if name != 'dimension_numbers'}
+    unusual = {name: value for name, value in options.items() if value not in (None, 1, (1, 1), [1, 1])}
     if unusual:
         raise ValueError(f'not a plain convolution: {unusual}')
     (top, bottom), (left, right) = padding
@@ -62,12 +63,12 @@ def convolve(
 
 
 def plain(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pairs) -> jax.Array:
-    """XLA's convolution, with XLA's gradients."""
+    """Computes XLA's convolution, with XLA's gradients."""
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT)
 
 
 def cpu_convolution(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pairs) -> jax.Array:
-    """The same, as a CPU is to compute it."""
+    """Computes the same convolution in the way that is fastest on a CPU."""
     if _suits_winograd(x, kernel, strides, padding):
         return winograd.convolve(x, kernel, padding)
     if math.prod(kernel.shape[:3]) <= kernel.shape[3]:
@@ -76,7 +77,7 @@ def cpu_convolution(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], p
 
 
 def _by_patches(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pairs) -> jax.Array:
-    """One matrix product, for layers whose patches are no larger than their output: a first one, a shortcut of 1x1."""
+    """Computes a convolution as one matrix product, for layers whose patches are no larger than their output."""
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     rows, columns = ((padded.shape[1 + axis] - kernel.shape[axis]) // strides[axis] for axis in (0, 1))
     views = [
@@ -123,7 +124,7 @@ _convolve.defvjp(_forward, _backward)
 def plain_gradients(
     x: jax.Array, kernel: jax.Array, out: jax.Array, strides: tuple[int, int], padding: Pairs
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the gradients of input and kernel as XLA computes them; arguments as for `cpu_gradients`."""
+    """Computes XLA's gradients of input and kernel; the arguments are those of `cpu_gradients`."""
     _, gradients = jax.vjp(lambda x, kernel: plain(x, kernel, strides, padding), x, kernel)
     of_x, of_kernel = gradients(out)
     return of_x, of_kernel
@@ -132,14 +133,14 @@ def plain_gradients(
 def cpu_gradients(
     x: jax.Array, kernel: jax.Array, out: jax.Array, strides: tuple[int, int], padding: Pairs
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the gradients of a convolution's input [B, H, W, C] and kernel [h, w, C, C'].
+    """Computes the gradients of a convolution's input [B, H, W, C] and kernel [h, w, C, C'].
 
     Args:
-        x: [B, H, W, C], its input.
-        kernel: [h, w, C, C'].
-        out: [B, H', W', C'], the gradient of its output.
-        strides: Of rows and columns.
-        padding: Of rows and columns, (before, after).
+        x: [B, H, W, C], the input.
+        kernel: [h, w, C, C'], the kernel.
+        out: [B, H', W', C'], the gradient with respect to the output.
+        strides: Strides of rows and columns.
+        padding: Rows and columns of zeros (before, after).
     """
     if _suits_winograd(x, kernel, strides, padding):
         return winograd.input_gradient(out, kernel, padding), winograd.kernel_gradient(x, out, padding)
@@ -165,12 +166,12 @@ def _of_kernel(x: jax.Array, kernel: jax.Array, out: jax.Array, strides: tuple[i
         reach = strides[axis] * (out.shape[1 + axis] - 1) + kernel.shape[axis]
         margins.append((padding[axis][0], reach - padding[axis][0] - x.shape[1 + axis]))
 
-    def of_part(x: jax.Array, out: jax.Array) -> jax.Array:
-        # Channels stand in for the batch, and the batch for the channels that a convolution sums over.
+    def gradient_of_part(x: jax.Array, out: jax.Array) -> jax.Array:
+        # The channels take the place of the batch, and the batch that of the channels that a convolution sums over.
         images, taps = x.transpose(3, 1, 2, 0), out.transpose(1, 2, 0, 3)
         gradient = lax.conv_general_dilated(
             images, taps, (1, 1), margins, rhs_dilation=strides, dimension_numbers=LAYOUT
         )
         return gradient.transpose(1, 2, 0, 3)
 
-    return summed(of_part, (x, out), part, kernel.shape)
+    return sum_over_parts(gradient_of_part, (x, out), part, kernel.shape)

@@ -1,24 +1,24 @@
-"""Sampling images at fractional positions, vectorised over the batch.
+"""Sampling of images at fractional positions, vectorised over the batch.
 
-`jax.image.resize` has no align_corners and its cubic kernel has a = -0.5, so what the attacks' authors computed with
-torch is written out here.
+These are torch's operations, which the authors of the attacks used. `jax.image.resize` cannot replace them: it has no
+align_corners, and its cubic kernel has a = -0.5.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The cubic convolution kernel of torch, OpenCV and PIL's forerunners (Keys, 1981, has -0.5).
+# Parameter of the cubic convolution kernel of torch and OpenCV (Keys, 1981, has -0.5).
 CUBIC_A = -0.75
 
 
 def sample_bilinear(images: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """Returns bilinear samples of the images, with black outside the frame.
+    """Samples images bilinearly, with black outside the frame.
 
     Args:
         images: float32 [B, H, W, C].
         rows: float32 [B, h, w], positions in pixels: 0 is the centre of the first row, H - 1 that of the last.
-        columns: float32 [B, h, w], likewise.
+        columns: float32 [B, h, w], positions in pixels, counted in the same way.
 
     Returns:
         float32 [B, h, w, C].
@@ -40,7 +40,7 @@ def sample_bilinear(images: jax.Array, rows: jax.Array, columns: jax.Array) -> j
 
 
 def sample_field(images: jax.Array, field: jax.Array) -> jax.Array:
-    """Returns bilinear samples at normalised positions: torch's grid_sample with align_corners=True, zero padding.
+    """Samples images bilinearly at normalised positions: torch's grid_sample with align_corners=True, zero padding.
 
     Args:
         images: float32 [B, H, W, C].
@@ -56,10 +56,10 @@ def sample_field(images: jax.Array, field: jax.Array) -> jax.Array:
 
 
 def upsample_bilinear(images: jax.Array) -> jax.Array:
-    """Returns images of twice the size: torch's bilinear interpolation with align_corners=False.
+    """Doubles the size of images: torch's bilinear interpolation with align_corners=False.
 
-    A new pixel lies a quarter of an old one from its nearest neighbour, so the weights are 3/4 and 1/4; beyond the
-    border the border goes on.
+    A new pixel lies a quarter of an old pixel from its nearest neighbour, so the weights are 3/4 and 1/4. Beyond the
+    border the border pixels are repeated.
 
     Args:
         images: float [B, H, W, C].
@@ -78,14 +78,14 @@ def upsample_bilinear(images: jax.Array) -> jax.Array:
 
 
 def upsample_bicubic(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Returns resized images: torch's bicubic interpolation with align_corners=True and a = -0.75.
+    """Resizes images: torch's bicubic interpolation with align_corners=True and a = -0.75.
 
-    In NumPy and float64, so that what is made from a seed is the same on every machine.
+    It uses NumPy and float64, so that a trigger made from a seed is the same on every machine.
 
     Args:
         images: float [B, h, w, C].
-        height: H.
-        width: W.
+        height: New height H.
+        width: New width W.
 
     Returns:
         float64 [B, H, W, C].
@@ -95,7 +95,7 @@ def upsample_bicubic(images: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def bicubic_weights(old: int, new: int) -> np.ndarray:
-    """Returns float64 [new, old]: what each old pixel of a line gives to each new one, the ends meeting the ends."""
+    """Computes float64 [new, old]: the weight of each old pixel of a line in each new pixel, with corners aligned."""
     positions = np.arange(new) * ((old - 1) / (new - 1) if new > 1 else 0.0)
     nearest = np.floor(positions)
     weights = np.zeros((new, old))

@@ -1,4 +1,8 @@
-"""Batches cut into equal parts, whose intermediate results stay in a CPU's cache."""
+"""Batches split into equal parts, so that the intermediate results of a part stay in a CPU's cache.
+
+Computing the whole batch at once gives the same result up to rounding, slower. Measured: see `ops.convolution` and
+`ops.winograd`.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,30 +12,30 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def nearest_divisor(number: int, wanted: float) -> int:
-    """Returns the divisor of `number` whose ratio to `wanted` is nearest to 1."""
+def nearest_divisor(number: int, target: float) -> int:
+    """Finds the divisor of `number` whose ratio to `target` is nearest to 1."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return min(divisors, key=lambda d: abs(math.log(d / wanted)))
+    return min(divisors, key=lambda d: abs(math.log(d / target)))
 
 
-def cut(x: jax.Array, size: int) -> jax.Array:
-    """Returns [parts, size, ...] of an array whose length `size` divides."""
+def split_parts(x: jax.Array, size: int) -> jax.Array:
+    """Reshapes an array [parts * size, ...] to [parts, size, ...]."""
     return x.reshape(-1, size, *x.shape[1:])
 
 
-def summed(
-    of_part: Callable[..., jax.Array], arrays: Sequence[jax.Array], size: int, shape: tuple[int, ...]
+def sum_over_parts(
+    function: Callable[..., jax.Array], arrays: Sequence[jax.Array], size: int, shape: tuple[int, ...]
 ) -> jax.Array:
-    """Returns the sum of what a function makes of each part of some arrays.
+    """Sums the results of a function over the parts of a batch.
 
     Args:
-        of_part: Of the parts of all arrays, [size, ...] each; gives the shape, in the dtype of the first.
-        arrays: Of equal length.
-        size: Of a part.
-        shape: Of the sum.
+        function: Function of one part [size, ...] of each array; returns an array of `shape` in the dtype of the first.
+        arrays: Arrays of equal length.
+        size: Length of a part.
+        shape: Shape of the sum.
     """
     if size == len(arrays[0]):
-        return of_part(*arrays)
+        return function(*arrays)
     start = jnp.zeros(shape, arrays[0].dtype)
-    parts = tuple(cut(x, size) for x in arrays)
-    return lax.scan(lambda total, part: (total + of_part(*part), None), start, parts)[0]
+    parts = tuple(split_parts(x, size) for x in arrays)
+    return lax.scan(lambda total, part: (total + function(*part), None), start, parts)[0]

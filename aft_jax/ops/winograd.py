@@ -1,16 +1,19 @@
-"""Convolutions 3x3 of stride 1 with a quarter of the multiplications, for CPUs.
+"""Winograd convolutions, 3x3 with stride 1, for CPUs: a quarter of the multiplications.
 
-Each tile of 4x4 pixels of the output is computed from the 6x6 pixels under it as a product of polynomials is: both
-factors are evaluated at six places (in two dimensions 36), multiplied there, summed over the channels, and the product
-is interpolated. The sums over channels are 36 matrix products; the rest is additions, and small beside them where
-there are many channels. A few images at a time, so that what lies between stays in the cache.
+XLA's own operation gives the same result up to float32 rounding, slower. Measured: with 32 channels this one is
+1.5 times as fast (docs/benchmarks.md).
 
-The places are 0, +-sqrt(1/2), +-sqrt(2) and infinity. The usual ones, 0, +-1, +-2 and infinity, give twice the rounding
-error; with these it is twice that of the plain sum (of float32 results with 64 channels, 8e-7 against 4e-7 of their
-root mean square).
+Each tile of 4x4 output pixels is computed from the 6x6 input pixels under it as a product of polynomials. Both factors
+are evaluated at six points (36 in two dimensions), multiplied there, and summed over the channels. Then the product is
+interpolated. The sums over channels are 36 matrix products. The remaining additions cost little if there are many
+channels. A few images are computed at a time, so that intermediate results stay in the cache.
+
+The points are 0, +-sqrt(1/2), +-sqrt(2) and infinity. The usual points, 0, +-1, +-2 and infinity, double the rounding
+error. With these points the error is twice that of the plain sum: for float32 and 64 channels, 8e-7 against 4e-7 of the
+root mean square of the result.
 
 Source: Winograd, "Arithmetic Complexity of Computations" (1980); Lavin & Gray, "Fast Algorithms for Convolutional
-Neural Networks" (2016); that places can be chosen for accuracy: Barabasz et al., "Error Analysis and Improving the
+Neural Networks" (2016); the choice of points for accuracy: Barabasz et al., "Error Analysis and Improving the
 Accuracy of Winograd Convolution for Deep Neural Networks" (2018).
 """
 
@@ -23,33 +26,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from aft_jax.ops.tiling import cut, nearest_divisor, summed
+from aft_jax.ops.tiling import nearest_divisor, split_parts, sum_over_parts
 
 KERNEL = 3
 TILE = 4
-PLACES = (0.0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2.0), -math.sqrt(2.0))
+POINTS = (0.0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2.0), -math.sqrt(2.0))
 REACH = TILE + KERNEL - 1
-# Of the evaluated pixels of the images that are computed at a time. Measured: 2 to 5 MB are alike.
+# Size of the evaluated pixels of the images that are computed at a time. Measured: 2 to 5 MB are equally fast.
 PART_BYTES = 4_000_000
 Pairs = tuple[tuple[int, int], tuple[int, int]]
 
 
 def matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns float64 A [REACH, TILE], G [REACH, KERNEL] and B [REACH, REACH] with out = A^T ((G kernel) (B pixels)).
+    """Computes float64 A [REACH, TILE], G [REACH, KERNEL] and B [REACH, REACH] with out = A^T ((G kernel) (B pixels)).
 
-    That is the convolution in one dimension: out[i] = sum_k kernel[k] pixels[i + k], for TILE outputs.
+    This is the convolution in one dimension: out[i] = sum_k kernel[k] pixels[i + k], for TILE outputs.
     """
-    places = np.array(PLACES)
-    powers = places[:, None] ** np.arange(TILE)
+    points = np.array(POINTS)
+    powers = points[:, None] ** np.arange(TILE)
     a = np.vstack([powers, np.eye(TILE)[-1]])
-    others = [np.delete(places, i) for i in range(len(places))]
-    weights = np.array([np.prod(p - rest) for p, rest in zip(places, others, strict=True)])
-    g = np.vstack([places[:, None] ** np.arange(KERNEL) / weights[:, None], np.eye(KERNEL)[-1]])
+    others = [np.delete(points, i) for i in range(len(points))]
+    weights = np.array([np.prod(p - rest) for p, rest in zip(points, others, strict=True)])
+    g = np.vstack([points[:, None] ** np.arange(KERNEL) / weights[:, None], np.eye(KERNEL)[-1]])
     b = np.zeros((REACH, REACH))
     for i, rest in enumerate(others):
         b[i, : REACH - 1] = np.poly(rest)[::-1]
-    b[-1] = np.poly(places)[::-1]
-    b[np.abs(b) < 1e-9] = 0.0  # zeros but for rounding
+    b[-1] = np.poly(points)[::-1]
+    b[np.abs(b) < 1e-9] = 0.0  # zero except for rounding
     return a, g, b
 
 
@@ -57,7 +60,7 @@ A, G, B = matrices()
 
 
 def convolve(x: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
-    """Returns the convolution of stride 1.
+    """Computes the convolution with stride 1.
 
     Args:
         x: float32 [B, H, W, C].
@@ -71,29 +74,29 @@ def convolve(x: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
     tiles = _tiles(height, width)
     evaluated = _both_ways(G, list(kernel), lambda rows, j: rows[:, j]).reshape(-1, *kernel.shape[2:])
 
-    def of_part(part: jax.Array) -> jax.Array:
+    def convolve_part(part: jax.Array) -> jax.Array:
         products = jnp.einsum('knc,kcd->knd', _pixels(part, padding, tiles), evaluated)
         products = products.reshape(REACH, REACH, -1, *tiles, products.shape[-1])
-        # [row in the tile, column in it, B, rows of tiles, columns of tiles, C']
+        # [row in the tile, column in the tile, B, rows of tiles, columns of tiles, C']
         out = _both_ways(A.T, list(products), lambda columns, i: columns[:, i])
         out = out.transpose(2, 3, 0, 4, 1, 5).reshape(-1, TILE * tiles[0], TILE * tiles[1], out.shape[-1])
         return out[:, :height, :width]
 
-    out = lax.map(of_part, cut(x, _part(x, tiles)))
+    out = lax.map(convolve_part, split_parts(x, _images_per_part(x, tiles)))
     return out.reshape(len(x), height, width, -1)
 
 
 def input_gradient(out: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
-    """Returns the gradient of that convolution's input, float32 [B, H, W, C].
+    """Computes the gradient with respect to the input of `convolve`, float32 [B, H, W, C].
 
     Args:
-        out: float32 [B, H', W', C'], the gradient of its output.
-        kernel: As it was.
-        padding: As it was.
+        out: float32 [B, H', W', C'], the gradient with respect to the output.
+        kernel: float32 [3, 3, C, C'], the kernel of the convolution.
+        padding: Padding of the convolution.
     """
     (top, bottom), (left, right) = padding
     opposite = ((2 - top, 2 - bottom), (2 - left, 2 - right))
-    # A loop, since XLA would else have each sum of the evaluation read the kernel across the grain.
+    # The loop makes XLA transpose the kernel first. Otherwise each sum of the evaluation reads it with large strides.
     turned = lax.map(jnp.transpose, kernel.reshape(-1, *kernel.shape[2:])).reshape(
         *kernel.shape[:2], *kernel.shape[:1:-1]
     )
@@ -101,38 +104,39 @@ def input_gradient(out: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Arr
 
 
 def kernel_gradient(x: jax.Array, out: jax.Array, padding: Pairs) -> jax.Array:
-    """Returns the gradient of that convolution's kernel, float32 [3, 3, C, C'].
+    """Computes the gradient with respect to the kernel of `convolve`, float32 [3, 3, C, C'].
 
     Args:
-        x: float32 [B, H, W, C], its input.
-        out: float32 [B, H', W', C'], the gradient of its output.
-        padding: As it was.
+        x: float32 [B, H, W, C], the input of the convolution.
+        out: float32 [B, H', W', C'], the gradient with respect to the output.
+        padding: Padding of the convolution.
     """
     tiles = _tiles(*out.shape[1:3])
     margins = [(0, TILE * count - size) for count, size in zip(tiles, out.shape[1:3], strict=True)]
 
-    def of_part(x: jax.Array, out: jax.Array) -> jax.Array:
+    def gradient_of_part(x: jax.Array, out: jax.Array) -> jax.Array:
         gradients = _evaluate(A, jnp.pad(out, ((0, 0), *margins, (0, 0))), tiles)
         return jnp.einsum('knc,knd->kcd', _pixels(x, padding, tiles), gradients)
 
-    total = summed(of_part, (x, out), _part(x, tiles), (REACH * REACH, x.shape[-1], out.shape[-1]))
+    shape = (REACH * REACH, x.shape[-1], out.shape[-1])
+    total = sum_over_parts(gradient_of_part, (x, out), _images_per_part(x, tiles), shape)
     total = total.reshape(REACH, REACH, *total.shape[1:])
     return _both_ways(G.T, list(total), lambda columns, i: columns[:, i])
 
 
 def _tiles(height: int, width: int) -> tuple[int, int]:
-    """Returns how many rows and columns of tiles cover an output."""
+    """Computes the numbers of rows and columns of tiles that cover an output."""
     return -(-height // TILE), -(-width // TILE)
 
 
-def _part(x: jax.Array, tiles: tuple[int, int]) -> int:
-    """Returns how many images are computed at a time."""
+def _images_per_part(x: jax.Array, tiles: tuple[int, int]) -> int:
+    """Computes the number of images that are computed at a time."""
     image = REACH * REACH * math.prod(tiles) * x.shape[-1] * x.dtype.itemsize
     return nearest_divisor(len(x), PART_BYTES / image)
 
 
 def _pixels(x: jax.Array, padding: Pairs, tiles: tuple[int, int]) -> jax.Array:
-    """Returns the input, evaluated at the places: [REACH * REACH, tiles of all images, C]."""
+    """Evaluates the input at the points: [REACH * REACH, tiles of all images, C]."""
     margins = [
         (before, TILE * count + KERNEL - 1 - before - size)
         for (before, _), count, size in zip(padding, tiles, x.shape[1:3], strict=True)
@@ -141,9 +145,9 @@ def _pixels(x: jax.Array, padding: Pairs, tiles: tuple[int, int]) -> jax.Array:
 
 
 def _evaluate(matrix: np.ndarray, maps: jax.Array, tiles: tuple[int, int]) -> jax.Array:
-    """Returns maps [B, H, W, C] evaluated, tile by tile, in both directions: [REACH * REACH, B * tiles, C].
+    """Evaluates maps [B, H, W, C] tile by tile in both directions: [REACH * REACH, B * tiles, C].
 
-    The matrix [REACH, n] takes the n pixels from the beginning of each tile.
+    The matrix [REACH, n] is applied to the first n pixels of each tile.
     """
     rows, columns = (TILE * (count - 1) + 1 for count in tiles)
     views = [maps[:, i : i + rows : TILE] for i in range(matrix.shape[1])]
@@ -154,12 +158,13 @@ def _evaluate(matrix: np.ndarray, maps: jax.Array, tiles: tuple[int, int]) -> ja
 def _both_ways(
     matrix: np.ndarray, views: Sequence[jax.Array], other: Callable[[jax.Array, int], jax.Array]
 ) -> jax.Array:
-    """Applies a matrix [m, n] in one direction, to n arrays, and to what comes out in the other.
+    """Applies a matrix [m, n] in one direction and then, to the result, in the other.
 
     Args:
-        matrix: Of one dimension.
-        views: n arrays, of equal shape.
-        other: Takes the result [m, ...] of the first direction, and gives the i-th of n arrays of the second.
+        matrix: Matrix of one dimension.
+        views: The n arrays of the first direction, of equal shape.
+        other: Function of the result [m, ...] of the first direction and i, which returns the i-th of the n arrays of
+            the second direction.
 
     Returns:
         [m (second direction), m (first), ...].
@@ -169,6 +174,6 @@ def _both_ways(
 
 
 def _combine(matrix: np.ndarray, views: Sequence[jax.Array]) -> jax.Array:
-    """Returns the sums of n arrays, weighted by each of m rows, without the zeros: [m, ...]."""
+    """Computes the sums of n arrays, weighted by each of the m rows of the matrix; zero weights are skipped."""
     sums = [[float(weight) * view for weight, view in zip(row, views, strict=True) if weight] for row in matrix]
     return jnp.stack([reduce(jnp.add, terms) for terms in sums])

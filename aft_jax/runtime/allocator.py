@@ -1,9 +1,9 @@
-"""Keeps freed memory for the next step; the C library gives it back to the system, which costs a quarter of a step.
+"""Settings of the C library's allocator that keep freed memory for the next training step.
 
-XLA's CPU backend takes the temporary buffers of a computation from malloc and frees them at its end, tens of megabytes
-each time. glibc asks the system for large blocks with mmap and returns them when they are freed, so every step gets
-fresh pages, which the system has to clear and map one by one. With these settings the blocks come from the heap, which
-keeps them. Accelerators have allocators of their own and do not notice.
+XLA's CPU backend allocates the temporary buffers of a computation with malloc and frees them at its end, tens of
+megabytes per step. By default glibc takes large blocks from the system with mmap and returns them when they are freed.
+Then every step gets new pages, which the system has to clear and map. This costs a quarter of a step. With these
+settings the blocks come from the heap, which keeps them. Accelerators have allocators of their own.
 
 Measured: docs/benchmarks.md.
 """
@@ -12,14 +12,18 @@ import ctypes
 import os
 import sys
 
-# Of glibc's <malloc.h>.
+# Constants of glibc's <malloc.h>.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 LARGEST = 2**31 - 1
 PAD_BYTES = 256 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc's malloc to keep what is freed, unless the environment has settings of its own; returns whether."""
+    """Sets glibc's malloc to keep freed memory, unless the environment configures malloc.
+
+    Returns:
+        Whether the settings are in force.
+    """
     if sys.platform != 'linux' or any(name.startswith('MALLOC_') for name in os.environ):
         return False
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)

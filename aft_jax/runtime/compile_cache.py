@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that a second start need not compile them again."""
+"""JAX's cache of compiled programs on disk, so that a second start does not compile them again."""
 
 import os
 from pathlib import Path
@@ -10,13 +10,13 @@ from aft_jax.errors import UserError, user_path
 
 
 def use(directory: str) -> None:
-    """Keeps every program compiled from now on in `directory`, and takes it from there when it is found.
+    """Uses `directory` as the cache of all programs compiled from now on.
 
     Args:
-        directory: Made when it is not there; '' leaves JAX's own settings (JAX_COMPILATION_CACHE_DIR) alone.
+        directory: Cache directory, created if it does not exist; '' keeps JAX's settings (JAX_COMPILATION_CACHE_DIR).
 
     Raises:
-        UserError: It cannot be written.
+        UserError: If the directory cannot be written.
     """
     if not directory:
         return
@@ -24,7 +24,9 @@ def use(directory: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f'run.compile_cache={directory} cannot be made ({error.strerror}); name another.') from error
+        raise UserError(
+            f'run.compile_cache={directory} cannot be created ({error.strerror}); name another directory.'
+        ) from error
     if not os.access(path, os.W_OK):
         raise UserError(f'run.compile_cache={directory} cannot be written; name another directory.')
     _point_to(path)
@@ -35,4 +37,4 @@ def _point_to(path: Path) -> None:
         return
     jax.config.update('jax_compilation_cache_dir', str(path))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-    reset_cache()  # JAX looks at the setting once, at its first compilation
+    reset_cache()  # JAX reads the setting only once, at its first compilation

@@ -1,4 +1,4 @@
-"""Several processes that are one program: joining them, and agreeing on what went wrong."""
+"""The processes of one distributed job: joining them, synchronising them, and raising an error in all of them."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from aft_jax.errors import UserError
 
 T = TypeVar('T')
-# A process that is gone is missed after so long, and the others end.
+# Seconds after which a dead process is noticed and the others end.
 HEARTBEAT_SECONDS = 30
 MESSAGE_BYTES = 2000
 
@@ -22,11 +22,11 @@ def join(coordinator: str | None, processes: int | None, index: int | None) -> N
 
     Args:
         coordinator: HOST:PORT of process 0; None where JAX finds the job by itself (TPU pods, SLURM, Kubernetes).
-        processes: How many there are; None likewise.
-        index: Which one this is, from 0; None likewise.
+        processes: Number of processes, or None.
+        index: Index of this process, from 0, or None.
 
     Raises:
-        UserError: There is no such job to be found.
+        UserError: If the arguments do not fit together, or no job is found.
     """
     if (processes is None) != (index is None) or (processes is not None and coordinator is None):
         raise UserError('--coordinator, --num_processes and --process_id go together: give all three, or none.')
@@ -36,7 +36,7 @@ def join(coordinator: str | None, processes: int | None, index: int | None) -> N
         raise UserError(f'--coordinator={coordinator} must be HOST:PORT, such as 10.0.0.2:8476.')
     try:
         jax.distributed.initialize(coordinator, processes, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except ValueError as error:  # a host that comes too late raises another kind, and is not the user's mistake
+    except ValueError as error:  # a process that joins too late raises another error, which is not the user's mistake
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
         raise UserError(
             f'--distributed found no job to join ({reason}); outside of TPU pods, SLURM and Kubernetes give '
@@ -45,19 +45,19 @@ def join(coordinator: str | None, processes: int | None, index: int | None) -> N
 
 
 def raise_everywhere(function: Callable[[], T]) -> T:
-    """Runs something that may go wrong in one process alone; all of them raise when it does in any.
+    """Runs a function in every process, and raises a UserError in all of them if it raises one in any.
 
     Raises:
-        UserError: Of the first process that raised one, in every process.
+        UserError: The error of the first process that raised one.
     """
     if jax.process_count() == 1:
         return function()
-    said = b''
+    message = b''
     try:
         result = function()
     except UserError as error:
-        said = str(error).encode()[:MESSAGE_BYTES] or b'?'
-    padded = np.frombuffer(said.ljust(MESSAGE_BYTES, b'\0'), np.uint8)
+        message = str(error).encode()[:MESSAGE_BYTES] or b'?'
+    padded = np.frombuffer(message.ljust(MESSAGE_BYTES, b'\0'), np.uint8)
     for row in np.asarray(multihost_utils.process_allgather(padded)):
         if text := bytes(row).rstrip(b'\0').decode(errors='ignore'):
             raise UserError(text, shared=True)
@@ -65,32 +65,32 @@ def raise_everywhere(function: Callable[[], T]) -> T:
 
 
 def process_zero_first(function: Callable[[], T]) -> T:
-    """Runs something in process 0, and when that is done in the others, which find what it has left."""
+    """Runs `function` in process 0 first and then in all other processes, which can reuse the files it wrote."""
     first = jax.process_index() == 0
     result = raise_everywhere(lambda: function() if first else None)
     return raise_everywhere(lambda: result if first and result is not None else function())
 
 
 def all_processes(agrees: bool) -> bool:
-    """Whether every process says so."""
+    """Returns whether `agrees` is true in every process."""
     if jax.process_count() == 1:
         return agrees
     return bool(np.all(multihost_utils.process_allgather(np.asarray(agrees))))
 
 
 def barrier(place: str) -> None:
-    """Waits until every process is here; `place` is a name for where."""
+    """Waits until every process has called it; `place` is the name of the barrier."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(place)
 
 
 def should_print(error: UserError) -> bool:
-    """Whether this process should tell the user: of an error that all have, process 0 alone."""
+    """Returns whether this process should print the error. Only process 0 prints an error that all processes have."""
     return not error.shared or jax.process_index() == 0
 
 
 def hard_exit(status: int) -> NoReturn:
-    """Ends this process at once, without waiting for others that may wait for it; they end soon after."""
+    """Ends this process at once, without waiting for the other processes, which end soon after."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,7 +1,7 @@
-"""Where arrays live: state replicated, batches cut along a one-axis mesh called 'data'.
+"""Shardings on a mesh with the single axis 'data': state is replicated, batches are split along the axis.
 
-Batch statistics and losses are those of the global batch, so a result does not depend on the number of devices, nor on
-how many processes hold them. Every process has the whole of a host array at hand, and gives its devices their part.
+Batch statistics and losses are computed over the global batch. So results do not depend on the number of devices or
+processes. Every process holds host arrays as a whole, and copies to each of its devices the part of that device.
 """
 
 from typing import Any
@@ -16,55 +16,55 @@ from aft_jax.errors import UserError
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh over the devices (default: all of them, of every process)."""
+    """Creates a mesh of the devices (default: all devices of all processes)."""
     devices = devices or jax.devices()
     return jax.make_mesh((len(devices),), ('data',), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Returns the sharding with the whole array on every device."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
-    """Cut along one axis of the array, the batch's."""
+    """Returns the sharding that splits an array along `axis`, its batch axis."""
     return NamedSharding(mesh, P(*[None] * axis, 'data'))
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Returns the pytree with every array on all devices of the mesh; all processes give the same values."""
+    """Copies every array of a pytree to all devices of the mesh; all processes must pass the same values."""
     sharding = replicated(mesh)
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
 
     def put(leaf: Any) -> jax.Array:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            return leaf  # it lives on the mesh already
+            return leaf  # already on the mesh
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda cut: np.asarray(leaf)[cut])
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(leaf)[index])
 
     return jax.tree.map(put, tree)
 
 
 def copy(mesh: Mesh, tree: Any) -> Any:
-    """Returns the pytree in new memory on all devices of the mesh, so that it may be donated."""
+    """Copies a pytree to new memory on all devices of the mesh, so that it may be donated."""
     fresh = jax.jit(lambda t: jax.tree.map(jnp.copy, t), out_shardings=replicated(mesh))
     return fresh(replicate(mesh, tree))
 
 
 def wait_on_virtual_devices(mesh: Mesh, tree: Any) -> Any:
-    """Returns the pytree, waiting for it where more calls in flight would be dangerous.
+    """Waits for a pytree on virtual CPU devices, where several calls in flight may deadlock, and returns it.
 
-    Several virtual CPU devices share few threads, and the collectives of two calls can then wait for each other for
-    ever. Accelerators and a single CPU device take as many calls as the caller likes.
+    Several virtual CPU devices share few threads, so the collectives of two calls can wait for each other forever.
+    Accelerators and a single CPU device do not wait here.
     """
     virtual = mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu'
     return jax.block_until_ready(tree) if virtual else tree
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, field: str) -> None:
-    """Raises UserError, naming sizes that work, when the devices do not divide the batch."""
+    """Checks that the number of devices divides the batch size; the UserError names sizes that work."""
     count = mesh.size
     if batch_size % count:
         below, above = batch_size // count * count, (batch_size // count + 1) * count

@@ -1,7 +1,7 @@
-"""Checkpoints of one stage, written by Orbax in the background, verified when they are read back.
+"""Checkpoints of one stage, written by Orbax in the background and verified when they are read.
 
-A checkpoint is complete or absent: Orbax writes to a temporary name and renames. One that was damaged afterwards is
-found out by the checksum that stands beside the arrays, moved aside, and the one before it is used.
+A checkpoint is complete or absent, because Orbax writes to a temporary name and renames. A checksum beside the arrays
+reveals later damage. A damaged checkpoint is moved aside, and the one before it is used.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from aft_jax.runtime import processes
 
 log = logging.getLogger(__name__)
 State = TypeVar('State')
-# Long enough for a read of a small file that is under way.
+# Time for unfinished reads of small files to end.
 ABANDONED_READ_SECONDS = 0.05
 
 
 class Checkpoints:
-    """The checkpoints of one stage in one directory; use as a context manager, so that writing is finished."""
+    """The checkpoints of one stage in one directory; a context manager that waits for unfinished writes."""
 
     def __init__(self, directory: Path, keep: int):
-        """Opens `directory`, which is made when it is not there; the newest `keep` checkpoints stay."""
+        """Opens `directory`, creating it if needed; only the newest `keep` checkpoints are kept."""
         self.directory = Path(directory).absolute()
         self._keep = keep
         self._manager = self._open()
@@ -52,9 +52,9 @@ class Checkpoints:
         """Starts writing the state under its step; returns when the state may be changed.
 
         Args:
-            step: Steps taken.
+            step: Number of steps taken.
             state: Pytree of replicated arrays.
-            info: Plain values that are kept beside it.
+            info: JSON values stored with the state.
         """
         info = info | {'checksum': checksum(state)}
         self._manager.save(
@@ -62,22 +62,25 @@ class Checkpoints:
         )
 
     def restore(self, template: State) -> tuple[State, dict[str, Any]] | None:
-        """Returns the newest whole checkpoint and its info, or None where there is none.
+        """Loads the newest undamaged checkpoint.
 
         Args:
-            template: A state of the same structure, shapes, dtypes and shardings.
+            template: State of the same structure, shapes, dtypes and shardings.
+
+        Returns:
+            (state, info), or None if there is no undamaged checkpoint.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
-            found, reason = None, 'another process could not read it'
+            loaded, reason = None, 'another process could not read it'
             try:
                 with _abandoned_reads_are_silent():
-                    found = self._read(step, template)
+                    loaded = self._read(step, template)
             except MemoryError:
                 raise
-            except Exception as error:  # Orbax and TensorStore raise whatever the damage makes them raise.
+            except Exception as error:  # Damage makes Orbax and TensorStore raise errors of many kinds.
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            if processes.all_processes(found is not None):
-                return found
+            if processes.all_processes(loaded is not None):
+                return loaded
             log.warning('The checkpoint %s is damaged and is skipped (%s).', self.directory / str(step), reason)
             with _abandoned_reads_are_silent():
                 gc.collect()
@@ -108,10 +111,11 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _abandoned_reads_are_silent() -> Iterator[None]:
-    """Keeps Orbax from printing tracebacks when one array cannot be read and the reads of the others are abandoned.
+    """Keeps Orbax from printing tracebacks when it abandons the reads of other arrays after one has failed.
 
-    They end in coroutines that Python collects later and in callbacks to an event loop that is closed; neither can be
-    caught, and what went wrong has been raised already.
+    The abandoned reads end in coroutines that Python collects later and in callbacks to a closed event loop. These
+    errors cannot be caught, and the first error has been raised already. Orbax 0.12.8 needs this function. It may go
+    with a version of Orbax for which `test_restore_prints_no_tracebacks` passes without it.
     """
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
@@ -125,7 +129,7 @@ def _abandoned_reads_are_silent() -> Iterator[None]:
 
 
 def checksum(state: Any) -> int:
-    """Returns a CRC-32 over the paths, dtypes, shapes and bytes of a pytree of replicated arrays."""
+    """Computes a CRC-32 over the paths, dtypes, shapes and bytes of a pytree of replicated arrays."""
     value = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         array = np.asarray(leaf)

@@ -1,7 +1,7 @@
-"""What a compiled call is fed with: indices into data that live on the devices, or the images themselves.
+"""The data that every compiled call gets: indices into a data set on the devices, or the batches themselves.
 
-    device   the data set lives on every device as uint8, and a call takes the indices of its batches
-    host     it stays with the processes; each gathers its devices' share of the batches, while the call before runs
+    device   every device holds the data set as uint8, and a call gets the indices of its batches
+    host     every process holds the data set, and gathers its part of the batches while the previous call runs
 
 Both give a step the same batch, so the results are the same.
 """
@@ -23,38 +23,38 @@ from aft_jax.runtime.sharding import batch_sharding, replicate, replicated
 from aft_jax.training.state import Batch
 
 PLACEMENTS = ('auto', 'device', 'host')
-# Of a device's memory that the data set may take; the rest is for the training.
+# Largest share of a device's memory for the data set; the rest is for training.
 LARGEST_SHARE = 0.25
 PREFETCHED_CALLS = 2
-BATCH_AXIS = 2  # of what a call is fed with: [steps, streams, batch, ...]
+BATCH_AXIS = 2  # the arrays of a call are [steps, streams, batch, ...]
 
 Arrays = dict[str, np.ndarray]
 Span = tuple[int, int]
 
 
 class Feed:
-    """Feeds the calls of one stage.
+    """The data of the calls of one stage.
 
     Attributes:
-        data: What every call is given: the data set on the devices, or None.
+        data: Data set on the devices, an argument of every call, or None with placement 'host'.
     """
 
     def __init__(self, mesh: Mesh, arrays: Arrays, orders: Sequence[Order], placement: str):
-        """Feeds batches of `arrays` (N rows each) in the given orders, one a stream; see `PLACEMENTS`."""
+        """Prepares batches of `arrays` (N rows each), one `Order` per stream; `placement` is one of `PLACEMENTS`."""
         if placement == 'auto':
             placement = 'device' if fits(mesh, arrays) else 'host'
         self._mesh, self._arrays, self._orders = mesh, arrays, orders
         self.data = replicate(mesh, arrays) if placement == 'device' else None
 
     def indices(self, span: Span) -> np.ndarray:
-        """Returns int32 [steps, streams, batch], the rows that the steps first ... last - 1 see."""
+        """Computes int32 [steps, streams, batch], the rows of the steps first ... last - 1."""
         return np.stack([[order.batch(step) for order in self._orders] for step in range(*span)])
 
     def _make(self, span: Span) -> Any:
         indices = self.indices(span)
-        cut = batch_sharding(self._mesh, BATCH_AXIS)
+        sharding = batch_sharding(self._mesh, BATCH_AXIS)
         if self.data is not None:
-            return jax.make_array_from_callback(indices.shape, cut, lambda part: indices[part])
+            return jax.make_array_from_callback(indices.shape, sharding, lambda part: indices[part])
 
         def rows(array: np.ndarray) -> jax.Array:
             shape = (*indices.shape, *array.shape[1:])
@@ -62,13 +62,13 @@ class Feed:
             def part_of(index: Any) -> np.ndarray:
                 return array[indices[index[: indices.ndim]]]
 
-            return jax.make_array_from_callback(shape, cut, part_of)
+            return jax.make_array_from_callback(shape, sharding, part_of)
 
         return {name: rows(array) for name, array in self._arrays.items()}
 
     @contextlib.contextmanager
     def calls(self, spans: Sequence[Span]) -> Iterator[Iterator[Any]]:
-        """Gives what each call is fed with, in order; with data on the hosts a thread gathers ahead."""
+        """Provides an iterator over the data of each call; with placement 'host' a thread gathers them ahead."""
         if self.data is not None:
             yield map(self._make, spans)
             return
@@ -77,11 +77,11 @@ class Feed:
 
 
 def read(data: dict[str, jax.Array] | None, fed: Any) -> list[Batch]:
-    """Returns the batches of one step, one a stream; uint8 images become float32 in [0, 1].
+    """Reads the batches of one step, one per stream; uint8 images become float32 in [0, 1].
 
     Args:
-        data: As in `Feed.data`.
-        fed: One step of what a call is fed with: indices [streams, batch], or arrays [streams, batch, ...] by name.
+        data: Data set on the devices, or None; see `Feed.data`.
+        fed: Data of one step of a call: indices [streams, batch], or arrays [streams, batch, ...] by name.
     """
     rows = fed if data is None else {name: array[fed] for name, array in data.items()}
     rows = rows | {'images': rows['images'].astype(jnp.float32) / 255.0}
@@ -90,7 +90,7 @@ def read(data: dict[str, jax.Array] | None, fed: Any) -> list[Batch]:
 
 
 def fits(mesh: Mesh, arrays: Arrays) -> bool:
-    """Whether a copy of the arrays on every device leaves room enough; always on a CPU, whose memory it is anyway."""
+    """Returns whether every device has room for the arrays; always true on a CPU, which shares the host's memory."""
     device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
     if device.platform == 'cpu':
         return True
@@ -100,14 +100,14 @@ def fits(mesh: Mesh, arrays: Arrays) -> bool:
 
 @contextlib.contextmanager
 def ahead(make: Callable[[Span], Any], spans: Sequence[Span]) -> Iterator[Iterator[Any]]:
-    """Gives make(span) for each span, made in a thread of its own, a few ahead; an error in it is raised here."""
-    made: queue.Queue = queue.Queue(maxsize=PREFETCHED_CALLS)
+    """Provides an iterator over make(span), computed a few ahead in a thread; errors of the thread are raised here."""
+    results: queue.Queue = queue.Queue(maxsize=PREFETCHED_CALLS)
     stopped = threading.Event()
 
     def hand_over(item: Any) -> None:
         while not stopped.is_set():
             with contextlib.suppress(queue.Full):
-                made.put(item, timeout=0.1)
+                results.put(item, timeout=0.1)
                 return
 
     def work() -> None:
@@ -121,7 +121,7 @@ def ahead(make: Callable[[Span], Any], spans: Sequence[Span]) -> Iterator[Iterat
 
     def taken() -> Iterator[Any]:
         for _ in spans:
-            item, error = made.get()
+            item, error = results.get()
             if error is not None:
                 raise error
             yield item

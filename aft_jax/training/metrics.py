@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, TensorBoard events beside it, and the terminal."""
+"""Writers of metrics: metrics.jsonl, TensorBoard events, and the terminal."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ BAR = '{desc} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}'
 
 
 class MetricWriter:
-    """Appends metrics to WORKDIR/metrics.jsonl and WORKDIR/tensorboard; process 0 alone writes."""
+    """A writer of WORKDIR/metrics.jsonl and WORKDIR/tensorboard; only process 0 writes."""
 
     def __init__(self, workdir: Path, read_only: bool = False):
         """Creates a writer that appends to the files of `workdir`, or writes nothing if `read_only`."""
@@ -30,10 +30,10 @@ class MetricWriter:
         self._events: dict = {}
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forgets what was written for `stage` after `step`: those steps are about to be taken again.
+        """Removes the lines of `stage` after `step`, because those steps are about to be repeated.
 
-        At step 0 that is the whole stage, what was measured before its first step too. A last line that was cut short
-        when the process died goes as well.
+        Step 0 removes all lines of the stage, including scores from before its first step. A last line that was cut
+        short when the process died is removed too.
         """
         if not self._writes or not self._path.exists():
             return
@@ -48,7 +48,7 @@ class MetricWriter:
         write_text(self._path, ''.join(kept))
 
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """Records scalars of a stage at a step."""
+        """Writes scalars of a stage at a step."""
         if not self._writes:
             return
         with self._path.open('a') as file:
@@ -57,7 +57,7 @@ class MetricWriter:
             self._events_of(stage, step).add_scalar(name, value, step)
 
     def write_images(self, stage: str, images: dict[str, np.ndarray]) -> None:
-        """Shows pictures in TensorBoard, uint8 [H, W, C] by name, in the place of those of an earlier start."""
+        """Writes pictures to TensorBoard, uint8 [H, W, C] by name; they replace those of an earlier start."""
         if not self._writes:
             return
         for name, image in images.items():
@@ -71,21 +71,21 @@ class MetricWriter:
         return self._events[stage]
 
     def close(self) -> None:
-        """Flushes what is not yet on disk."""
+        """Flushes the TensorBoard events to disk."""
         for events in self._events.values():
             events.close()
 
 
 class Progress:
-    """A bar on a terminal, a plain line every ten seconds elsewhere; process 0 alone shows it."""
+    """A progress bar on a terminal, or a line every ten seconds elsewhere; only process 0 shows it."""
 
     def __init__(self, stage: str, first: int, total: int, batch_size: int):
-        """Shows `stage` from step `first` to `total`, in steps of `batch_size` images."""
+        """Starts the display of `stage` from step `first` to `total`, in steps of `batch_size` images."""
         self._stage, self._total, self._batch_size = stage, total, batch_size
         self._shows = jax.process_index() == 0
         self._bar = None
         self._first = self._step = first
-        self._started = self._spoke = time.monotonic()
+        self._started = self._last_line = time.monotonic()
         if self._shows and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=first, desc=stage, dynamic_ncols=True, bar_format=BAR)
 
@@ -99,7 +99,7 @@ class Progress:
             self._bar.close()
 
     def show(self, step: int, values: dict[str, float]) -> None:
-        """Tells how far the stage is, with its latest metrics."""
+        """Shows the progress of the stage and its latest metrics."""
         if not self._shows:
             return
         now = time.monotonic()
@@ -108,10 +108,10 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(f'loss {values["loss"]:.4f}, {rate:,.0f} images/s')
             self._bar.update(step - self._step)
-        elif now - self._spoke >= PLAIN_LINE_SECONDS or step == self._total:
+        elif now - self._last_line >= PLAIN_LINE_SECONDS or step == self._total:
             line = f'{self._stage}: step {step} of {self._total}, loss {values["loss"]:.4f}, {rate:,.0f} images/s'
             if step < self._total:
                 line += f', {tqdm.format_interval((self._total - step) / steps_per_second)} left'
             print(line, file=sys.stderr, flush=True)
-            self._spoke = now
+            self._last_line = now
         self._step = step

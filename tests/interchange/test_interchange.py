@@ -1,4 +1,4 @@
-"""Files of tensors without torch: names, prefixes, mapping files, dtypes, and everything that can be wrong with one."""
+"""Files of tensors without torch: names, prefixes, mapping files, dtypes, and all faults."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def write(path: Path, state: dict, metadata=None) -> Path:
 
 
 def sentence(call, *arguments) -> str:
-    """Returns the one sentence of the UserError that a call raises."""
+    """Calls a function and returns the message of its UserError, which is one sentence."""
     with pytest.raises(UserError) as caught:
         call(*arguments)
     text = str(caught.value)
@@ -42,15 +42,15 @@ def stored(tmp_path) -> Path:
 
 
 def changed(tmp_path: Path, **changes) -> Path:
-    """Returns a file of the MNIST network with some tensors changed, or away where the change is None."""
+    """Writes a file of the MNIST network with some tensors changed, or removed where the change is None."""
     state = mnist_state() | {key.replace('__', '.'): value for key, value in changes.items()}
     return write(tmp_path / 'changed.safetensors', {key: value for key, value in state.items() if value is not None})
 
 
-def test_layouts_one_tensor_at_a_time(stored):
-    found = interchange.load(stored)
-    assert found.architecture == MNIST
-    state, params, stats = mnist_state(), found.variables['params'], found.variables['batch_stats']
+def test_load_permutes_each_kind_of_tensor(stored):
+    imported = interchange.load(stored)
+    assert imported.architecture == MNIST
+    state, params, stats = mnist_state(), imported.variables['params'], imported.variables['batch_stats']
     # [out, in, h, w] at (5, 1, 2, 0), and [out, in] at (3, 7).
     assert params['Conv_1']['kernel'][2, 0, 1, 5] == state['layer2.conv1.weight'][5, 1, 2, 0]
     assert params['Dense_1']['kernel'][7, 3] == state['linear9.weight'][3, 7]
@@ -58,29 +58,29 @@ def test_layouts_one_tensor_at_a_time(stored):
     assert params['Dense_0']['kernel'][(3 * 4 + 1) * 64 + 2, 9] == state['linear6.weight'][9, 2 * 16 + 3 * 4 + 1]
     np.testing.assert_array_equal(params['BatchNorm_1']['scale'], state['layer3.bn1.weight'])
     np.testing.assert_array_equal(stats['BatchNorm_0']['var'], state['layer2.bn1.running_var'])
-    assert {leaf.dtype for leaf in jax.tree.leaves(found.variables)} == {np.dtype(np.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(imported.variables)} == {np.dtype(np.float32)}
 
 
 @pytest.mark.parametrize('prefix', ['', 'module.', 'netC.', 'module.netC.', '1.'])
-def test_prefixes_come_back(tmp_path, prefix):
+def test_save_restores_prefixes(tmp_path, prefix):
     state = mnist_state(prefix)
     metadata = {'format': 'pt', 'made by': 'a stranger'}
-    found = interchange.load(write(tmp_path / 'in.safetensors', state, metadata))
-    assert found.architecture == MNIST
-    interchange.save(tmp_path / 'out.safetensors', found.variables, found)
+    imported = interchange.load(write(tmp_path / 'in.safetensors', state, metadata))
+    assert imported.architecture == MNIST
+    interchange.save(tmp_path / 'out.safetensors', imported.variables, imported)
     back = read(tmp_path / 'out.safetensors')
     assert back.notes == metadata
-    assert_same_state(back.tensors, found.source.tensors)
+    assert_same_state(back.tensors, imported.source.tensors)
     assert {key: value.tobytes() for key, value in back.tensors.items()} == {k: v.tobytes() for k, v in state.items()}
     assert back.tensors[f'{prefix}layer2.bn1.num_batches_tracked'] == COUNT
 
 
 @pytest.mark.parametrize('dtype', [np.float16, BFLOAT16, np.float64])
-def test_dtypes_come_back(tmp_path, dtype):
-    """Half precision is exact in float32; of double precision float32 is what remains."""
+def test_save_restores_dtypes(tmp_path, dtype):
+    """Half precision is exact in float32; double precision is rounded to float32."""
     state = mnist_state(dtype=dtype)
-    found = interchange.load(write(tmp_path / 'in.safetensors', state))
-    interchange.save(tmp_path / 'out.safetensors', found.variables, found)
+    imported = interchange.load(write(tmp_path / 'in.safetensors', state))
+    interchange.save(tmp_path / 'out.safetensors', imported.variables, imported)
     back = read(tmp_path / 'out.safetensors').tensors
     for key, array in state.items():
         expected = array if key.endswith('tracked') else array.astype(np.float32).astype(dtype)
@@ -88,75 +88,78 @@ def test_dtypes_come_back(tmp_path, dtype):
         np.testing.assert_array_equal(back[key], expected)
 
 
-def test_what_is_saved_is_what_was_trained(tmp_path, stored):
-    found = interchange.load(stored)
-    purified = jax.tree.map(lambda leaf: leaf + np.float32(1), found.variables)
-    interchange.save(tmp_path / 'out.safetensors', purified, found)
+def test_save_writes_the_trained_values(tmp_path, stored):
+    imported = interchange.load(stored)
+    purified = jax.tree.map(lambda leaf: leaf + np.float32(1), imported.variables)
+    interchange.save(tmp_path / 'out.safetensors', purified, imported)
     before, after = read(stored).tensors, read(tmp_path / 'out.safetensors').tensors
     for key in MNIST_SHAPES:
         np.testing.assert_array_equal(after[key], before[key] + (0 if key.endswith('tracked') else np.float32(1)))
 
 
-def test_nothing_wrong_is_saved(tmp_path, stored):
-    found, out = interchange.load(stored), tmp_path / 'out.safetensors'
-    broken = jax.tree.map(np.copy, found.variables)
+def test_save_rejects_faults(tmp_path, stored):
+    imported, out = interchange.load(stored), tmp_path / 'out.safetensors'
+    broken = jax.tree.map(np.copy, imported.variables)
     broken['params']['Dense_1']['bias'][0] = np.nan
-    assert 'params/Dense_1/bias has values that are not finite' in sentence(interchange.save, out, broken, found)
+    assert 'params/Dense_1/bias has values that are not finite' in sentence(interchange.save, out, broken, imported)
     half = interchange.load(write(tmp_path / 'half.safetensors', mnist_state(dtype=np.float16)))
     large = jax.tree.map(lambda leaf: leaf + np.float32(1e5), half.variables)
     assert 'not finite in float16' in sentence(interchange.save, out, large, half)
-    assert 'is the file that the model came from' in sentence(interchange.save, stored, found.variables, found)
-    assert 'should end in' in sentence(interchange.save, tmp_path / 'out.bin', found.variables, found)
+    assert 'is the file that the model came from' in sentence(interchange.save, stored, imported.variables, imported)
+    assert 'should end in' in sentence(interchange.save, tmp_path / 'out.bin', imported.variables, imported)
     nowhere = tmp_path / 'nowhere' / 'out.safetensors'
-    assert 'cannot be written (No such file' in sentence(interchange.save, nowhere, found.variables, found)
+    assert 'cannot be written (No such file' in sentence(interchange.save, nowhere, imported.variables, imported)
     assert not out.exists()
     with pytest.raises(ValueError, match='not variables of mnist_cnn'):
-        interchange.save(out, {'params': found.variables['params']}, found)
+        interchange.save(out, {'params': imported.variables['params']}, imported)
 
 
-def test_a_mapping_file_renames_and_leaves_aside(tmp_path):
+def test_load_mapping_renames_and_ignores_keys(tmp_path):
     state = mnist_state('net.')
     state['first.w'] = state.pop('net.conv1.weight')
     state['mean'] = np.zeros((1, 1, 1, 1), np.float32)
     path, mapping = write(tmp_path / 'odd.safetensors', state), tmp_path / 'names.json'
     assert 'has 2 keys (first.w, mean) too many' in sentence(interchange.load, path)
     mapping.write_text(json.dumps({'first.w': 'params/Conv_0/kernel', 'mean': None}))
-    found = interchange.load(path, mapping)
-    np.testing.assert_array_equal(found.variables['params']['Conv_0']['kernel'][:, :, 0, 4], state['first.w'][4, 0])
-    interchange.save(tmp_path / 'out.safetensors', found.variables, found)
+    imported = interchange.load(path, mapping)
+    np.testing.assert_array_equal(imported.variables['params']['Conv_0']['kernel'][:, :, 0, 4], state['first.w'][4, 0])
+    interchange.save(tmp_path / 'out.safetensors', imported.variables, imported)
     assert_same_state(read(tmp_path / 'out.safetensors').tensors, read(path).tensors)
 
 
 @pytest.mark.parametrize('name', ['resnet', 'preact_resnet', 'vgg_bn', 'mnist_cnn'])
-def test_a_mapping_file_can_name_every_key(tmp_path, name):
-    """A whole state dict of meaningless names, told apart by our paths alone; only names and shapes are looked at."""
-    naming = [found for found in namings() if found.name == name][-1]
+def test_match_with_a_mapping_of_every_key(tmp_path, name):
+    """A state dict of meaningless names is recognised by the mapped paths alone."""
+    naming = [naming for naming in namings() if naming.name == name][-1]
     mapping = {f'tensor{i}': path for i, path in enumerate(naming.paths.values())}
-    found = interchange.match(mapping, mapping, 'it')
-    assert not found.missing and not found.extra
-    assert found.naming.name == name and set(found.naming.paths.values()) == set(mapping.values())
+    match = interchange.match(mapping, mapping, 'it')
+    assert not match.missing and not match.extra
+    assert match.naming.name == name and set(match.naming.paths.values()) == set(mapping.values())
 
 
 @pytest.mark.parametrize(
     ('content', 'expected'),
     [
-        ('{', 'is no JSON'),
+        ('{', 'is not JSON'),
         ('[1]', 'should be an object of keys and paths'),
         ('{"conv1.weight": 3}', 'should be an object of keys and paths'),
-        ('{"conv1.wait": null}', "names 'conv1.wait', which .* does not hold. The nearest is 'conv1.weight'"),
+        ('{"conv1.wait": null}', "names 'conv1.wait', which is not in .*. The nearest is 'conv1.weight'"),
         ('{"conv1.weight": "params/Conv_0/kernl"}', "'params/Conv_0/kernl', which no network has. The nearest is"),
-        ('{"conv1.weight": "params/stem/kernel", "conv1.bias": "params/Dense_0/bias"}', 'of different networks'),
-        ('{"conv1.weight": "params/stem/kernel", "conv1.bias": "params/stem/kernel"}', 'one of our paths to two keys'),
+        (
+            '{"conv1.weight": "params/stem/kernel", "conv1.bias": "params/Dense_0/bias"}',
+            'mixes paths of different networks',
+        ),
+        ('{"conv1.weight": "params/stem/kernel", "conv1.bias": "params/stem/kernel"}', 'the same path to two keys'),
     ],
 )
-def test_faults_of_a_mapping_file(tmp_path, stored, content, expected):
+def test_load_faults_of_a_mapping_file(tmp_path, stored, content, expected):
     mapping = tmp_path / 'names.json'
     mapping.write_text(content)
     with pytest.raises(UserError, match=expected):
         interchange.load(stored, mapping)
 
 
-def test_a_mapping_file_that_is_not_there(tmp_path, stored):
+def test_load_missing_mapping_file(tmp_path, stored):
     assert 'names.json cannot be read (No such file' in sentence(interchange.load, stored, tmp_path / 'names.json')
 
 
@@ -183,26 +186,27 @@ FOUR_BY_FOUR = np.zeros((32, 1, 4, 4), np.float32)
         ({'layer2.bn1.running_var': np.full(32, -1, np.float32)}, 'running_var of FILE has negative variances'),
     ],
 )
-def test_faults_of_the_tensors(tmp_path, changes, expected):
+def test_load_faults_of_tensors(tmp_path, changes, expected):
     path = changed(tmp_path, **changes)
     assert expected in sentence(interchange.load, path).replace(str(path), 'FILE')
 
 
-def test_a_long_list_is_cut(tmp_path):
+def test_load_shortens_a_long_list_of_keys(tmp_path):
     keys = [f'zzz{i:02}' for i in range(20)]
     text = sentence(interchange.load, changed(tmp_path, **{key: np.zeros(1, np.float32) for key in keys}))
     assert 'has 20 keys (zzz00, ' in text and 'zzz07 and 12 more) too many' in text and 'zzz08' not in text
 
 
-def test_another_network_is_named_as_unknown(tmp_path):
+def test_load_unknown_network(tmp_path):
     state = {f'blocks.{i}.attention.weight': np.zeros((2, 2), np.float32) for i in range(12)}
     text = sentence(interchange.load, write(tmp_path / 'vit.safetensors', state))
     assert (
-        "of no network that is known (mnist_cnn, preact_resnet, resnet, vgg_bn): it has 12 keys, such as 'blo" in text
+        "holds none of the known networks (mnist_cnn, preact_resnet, resnet, vgg_bn): it has 12 keys, such as 'blo"
+        in text
     )
 
 
-def test_faults_of_the_file(tmp_path, stored):
+def test_load_faults_of_a_file(tmp_path, stored):
     empty, short, text = (tmp_path / f'{name}.safetensors' for name in ('empty', 'short', 'text'))
     empty.touch()
     short.write_bytes(stored.read_bytes()[:-1000])
@@ -230,7 +234,7 @@ def test_faults_of_the_file(tmp_path, stored):
         ('safetensors', 'safetensors_file', '.safetensors', r'pip install .aft_jax\[interchange\]'),
     ],
 )
-def test_a_library_that_is_not_installed(tmp_path, monkeypatch, library, module, suffix, expected):
+def test_load_without_the_library(tmp_path, monkeypatch, library, module, suffix, expected):
     path = tmp_path / f'net{suffix}'
     path.write_bytes(b'something')
     monkeypatch.setitem(sys.modules, library, None)
@@ -240,7 +244,7 @@ def test_a_library_that_is_not_installed(tmp_path, monkeypatch, library, module,
         interchange.load(path)
 
 
-def test_the_config_has_to_agree(config):
+def test_check_model(config):
     resnet = Architecture('resnet', {'depth': 34, 'width': 64, 'stem': 'cifar'}, 10, 3, 0)
     text = sentence(check_model, resnet, config.model, 'net.pt')
     assert text == 'net.pt holds a network of model.name=resnet, but the config says model.name=mnist_cnn.'
@@ -251,17 +255,17 @@ def test_the_config_has_to_agree(config):
     check_model(resnet, config.model, 'net.pt')
 
 
-def test_the_data_have_to_agree():
+def test_check_data():
     check_data(MNIST, 10, (28, 28, 1), 'net.pt')
     check_data(MNIST, 10, (25, 32, 1), 'net.pt')
-    assert '10 classes apart, but the data have 43' in sentence(check_data, MNIST, 43, (28, 28, 1), 'net.pt')
+    assert 'has 10 classes, but the data have 43' in sentence(check_data, MNIST, 43, (28, 28, 1), 'net.pt')
     assert 'images of 1 channels, but the data have 3' in sentence(check_data, MNIST, 10, (28, 28, 3), 'net.pt')
-    assert '25 to 32 pixels a side, but those of the data are 28x33' in sentence(
+    assert '25 to 32 pixels per side, but the images of the data are 28x33' in sentence(
         check_data, MNIST, 10, (28, 33, 1), 'net.pt'
     )
 
 
-def test_the_model_card(tmp_path, stored):
+def test_write_card(tmp_path, stored):
     after = write(tmp_path / 'after.safetensors', mnist_state(dtype=np.float16))
     facts = {
         'title': 'Purified | network',
@@ -274,7 +278,7 @@ def test_the_model_card(tmp_path, stored):
     assert (as_json.name, as_markdown.name) == ('card.json', 'card.md')
     card = json.loads(as_json.read_text())
     assert {name: card[name] for name in facts} == facts
-    # sha256 of the empty text, and of 'abc', are known to everybody.
+    # The published SHA-256 of 'abc'.
     (tmp_path / 'abc').write_text('abc')
     assert checksum(tmp_path / 'abc') == 'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad'
     assert card['files'] == {

@@ -1,4 +1,4 @@
-"""Networks that torch made: the same logits both ways, files that come back as they were, pickles that must not run.
+"""Networks from torch: equal logits both ways, files restored bit for bit, pickles that must not run.
 
 Needs torch; tests/torch_models.py defines the networks a second time.
 """
@@ -20,7 +20,7 @@ from aft_jax.interchange.state_file import read
 torch = pytest.importorskip('torch')
 from torch_models import CLASSES, MnistCNN, nchw, randomised  # noqa: E402
 
-# Name, what the torch network is made with, what is told from its file. Narrow ones have every layer and are quick.
+# (name, options of the torch network, options detected from its file). Narrow networks have every layer and are quick.
 NETWORKS = {
     'preact18': ('preact_resnet', {'depth': 18, 'width': 64}, {'depth': 18, 'width': 64, 'final_norm': False}),
     'preact34': (
@@ -62,40 +62,40 @@ SIDES = {'mnist_cnn': 28, 'vgg_bn': 72}
 
 
 @pytest.mark.parametrize('network', NETWORKS)
-def test_logits_both_ways_and_the_state_dict_bit_for_bit(tmp_path, network):
-    name, made_with, told = NETWORKS[network]
+def test_load_and_save_keep_logits_and_bits(tmp_path, network):
+    name, made_with, options = NETWORKS[network]
     model = randomised(name, num_classes=7, **made_with)
     path, out = tmp_path / 'in.pt', tmp_path / 'out.pt'
     torch.save(model.state_dict(), path)
-    found = interchange.load(path)
-    assert found.architecture.name == name
-    assert found.architecture.options == told
-    assert found.architecture.num_classes == 7
+    imported = interchange.load(path)
+    assert imported.architecture.name == name
+    assert imported.architecture.options == options
+    assert imported.architecture.num_classes == 7
 
-    interchange.save(out, found.variables, found)
+    interchange.save(out, imported.variables, imported)
     before, after = torch.load(path), torch.load(out)
     assert type(after) is type(before) is OrderedDict and list(after) == list(before)
     for key, tensor in before.items():
         assert after[key].dtype == tensor.dtype and torch.equal(after[key], tensor)
 
-    shape = (*2 * [SIDES.get(name, 32)], found.architecture.channels)
+    shape = (*2 * [SIDES.get(name, 32)], imported.architecture.channels)
     images = np.random.default_rng(1).random((2, *shape), np.float32)
-    logits = jax.jit(found.architecture.build().apply)
+    logits = jax.jit(imported.architecture.build().apply)
     with torch.no_grad():
         expected = model(nchw(images)).numpy()
         assert np.abs(expected).max() > 0.1
-        np.testing.assert_allclose(logits(found.variables, images), expected, rtol=0, atol=1e-4)
-        # Back: weights that torch has never seen.
+        np.testing.assert_allclose(logits(imported.variables, images), expected, rtol=0, atol=1e-4)
+        # The way back, with weights that torch has not seen.
         factors = np.random.default_rng(2)
-        moved = jax.tree.map(lambda leaf: leaf * factors.uniform(0.8, 1.2, leaf.shape).astype('f'), found.variables)
-        interchange.save(out, moved, found)
+        moved = jax.tree.map(lambda leaf: leaf * factors.uniform(0.8, 1.2, leaf.shape).astype('f'), imported.variables)
+        interchange.save(out, moved, imported)
         model.load_state_dict(torch.load(out))
         returned = model(nchw(images)).numpy()
         assert np.abs(returned - expected).max() > 1e-2
         np.testing.assert_allclose(returned, logits(moved, images), rtol=0, atol=1e-4)
 
 
-def test_our_own_network_goes_to_torch_under_the_usual_names(tmp_path):
+def test_with_usual_names_exports_to_torch(tmp_path):
     architecture = interchange.Architecture('mnist_cnn', {'conv_bias': True}, 10, 1, 4)
     variables = architecture.build().init(jax.random.key(0), np.zeros((1, 28, 28, 1), np.float32))
     interchange.save(tmp_path / 'own.pth', variables, interchange.with_usual_names(architecture, variables))
@@ -113,11 +113,11 @@ def torch_state(dtype=torch.float32) -> OrderedDict:
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
-def test_dtypes_of_torch_come_back(tmp_path, dtype):
+def test_save_restores_dtypes_of_torch(tmp_path, dtype):
     torch.save(torch_state(dtype), tmp_path / 'in.pt')
-    found = interchange.load(tmp_path / 'in.pt')
-    interchange.save(tmp_path / 'out.pt', found.variables, found)
-    interchange.save(tmp_path / 'out.safetensors', found.variables, found)
+    imported = interchange.load(tmp_path / 'in.pt')
+    interchange.save(tmp_path / 'out.pt', imported.variables, imported)
+    interchange.save(tmp_path / 'out.safetensors', imported.variables, imported)
     for key, tensor in torch.load(tmp_path / 'out.pt').items():
         assert tensor.dtype == torch_state(dtype)[key].dtype and torch.equal(tensor, torch_state(dtype)[key])
     in_torch, in_safetensors = read(tmp_path / 'out.pt').tensors, read(tmp_path / 'out.safetensors').tensors
@@ -126,21 +126,21 @@ def test_dtypes_of_torch_come_back(tmp_path, dtype):
 
 @pytest.mark.parametrize('legacy', [False, True])
 @pytest.mark.parametrize('wrapper', ['model', 'netC', 'state_dict'])
-def test_wrappers(tmp_path, wrapper, legacy):
-    """WaNet's release keeps the networks beside each other, and an optimiser's state with them."""
+def test_load_wrappers(tmp_path, wrapper, legacy):
+    """WaNet's release stores several networks and the state of an optimiser in one file."""
     state = OrderedDict((f'module.{key}', value) for key, value in torch_state().items())
     whole = {wrapper: state, 'netG': OrderedDict(x=torch.zeros(3)), 'optimizerC': {'state': {}, 'param_groups': [{}]}}
     path = tmp_path / 'mnist_all2one.pth.tar'
     torch.save(whole, path, _use_new_zipfile_serialization=not legacy)
-    found = interchange.load(path)
-    assert found.source.wrapper == wrapper
-    interchange.save(tmp_path / 'out.pth.tar', found.variables, found)
+    imported = interchange.load(path)
+    assert imported.source.wrapper == wrapper
+    interchange.save(tmp_path / 'out.pth.tar', imported.variables, imported)
     back = torch.load(tmp_path / 'out.pth.tar')
     assert list(back) == [wrapper] and list(back[wrapper]) == list(state)
 
 
-def test_an_attack_result_of_backdoorbench(tmp_path):
-    """NumPy arrays and scalars beside the weights are left out; what tells the network stays."""
+def test_load_attack_result_of_backdoorbench(tmp_path):
+    """NumPy arrays and scalars beside the weights are dropped; the fields about the network stay."""
     whole = {
         'model_name': 'mnist_cnn',
         'num_classes': 10,
@@ -152,8 +152,8 @@ def test_an_attack_result_of_backdoorbench(tmp_path):
     }
     path = tmp_path / 'attack_result.pt'
     torch.save(whole, path)
-    found = interchange.load(path)
-    interchange.save(tmp_path / 'out.pt', found.variables, found)
+    imported = interchange.load(path)
+    interchange.save(tmp_path / 'out.pt', imported.variables, imported)
     back = torch.load(tmp_path / 'out.pt')
     assert {key: value for key, value in back.items() if key != 'model'} == {
         key: whole[key] for key in ('model_name', 'num_classes', 'img_size', 'clean_data')
@@ -172,7 +172,7 @@ class Trap:
 
 
 class NumpyTrap(Trap):
-    """The same behind a name that is stood in for."""
+    """The same behind a name for which the loader has a placeholder."""
 
     def __reduce__(self):
         return np.ndarray, (Trap(self.path),)
@@ -180,7 +180,7 @@ class NumpyTrap(Trap):
 
 @pytest.mark.parametrize('trap', [Trap, NumpyTrap])
 @pytest.mark.parametrize('form', ['zip', 'legacy', 'bare pickle', 'inside the weights'])
-def test_a_malicious_pickle_does_nothing(tmp_path, trap, form):
+def test_load_rejects_a_malicious_pickle(tmp_path, trap, form):
     path, created = tmp_path / 'evil.pt', tmp_path / 'created'
     content = {'model': torch_state(), 'more': trap(created)}
     match form:
@@ -195,13 +195,13 @@ def test_a_malicious_pickle_does_nothing(tmp_path, trap, form):
     text = str(caught.value)
     assert text.startswith(f'{path} holds more than tensors') and text.endswith('.') and '\n' not in text
     assert not created.exists()
-    # The trap is real: an unrestricted loader falls into it.
+    # An unrestricted loader does run the trap.
     if form == 'bare pickle' and trap is Trap:
         pickle.loads(path.read_bytes())
         assert created.exists()
 
 
-def test_an_environment_variable_does_not_open_the_loader(tmp_path, monkeypatch):
+def test_load_ignores_torchs_environment_variable(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     torch.save({'model': Trap(tmp_path / 'created')}, tmp_path / 'evil.pt')
     with pytest.raises(UserError, match='holds more than tensors'):
@@ -209,7 +209,7 @@ def test_an_environment_variable_does_not_open_the_loader(tmp_path, monkeypatch)
     assert not (tmp_path / 'created').exists()
 
 
-def test_a_whole_module_is_refused(tmp_path):
+def test_load_rejects_a_whole_module(tmp_path):
     torch.save(CLASSES['mnist_cnn'](), tmp_path / 'module.pt')
     with pytest.raises(
         UserError, match=r'holds more than tensors \(benchmarks.torch_networks.MnistCNN\).*save model.state_dict\(\)'
@@ -220,16 +220,16 @@ def test_a_whole_module_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ('content', 'expected'),
     [
-        ('short', 'damaged, cut short, or not of PyTorch'),
-        ('legacy short', 'damaged, cut short, or not of PyTorch'),
-        ('text', 'damaged, cut short, or not of PyTorch'),
-        ('zip', 'damaged, cut short, or not of PyTorch'),
+        ('short', 'damaged, cut short, or not a file of PyTorch'),
+        ('legacy short', 'damaged, cut short, or not a file of PyTorch'),
+        ('text', 'damaged, cut short, or not a file of PyTorch'),
+        ('zip', 'damaged, cut short, or not a file of PyTorch'),
         ('list', 'holds no state dict'),
         ('numbers', 'holds no state dict'),
         ('sparse', 'conv1.weight of .* is not a plain tensor'),
     ],
 )
-def test_faults_of_a_torch_file(tmp_path, content, expected):
+def test_load_faults_of_a_torch_file(tmp_path, content, expected):
     path = tmp_path / 'net.pt'
     match content:
         case 'short' | 'legacy short':
@@ -251,7 +251,7 @@ def test_faults_of_a_torch_file(tmp_path, content, expected):
     assert '\n' not in str(caught.value)
 
 
-def test_missing_keys_of_a_torch_file_are_listed(tmp_path):
+def test_load_lists_missing_keys_of_a_torch_file(tmp_path):
     state = torch_state()
     del state['linear6.bias']
     torch.save({'model': state}, tmp_path / 'net.pt')

@@ -1,4 +1,4 @@
-"""State dicts written down by hand, for tests that need no torch."""
+"""Hand-written state dicts, for tests without torch."""
 
 import numpy as np
 
@@ -27,7 +27,7 @@ COUNT = 4321  # of batches
 
 
 def mnist_state(prefix: str = '', dtype=np.float32) -> dict[str, np.ndarray]:
-    """Returns random weights and statistics under these keys, all behind a prefix."""
+    """Draws random weights and statistics under these keys, all behind a prefix."""
     generator = np.random.default_rng(0)
     state = {}
     for key, shape in MNIST_SHAPES.items():
@@ -40,9 +40,9 @@ def mnist_state(prefix: str = '', dtype=np.float32) -> dict[str, np.ndarray]:
     return state
 
 
-def assert_same_state(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """The same keys in the same order, dtypes, shapes and bits."""
-    assert list(found) == list(expected)
+def assert_same_state(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Checks that keys and their order, dtypes, shapes and bits are the same."""
+    assert list(actual) == list(expected)
     for key, array in expected.items():
-        assert found[key].dtype == array.dtype and found[key].shape == array.shape, key
-        assert found[key].tobytes() == array.tobytes(), key
+        assert actual[key].dtype == array.dtype and actual[key].shape == array.shape, key
+        assert actual[key].tobytes() == array.tobytes(), key
