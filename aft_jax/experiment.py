@@ -135,7 +135,7 @@ def run_stages(run: Run, experiment: Experiment) -> Results:
         if given is not None and purified:
             export.write(run_files.export, given, purified, config, results)
     if 'report' in config.stages:
-        report(run, experiment, infected, purified, evaluator, results)
+        report(run, experiment, evaluator, infected, purified=purified, results=results)
     return results
 
 
@@ -203,16 +203,17 @@ def purify(
         stages.defender_data(scenario, infected, poisoned),
         stages.defender_config(config, name),
     )
-    found = None if poisoned is None else poison_detection(fitted.scores, fitted.subsets, poisoned.indices)
-    return fitted.state.variables, fitted.seconds, found
+    detection = None if poisoned is None else poison_detection(fitted.scores, fitted.subsets, poisoned.indices)
+    return fitted.state.variables, fitted.seconds, detection
 
 
 def report(
     run: Run,
     experiment: Experiment,
-    infected: InfectedModel,
-    purified: dict[str, dict],
     evaluator: Evaluator,
+    infected: InfectedModel,
+    *,
+    purified: dict[str, dict],
     results: Results,
 ) -> None:
     """Observes the models, adds the observation to the results, and writes the report.
@@ -220,10 +221,10 @@ def report(
     Args:
         run: Run of the experiment.
         experiment: Experiment.
+        evaluator: Evaluator of the test set.
         infected: First model.
         purified: Variables by defense.
-        evaluator: Evaluator of the test set.
-        results: Results, which are changed.
+        results: Results; the observation is added.
     """
     run_files, first = RunFiles(run.workdir), results.first_model
     observation = observe(run, experiment.scenario, infected, purified, evaluator, first)

@@ -40,8 +40,8 @@ def observation(triggered=True, features=True):
     models = ('infected', 'ft', 'aft') if triggered else ('suspect', 'aft')
 
     def seen():
-        said = {kind: generator.integers(0, 3, 12, dtype=np.int32) for kind in kinds}
-        return ModelOutputs(said, {k: generator.random((12, 5), np.float32) for k in kinds} if features else {})
+        predictions = {kind: generator.integers(0, 3, 12, dtype=np.int32) for kind in kinds}
+        return ModelOutputs(predictions, {k: generator.random((12, 5), np.float32) for k in kinds} if features else {})
 
     return Observation(
         labels=labels,
@@ -268,39 +268,43 @@ def observe(module, dataset, config, make_run, attack_name, first):
     nobody = Poisoned(dataset.train_images, dataset.train_labels, NO_INDICES, NO_INDICES)
     scenario = Scenario(dataset, attack, nobody, np.arange(8, dtype=np.int32), module)
     run = make_run()
-    found = observe_module.observe(
+    observed = observe_module.observe(
         run, scenario, InfectedModel(infected, attack, 1.0), {'aft': aft}, evaluator_for(run, scenario), first
     )
-    return found, infected['params']['Dense_0']
+    return observed, infected['params']['Dense_0']
 
 
 def test_observe_an_infected_model(dataset, config, make_run):
-    found, dense = observe(Linear(), dataset, config, make_run, 'badnets', 'infected')
+    observed, dense = observe(Linear(), dataset, config, make_run, 'badnets', 'infected')
     kept = dataset.test_labels != 0
-    np.testing.assert_array_equal(found.labels, dataset.test_labels[kept])
-    np.testing.assert_array_equal(found.images['clean'], dataset.test_images[kept])
+    np.testing.assert_array_equal(observed.labels, dataset.test_labels[kept])
+    np.testing.assert_array_equal(observed.images['clean'], dataset.test_images[kept])
     kernel, bias = (np.asarray(dense[name], np.float64) for name in ('kernel', 'bias'))
-    for kind, images in found.images.items():
+    for kind, images in observed.images.items():
         logits = (images.reshape(len(images), -1) / 255 - 0.5) @ kernel + bias
-        np.testing.assert_allclose(found.outputs['infected'].channels[kind], logits, atol=0.02)
-    gap = found.images['adversarial'].astype(int) - found.images['clean']
+        np.testing.assert_allclose(observed.outputs['infected'].channels[kind], logits, atol=0.02)
+    gap = observed.images['adversarial'].astype(int) - observed.images['clean']
     assert 1 <= np.abs(gap).max() <= 8
-    np.testing.assert_array_equal(found.transferred['infected'], found.outputs['infected'].predictions['adversarial'])
-    said = found.outputs['infected'].predictions['adversarial']
-    share = np.mean(said[said != found.labels] == 0)
-    assert found.connection['target_share'] == pytest.approx(share, abs=1e-6)
-    assert found.swept['infected'][found.swept_eps.index(found.eps)].value == pytest.approx(share)
-    assert list(found.outputs) == ['infected', 'aft'] == list(found.swept)
-    assert found.connection['purified'].keys() == {'aft'}
-    assert found.connection['purified']['aft'].keys() > {'fooled', 'norm'}
+    np.testing.assert_array_equal(
+        observed.transferred['infected'], observed.outputs['infected'].predictions['adversarial']
+    )
+    predictions = observed.outputs['infected'].predictions['adversarial']
+    share = np.mean(predictions[predictions != observed.labels] == 0)
+    assert observed.connection['target_share'] == pytest.approx(share, abs=1e-6)
+    assert observed.swept['infected'][observed.swept_eps.index(observed.eps)].value == pytest.approx(share)
+    assert list(observed.outputs) == ['infected', 'aft'] == list(observed.swept)
+    assert observed.connection['purified'].keys() == {'aft'}
+    assert observed.connection['purified']['aft'].keys() > {'fooled', 'norm'}
 
 
 def test_observe_without_a_trigger_or_feature_maps(dataset, config, make_run):
-    found, _ = observe(Hidden(), dataset, config, make_run, 'none', 'suspect')
-    assert found.images.keys() == {'clean', 'adversarial'} and found.outputs.keys() == {'suspect', 'aft'}
-    assert len(found.labels) == len(dataset.test_labels)
-    assert found.target_map is found.connection is None and not found.swept
-    assert found.outputs['aft'].predictions.keys() == {'clean', 'adversarial'} and not found.outputs['aft'].channels
+    observed, _ = observe(Hidden(), dataset, config, make_run, 'none', 'suspect')
+    assert observed.images.keys() == {'clean', 'adversarial'} and observed.outputs.keys() == {'suspect', 'aft'}
+    assert len(observed.labels) == len(dataset.test_labels)
+    assert observed.target_map is observed.connection is None and not observed.swept
+    assert (
+        observed.outputs['aft'].predictions.keys() == {'clean', 'adversarial'} and not observed.outputs['aft'].channels
+    )
 
 
 @pytest.mark.skipif(BROWSER is None, reason='no browser to measure the page with')

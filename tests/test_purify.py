@@ -301,7 +301,6 @@ def test_purify_notices_other_contents_of_the_same_file(done, capsys):
 
 def test_purify_takes_the_custom_module_of_the_walk_through(clean, tmp_path, capsys, monkeypatch):
     """The module in docs/own-model.md can be scanned, purified and exported."""
-    from flax.traverse_util import flatten_dict
     from safetensors.numpy import load_file, save_file
 
     page = (ROOT / 'docs' / 'own-model.md').read_text()

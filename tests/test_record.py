@@ -64,10 +64,9 @@ def test_purified_scores_compared_has_the_der_of_the_definition():
     purified = PurifiedScores.compared(measured(0.9, 1.0), measured(0.8, 0.1), 2.0, scan=SCAN)
     assert purified.der == pytest.approx((0.9 - 0.1 + 1) / 2) and purified.scan == SCAN
     assert PurifiedScores.compared(measured(0.9, math.nan), measured(0.8, math.nan), 2.0).der is None
-    found = PoisonDetection((0.1,), (math.nan,))
-    assert PurifiedScores.compared(measured(0.9, 1.0), measured(0.8, 0.1), 2.0, detection=found).to_json()['aucs'] == [
-        None
-    ]
+    detection = PoisonDetection((0.1,), (math.nan,))
+    purified = PurifiedScores.compared(measured(0.9, 1.0), measured(0.8, 0.1), 2.0, detection=detection)
+    assert purified.to_json()['aucs'] == [None]
 
 
 def test_later_start_keeps_seconds_defenses_and_observation():

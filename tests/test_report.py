@@ -166,14 +166,14 @@ def test_show_in_tensorboard_adds_the_pictures(tmp_path, make_run):
     experiment_report.show_in_tensorboard(run, seen)
     run.writer.close()
     assert 'tensorflow' not in set(sys.modules) - before
-    found = {}
+    images_by_tag = {}
     for event in events(run.workdir / 'tensorboard' / 'report'):
         for value in event.summary.value:
-            found[value.tag] = np.asarray(Image.open(io.BytesIO(value.image.encoded_image_string)))
-    assert found.keys() == {'triggers', 'clean_adversarial'}
-    np.testing.assert_array_equal(found['triggers'], trigger_gallery.read(triggers))
+            images_by_tag[value.tag] = np.asarray(Image.open(io.BytesIO(value.image.encoded_image_string)))
+    assert images_by_tag.keys() == {'triggers', 'clean_adversarial'}
+    np.testing.assert_array_equal(images_by_tag['triggers'], trigger_gallery.read(triggers))
     # Two rows of three images, each pixel 8 x 8, with white between them.
-    mosaic = found['clean_adversarial'][..., 0]
+    mosaic = images_by_tag['clean_adversarial'][..., 0]
     assert mosaic.shape == (2 * 72 + 4, 3 * 72 + 2 * 4)
     for row, kind in enumerate(kinds.values()):
         for column in range(3):

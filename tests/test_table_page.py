@@ -47,7 +47,7 @@ def text(rows, tmp_path_factory):
 
 def tables(text):
     """The cells of every table of a page by its label, as {row: {column: text}}."""
-    found = {}
+    cells = {}
     for label, table in re.findall(r'aria-label="([^"]*)">\s*<table(.*?)</table>', text, re.DOTALL):
         heading, *body = (
             [
@@ -56,8 +56,8 @@ def tables(text):
             ]
             for line in re.findall(r'<tr.*?</tr>', table, re.DOTALL)
         )
-        found[html.unescape(label)] = {row[0]: dict(zip(heading[1:], row[1:], strict=True)) for row in body}
-    return found
+        cells[html.unescape(label)] = {row[0]: dict(zip(heading[1:], row[1:], strict=True)) for row in body}
+    return cells
 
 
 def of(rows, score, **fields):
@@ -75,12 +75,12 @@ def test_write_table_page_is_self_contained(text):
 
 
 def test_write_table_page_fills_and_marks_every_cell(rows, text):
-    found = tables(text)
+    cells = tables(text)
     names = {'pbe': 'pbe (0 %)'}
     marks = 0
     for attack, mode in CASES:
         case = {'attack': attack, 'label_mode': mode}
-        shown = found['Scores: ' + ('benign' if attack == 'none' else f'{attack}, {mode}')]
+        shown = cells['Scores: ' + ('benign' if attack == 'none' else f'{attack}, {mode}')]
         for score in SCORES if attack != 'none' else ['acc']:
             means = {d: values.mean() for d in DEFENSES if len(values := of(rows, score, defense=d, **case))}
             competing = {d: mean for d, mean in means.items() if d != 'none'}
@@ -92,7 +92,7 @@ def test_write_table_page_fills_and_marks_every_cell(rows, text):
                 assert shown[name][score.upper()] == ('★ best: ' if defense == winner else '') + expected
             marks += 1
     assert marks == 13 and text.count('class="unseen"') == 13 + 4
-    assert shown['none']['DER'] == '–' and 'DER' not in found['Scores: benign']['ft']
+    assert shown['none']['DER'] == '–' and 'DER' not in cells['Scores: benign']['ft']
 
 
 def test_overall_computes_means_over_all_cases(rows, text):

@@ -56,8 +56,8 @@ def test_detection_rows_has_a_row_for_each_round(tmp_path):
     pbe = {'acc': 0.9, 'poisoned_shares': [0.1, 0.02], 'aucs': [0.7, None]}
     results = RESULTS | {'purified': RESULTS['purified'] | {'pbe': pbe}}
     (tmp_path / 'results.json').write_text(json.dumps(results))
-    found = table_rows.to_csv(table_rows.detection_rows(table_rows.read([tmp_path])), table_rows.DETECTION_COLUMNS)
-    assert found.splitlines() == [
+    content = table_rows.to_csv(table_rows.detection_rows(table_rows.read([tmp_path])), table_rows.DETECTION_COLUMNS)
+    assert content.splitlines() == [
         'dataset,model,attack,label_mode,defense,seed,round,poisoned_share,auc',
         'mnist5k,mnist_cnn,blend,all2one,pbe,3,1,0.1,0.7',
         'mnist5k,mnist_cnn,blend,all2one,pbe,3,2,0.02,',
