@@ -28,8 +28,8 @@ def table(results: Results) -> str:
         lines.append(f'{name:<12}{shares}{scores.seconds:>9.1f}')
     lines += [
         '',
-        'ACC: clean images classified correctly; ASR: triggered images classified as the target label; '
-        'RA: triggered images classified correctly',
+        'ACC: clean images classified correctly; RA: triggered images classified correctly;',
+        'ASR: triggered images classified as the target label',
     ]
     return '\n'.join(lines)
 
