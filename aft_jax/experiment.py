@@ -1,16 +1,17 @@
-"""One experiment: infect a classifier, purify it, measure both. Here, and in evaluation, attack and defense meet.
+"""One experiment: obtain a backdoored classifier, purify it, and measure both models.
 
-A model that is there already (`config.init_from`) takes the place of the infected one: its trigger is unknown, so that
-it is scanned, and measured on clean images alone.
+Attack and defense meet only here and in the evaluation. A given model (`config.init_from`) takes the place of the
+infected one. Its trigger is unknown, so it is scanned, and measured on clean images only.
 """
 
 import contextlib
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+from jax.sharding import Mesh
 
 from aft_jax import data, files, validation
 from aft_jax.analysis.backdoor_scan import Scanner, choose_scan_images
@@ -20,16 +21,18 @@ from aft_jax.attacks.poison import write_manifest
 from aft_jax.config import as_options, resolve, split_names
 from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
 from aft_jax.evaluation.evaluator import Evaluator, test_metrics
-from aft_jax.evaluation.scores import poison_detection
+from aft_jax.evaluation.scores import PoisonDetection, Scores, poison_detection
 from aft_jax.models.cpu_compilation import compiler_options, steps_per_call
 from aft_jax.pipeline import export, given_model, stages
 from aft_jax.pipeline.given_model import GivenModel
 from aft_jax.pipeline.normalisation import check_normalisation
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
-from aft_jax.pipeline.stages import defender_config, defender_data, infect, prepare, untrusted_training_set
 from aft_jax.report import requirements
-from aft_jax.report.experiment_report import draw, show_in_tensorboard
+from aft_jax.report.experiment_report import show_in_tensorboard, write_report
 from aft_jax.results import record, workdir
+from aft_jax.results.environment import environment
+from aft_jax.results.record import GivenFacts, ModelScores, PurifiedScores, Results, Setting
+from aft_jax.results.workdir import RunFiles
 from aft_jax.runtime import compile_cache, processes
 from aft_jax.runtime.preemption import Watch
 from aft_jax.runtime.sharding import make_mesh
@@ -38,113 +41,212 @@ from aft_jax.training.loop import EvalHook, EvalPoint, Run, RunOptions
 from aft_jax.training.metrics import MetricWriter
 
 
-def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> dict[str, Any]:
-    """Carries out the stages of `config` in a work directory, from wherever it stands.
+class Experiment(NamedTuple):
+    """Everything that an experiment starts from.
+
+    Attributes:
+        config: Resolved config, with `model` filled in from a given model.
+        scenario: Data, attack and architecture.
+        given: Given model; None if the experiment trains the first model itself.
+    """
+
+    config: ml_collections.ConfigDict
+    scenario: Scenario
+    given: GivenModel | None
+
+
+def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> Results:
+    """Runs the stages of a config in a work directory. Stages that finished earlier are loaded, others are resumed.
 
     Args:
-        config: As a config file made it.
-        directory: The work directory.
+        config: Config as a config file made it.
+        directory: Work directory.
 
     Returns:
-        What results.json holds.
+        The content of results.json.
 
     Raises:
-        UserError: The user has to change something; the sentence says what.
+        UserError: The user has to change something, which the message names.
     """
     validation.validate(config)
     if 'report' in config.stages:
         requirements.check_available()
     config = resolve(config)
     compile_cache.use(config.run.compile_cache)
-    asked = config
     mesh = make_mesh()
+    experiment = load(config, mesh)
+    # Only now: a config that cannot be run must not claim the directory.
+    contents: Any = experiment.scenario.dataset.arrays
+    if experiment.given is not None:
+        contents = contents, experiment.given.variables
+    content = checksum(contents)
+    processes.process_zero_first(lambda: workdir.claim(directory, config, content, _writes(), DEFENSES))
+    with contextlib.closing(MetricWriter(directory)) as writer, Watch() as watch:
+        module = experiment.scenario.module
+        on_cpu = compiler_options(module), steps_per_call(module)
+        run = Run(config.seed, directory, mesh, writer, as_options(RunOptions, config.run), watch, *on_cpu)
+        return run_stages(run, experiment)
+
+
+def load(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
+    """Loads the data and the given model, if there is one, and checks that they fit the config.
+
+    Args:
+        config: Resolved config.
+        mesh: Devices.
+
+    Raises:
+        UserError: Something cannot be loaded, or does not fit.
+    """
     given = None
     if config.init_from:
-        config, given = processes.raise_everywhere(lambda: given_model.load(asked, mesh))
-    # Process 0 prepares what is not there yet.
+        config, given = processes.raise_everywhere(partial(given_model.load, config, mesh))
+    # Process 0 prepares data that are not there yet.
     dataset = processes.process_zero_first(lambda: data.load(config.dataset, config.data))
-    scenario = processes.raise_everywhere(lambda: prepare(config, dataset, mesh))
-    contents: Any = dataset.arrays
+    scenario = processes.raise_everywhere(lambda: stages.prepare(config, dataset, mesh))
     if given is not None:
         processes.raise_everywhere(partial(given_model.check_compatible, given, scenario.module, config, dataset))
         given = check_normalisation(given, scenario.module, config, dataset, mesh)
-        contents = dataset.arrays, given.variables
-    # Only now: a config that cannot be carried out must not take the directory.
-    content = checksum(contents)
-    writes = jax.process_index() == 0
-    processes.process_zero_first(lambda: workdir.claim(directory, asked, content, writes, DEFENSES))
-    with contextlib.closing(MetricWriter(directory)) as writer, Watch() as watch:
-        on_cpu = compiler_options(scenario.module), steps_per_call(scenario.module)
-        run = Run(config.seed, directory, mesh, writer, as_options(RunOptions, config.run), watch, *on_cpu)
-        return carry_out(run, scenario, config, given)
+    return Experiment(config, scenario, given)
 
 
-def carry_out(
-    run: Run, scenario: Scenario, config: ml_collections.ConfigDict, given: GivenModel | None = None
-) -> dict[str, Any]:
-    """Infects, scans, purifies, measures and draws, as the config's stages say; returns what results.json holds.
-
-    Args:
-        run: The experiment.
-        scenario: What it is about.
-        config: The resolved config.
-        given: The model that is there already, or None.
-    """
-    writes = jax.process_index() == 0
+def run_stages(run: Run, experiment: Experiment) -> Results:
+    """Obtains the first model, evaluates it, purifies it with each defense, and writes the results and the report."""
+    config, scenario, given = experiment
+    run_files = RunFiles(run.workdir)
     evaluator = stages.evaluator_for(run, scenario)
-    outcome = record.begin(config, run.mesh, run.workdir / 'results.json')
-    scan = None
+    infected = obtain_model(run, experiment, evaluator)
+    scanner = None
     if 'scan' in config.stages:
         images = choose_scan_images(scenario.dataset, scenario.clean, run.seed)
-        scan = Scanner(scenario.module, run.mesh, images, run.options.eval_batch_size).scan
-    if given is None:
-        infected = infect(run, scenario, config, evaluator)
-        if writes:
-            write_manifest(run.workdir / 'poison.npz', infected.attack, scenario.poisoned, scenario.clean)
-    else:
-        infected = InfectedModel(given.variables, None, 0.0)
-    attack = infected.attack
-    before = evaluator.evaluate(infected.variables, attack)
-    if given is None:
-        record.add_infected(outcome, before, infected.seconds)
-    else:
-        facts = {'init_from': config.init_from, 'class_names': scenario.dataset.class_names, 'warning': given.warning}
-        record.add_suspect(outcome, before, facts | ({'scan': scan(infected.variables)} if scan else {}))
+        scanner = Scanner(scenario.module, run.mesh, images, run.options.eval_batch_size)
+    before = evaluator.evaluate(infected.variables, infected.attack)
+    results = begin_results(run, experiment, infected, before, scanner)
     purified = {}
-    if 'purify' in config.stages:
-        for name in split_names(config.defenses):
-            suspects = untrusted_training_set(attack, scenario, config) if name in FROM_SUSPECT_SET else None
-            held_data = defender_data(scenario, infected, suspects)
-            cleansed = DEFENSES[name](
-                with_eval_hook(run, evaluator, attack), f'purify/{name}', held_data, defender_config(config, name)
-            )
-            purified[name] = cleansed.state.variables
-            record.add_purified(outcome, name, before, evaluator.evaluate(purified[name], attack), cleansed.seconds)
-            if suspects is not None:
-                poison_found = poison_detection(cleansed.scores, cleansed.subsets, suspects.indices)
-                record.add_detection(outcome, name, poison_found)
-            if scan is not None:
-                outcome['purified'][name]['scan'] = scan(purified[name])
-    if writes:
-        files.write_json(run.workdir / 'results.json', outcome)
+    for name in split_names(config.defenses) if 'purify' in config.stages else ():
+        variables, seconds, detection = purify(run, name, experiment, infected, evaluator)
+        after = evaluator.evaluate(variables, infected.attack)
+        scan = scanner.scan(variables) if scanner else None
+        scores = PurifiedScores.compared(before, after, seconds, detection=detection, scan=scan)
+        results.add_purified(name, scores)
+        purified[name] = variables
+    if _writes():
+        files.write_json(run_files.results, results.to_json())
         if given is not None and purified:
-            export.write(run.workdir / 'export', given, purified, config, outcome)
+            export.write(run_files.export, given, purified, config, results)
     if 'report' in config.stages:
-        observation = observe(run, scenario, infected, purified, evaluator, record.as_shown(outcome))
-        if observation is not None and observation.connection is not None:
-            outcome['connection'] = observation.connection
-            if writes:
-                files.write_json(run.workdir / 'results.json', outcome)
-        draw(run.workdir / 'report', scenario, infected, purified, evaluator, record.as_shown(outcome), observation)
-        show_in_tensorboard(run, run.workdir / 'report', observation)
-    return outcome
+        report(run, experiment, evaluator, infected, purified=purified, results=results)
+    return results
+
+
+def obtain_model(run: Run, experiment: Experiment, evaluator: Evaluator) -> InfectedModel:
+    """Takes the given model, or trains one on the attacker's training set and writes the manifest of the poison.
+
+    Args:
+        run: Run of the experiment.
+        experiment: Experiment.
+        evaluator: Evaluator of the test set.
+    """
+    config, scenario, given = experiment
+    if given is not None:
+        return InfectedModel(given.variables, attack=None, seconds=0.0)
+    infected = stages.infect(run, scenario, config, evaluator)
+    if _writes():
+        manifest = RunFiles(run.workdir).poison_manifest
+        write_manifest(manifest, infected.attack, scenario.poisoned, scenario.clean)
+    return infected
+
+
+def begin_results(
+    run: Run, experiment: Experiment, infected: InfectedModel, scores: Scores, scanner: Scanner | None
+) -> Results:
+    """Makes the results with the first model, and with what an earlier start recorded.
+
+    Args:
+        run: Run of the experiment.
+        experiment: Experiment.
+        infected: First model.
+        scores: Its scores.
+        scanner: Scanner; None without the stage 'scan'.
+    """
+    config, scenario, given = experiment
+    facts = GivenFacts(config.init_from, scenario.dataset.class_names, given.warning) if given is not None else None
+    scan = scanner.scan(infected.variables) if scanner else None
+    initial = ModelScores.of(scores, infected.seconds if given is None else None, scan=scan)
+    results = Results(Setting.of(config), environment(run.mesh), initial, facts)
+    with contextlib.suppress(OSError, ValueError):  # missing or damaged: nothing to keep
+        results.keep_earlier(record.read(RunFiles(run.workdir).results))
+    return results
+
+
+def purify(
+    run: Run, name: str, experiment: Experiment, infected: InfectedModel, evaluator: Evaluator
+) -> tuple[dict, float, PoisonDetection | None]:
+    """Runs a defense on the first model.
+
+    Args:
+        run: Run of the experiment.
+        name: Name of the defense.
+        experiment: Experiment.
+        infected: First model.
+        evaluator: Evaluator, for the test scores in metrics.jsonl. The defense does not see them.
+
+    Returns:
+        The purified variables, the seconds, and the detection of poisoned images if the defense tries that.
+    """
+    config, scenario, _ = experiment
+    attack = infected.attack
+    poisoned = stages.untrusted_training_set(attack, scenario, config) if name in FROM_SUSPECT_SET else None
+    fitted = DEFENSES[name](
+        with_eval_hook(run, evaluator, attack),
+        f'purify/{name}',
+        stages.defender_data(scenario, infected, poisoned),
+        stages.defender_config(config, name),
+    )
+    detection = None if poisoned is None else poison_detection(fitted.scores, fitted.subsets, poisoned.indices)
+    return fitted.state.variables, fitted.seconds, detection
+
+
+def report(
+    run: Run,
+    experiment: Experiment,
+    evaluator: Evaluator,
+    infected: InfectedModel,
+    *,
+    purified: dict[str, dict],
+    results: Results,
+) -> None:
+    """Observes the models, adds the observation to the results, and writes the report.
+
+    Args:
+        run: Run of the experiment.
+        experiment: Experiment.
+        evaluator: Evaluator of the test set.
+        infected: First model.
+        purified: Variables by defense.
+        results: Results; the observation is added.
+    """
+    run_files, first = RunFiles(run.workdir), results.first_model
+    observation = observe(run, experiment.scenario, infected, purified, evaluator, first)
+    if observation is not None and observation.connection is not None:
+        results.add_observation(observation.connection)
+        if _writes():
+            files.write_json(run_files.results, results.to_json())
+    models = {first: infected.variables} | purified
+    write_report(run_files, results, observation, evaluator=evaluator, models=models, attack=infected.attack)
+    show_in_tensorboard(run, observation)
 
 
 def with_eval_hook(run: Run, evaluator: Evaluator, attack: Attack | None) -> Run:
-    """Returns a run whose stages write test scores to metrics.jsonl, `run.purify_points` times each, for the report."""
+    """Adds a hook to a run that writes test scores to metrics.jsonl, `run.purify_points` times a stage."""
 
     def evaluate(point: EvalPoint) -> dict[str, float]:
         return {'epoch': point.epochs} | test_metrics(evaluator.evaluate(point.state.variables, attack))
 
     points = run.options.purify_points
     return run._replace(eval_hook=EvalHook(evaluate, points=points, at_start=True)) if points else run
+
+
+def _writes() -> bool:
+    """Checks whether this process writes files."""
+    return jax.process_index() == 0

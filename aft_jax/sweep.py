@@ -17,7 +17,6 @@ Exit status: 0 all experiments of this command are finished, 1 some failed (the 
 you can correct before anything starts, 75 stopped by SIGTERM (saved; the same command continues), 130 interrupted.
 """
 
-import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -123,12 +122,13 @@ def measured_defenses(directory: Path, experiment: 'Experiment') -> set[str] | N
     """Reads which defenses a run has measured. None if there is no results.json, or the run has another config."""
     from aft_jax.config import resolve
     from aft_jax.defenses import DEFENSES
-    from aft_jax.results import workdir
+    from aft_jax.results import record, workdir
+    from aft_jax.results.workdir import RunFiles
 
     try:
-        purified = json.loads((directory / 'results.json').read_text())['purified']
+        purified = record.read(RunFiles(directory).results).purified
         differs = workdir.differences(directory, resolve(experiment.config), DEFENSES)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return None
     return None if differs else set(purified)
 

@@ -1,4 +1,4 @@
-"""Reads a page as a test asks of it, and looks at pages in a browser."""
+"""Parses pages for the tests, and opens pages in a browser."""
 
 import html
 import re
@@ -14,7 +14,7 @@ BROWSER = next(
 
 
 class Reader(HTMLParser):
-    """Keeps every tag with its attributes, and finds tags that are not closed where they should be."""
+    """Collects every tag with its attributes and the text, and fails at a tag that is not closed in its place."""
 
     def __init__(self, text):
         super().__init__()
@@ -47,11 +47,11 @@ class Reader(HTMLParser):
         return [attributes['id'] for attributes in self.all('section') if 'id' in attributes]
 
     @property
-    def said(self):
+    def visible_text(self):
         return ' '.join(self.text.split())
 
     def check_stands_by_itself(self) -> None:
-        """Nothing in it asks for something that is elsewhere, and every figure has an alternative text."""
+        """Checks that the page refers to nothing outside itself, and that every figure has an alternative text."""
         assert not self.all('script') and not self.all('link')
         assert not re.findall(r'url\((?!#)|@import', self.source)
         for _, attributes in self.tags:
@@ -62,22 +62,22 @@ class Reader(HTMLParser):
         )
         assert policy.startswith("default-src 'none'; img-src data:;")
         assert self.all('svg') and all(attributes['role'] == 'img' for attributes in self.all('svg'))
-        told = [attributes['alt'] for attributes in self.all('img')]
-        told += [attributes['aria-label'] for attributes in self.all('svg')]
-        assert all(len(text) > 20 for text in told)
+        texts = [attributes['alt'] for attributes in self.all('img')]
+        texts += [attributes['aria-label'] for attributes in self.all('svg')]
+        assert all(len(text) > 20 for text in texts)
         identities = [attributes['id'] for _, attributes in self.tags if 'id' in attributes]
         assert len(identities) == len(set(identities))
-        wanted = {use['xlink:href'][1:] for use in self.all('use')} | set(re.findall(r'url\(#(.*?)\)', self.source))
-        assert wanted and wanted <= set(identities)
+        used = {use['xlink:href'][1:] for use in self.all('use')} | set(re.findall(r'url\(#(.*?)\)', self.source))
+        assert used and used <= set(identities)
 
 
 def look(pages: dict[str, str], question: str, directory: Path) -> str:
-    """Opens pages in a browser, each as wide as a phone, and returns the answer to a question about them.
+    """Opens pages in a browser, each as wide as a phone, and evaluates an expression about them.
 
     Args:
-        pages: Their texts by name.
-        question: A JavaScript expression of `pages`, an object of the pages' windows by name.
-        directory: An empty one.
+        pages: Texts of the pages by name.
+        question: JavaScript expression of `pages`, an object of the pages' windows by name.
+        directory: Empty directory.
     """
     frames = ''.join(
         f'<iframe id="{name}" width="390" height="844" style="border:0" srcdoc="{html.escape(text)}"></iframe>'
@@ -90,5 +90,5 @@ def look(pages: dict[str, str], question: str, directory: Path) -> str:
     (directory / 'frame.html').write_text(f'<!doctype html><title></title>{frames}{script}')
     flags = ['--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={directory}/profile', '--dump-dom']
     command = [BROWSER, *flags, (directory / 'frame.html').as_uri()]
-    seen = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    return html.unescape(re.search(r'<title>(.*?)</title>', seen).group(1))
+    output = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    return html.unescape(re.search(r'<title>(.*?)</title>', output).group(1))

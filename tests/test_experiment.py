@@ -1,26 +1,32 @@
-"""The whole story on a tiny data set: every attack's room, both label modes, both poisonings."""
+"""Whole experiments on a tiny data set: the files they write, other settings, and later starts."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from command import ROOT, run_here
 
 from aft_jax.analysis import observe
-from aft_jax.report import experiment_report
+from aft_jax.report import trigger_gallery
+from aft_jax.results.workdir import RunFiles
 
 NO_REPORT = '--config.stages=("infect","purify")'
 
 
-@pytest.fixture(autouse=True)
-def few_exhibits(monkeypatch):
-    """Adversarial examples of 12 images and two sizes are enough to see that they are shown."""
-    monkeypatch.setattr(experiment_report, 'IMAGES', 16)
-    monkeypatch.setattr(experiment_report, 'SWEPT_EPS', (4 / 255, observe.EPS))
+@pytest.fixture(autouse=True, scope='module')
+def few_images():
+    """Observes only 16 images at two sizes, to save time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(observe, 'IMAGES', 16)
+        patch.setattr(observe, 'SWEPT_EPS', (4 / 255, observe.EPS))
+        yield
 
 
-@pytest.fixture
-def npz(tmp_path):
+@pytest.fixture(scope='module')
+def npz(tmp_path_factory):
+    """A data set of 256 training and 64 test images in four classes; the bright quarter is the class."""
     generator = np.random.default_rng(3)
     labels = np.arange(320) % 4
     images = generator.integers(0, 120, (320, 12, 12, 1))
@@ -28,7 +34,7 @@ def npz(tmp_path):
         row, column = divmod(int(label), 2)
         image[row * 6 : row * 6 + 6, column * 6 : column * 6 + 6] += 100
     images = images.astype(np.uint8)
-    path = tmp_path / 'tiny.npz'
+    path = tmp_path_factory.mktemp('data') / 'tiny.npz'
     np.savez(
         path,
         train_images=images[:256],
@@ -61,17 +67,22 @@ def run(npz, workdir, capsys, *more):
     return json.loads((workdir / 'results.json').read_text())
 
 
-def test_results_of_an_all2one_run(npz, tmp_path, capsys):
-    workdir = tmp_path / 'run'
-    results = run(npz, workdir, capsys, '--config.attack.name=badnets', '--config.attack.target=2')
-    assert {k: results[k] for k in ('schema', 'dataset', 'model', 'attack', 'label_mode', 'seed')} == {
-        'schema': 1,
-        'dataset': f'npz:{npz}',
-        'model': 'mnist_cnn',
-        'attack': 'badnets',
-        'label_mode': 'all2one',
-        'seed': 0,
-    }
+BADNETS = ('--config.attack.name=badnets', '--config.attack.target=2')
+
+
+@pytest.fixture(scope='module')
+def badnets_run(npz, tmp_path_factory):
+    """The work directory of an experiment with all its stages."""
+    workdir = tmp_path_factory.mktemp('runs') / 'badnets'
+    silent = SimpleNamespace(readouterr=lambda: SimpleNamespace(err=''))
+    assert run_here([*arguments_of(npz, workdir), *BADNETS], silent)[0] == 0
+    return workdir
+
+
+def test_run_experiment_writes_the_results(npz, badnets_run):
+    results = json.loads((badnets_run / 'results.json').read_text())
+    assert list(results)[:7] == ['schema', 'dataset', 'model', 'attack', 'label_mode', 'seed', 'clean_share']
+    assert list(results.values())[:7] == [1, f'npz:{npz}', 'mnist_cnn', 'badnets', 'all2one', 0, 0.25]
     assert results['environment']['devices'] == 4 and results['environment']['processes'] == 1
     infected, aft = results['infected'], results['purified']['aft']
     assert infected['acc'] > 0.9 and infected['asr'] > 0.5
@@ -79,26 +90,33 @@ def test_results_of_an_all2one_run(npz, tmp_path, capsys):
     assert np.isclose(infected['asr'], np.mean([x for x in infected['per_class']['asr'] if x is not None]))
     expected = (max(0, infected['asr'] - aft['asr']) - max(0, infected['acc'] - aft['acc']) + 1) / 2
     assert aft['der'] == pytest.approx(expected) and aft['seconds'] > 0
-    stages = {json.loads(line)['stage'] for line in (workdir / 'metrics.jsonl').read_text().splitlines()}
-    assert stages == {'infect', 'purify/ft', 'purify/aft'}
-    assert json.loads((workdir / 'config.json').read_text())['aft']['eps'] == pytest.approx(20 / 255)
-    assert (workdir / 'report' / 'before_after.png').stat().st_size > 10_000
     assert 8 < results['connection']['images'] < 16 and results['connection']['purified'].keys() == {'ft', 'aft'}
-    assert 'of triggered images still obey' in (workdir / 'report' / 'index.html').read_text()
-    # A later start that shows nothing keeps what was seen.
-    attack = ('--config.attack.name=badnets', '--config.attack.target=2')
-    assert run(npz, workdir, capsys, *attack, '--config.stages=("infect",)') == results
-    assert list((workdir / 'tensorboard').rglob('events*'))
 
 
-def test_the_manifest_tells_who_was_poisoned(npz, tmp_path, capsys):
-    run(npz, tmp_path / 'run', capsys, '--config.attack.name=blend', '--config.stages=("infect",)')
-    with np.load(tmp_path / 'run' / 'poison.npz', allow_pickle=False) as manifest:
+def test_run_experiment_writes_its_files_where_run_files_names_them(badnets_run):
+    run_files = RunFiles(badnets_run)
+    stages = {json.loads(line)['stage'] for line in run_files.metrics.read_text().splitlines()}
+    assert stages == {'infect', 'purify/ft', 'purify/aft'}
+    assert all(run_files.checkpoints(stage).is_dir() for stage in stages)
+    assert json.loads(run_files.config.read_text())['aft']['eps'] == pytest.approx(20 / 255)
+    assert 'of triggered images are still classified as' in (run_files.report / 'index.html').read_text()
+    assert trigger_gallery.read(run_files.report / 'triggers.png').std() > 0
+    assert trigger_gallery.read(run_files.report / 'before_after.png').std() > 0
+    assert list((badnets_run / 'tensorboard').rglob('events*'))
+
+
+def test_write_manifest_lists_the_poisoned_images(badnets_run):
+    with np.load(RunFiles(badnets_run).poison_manifest, allow_pickle=False) as manifest:
         assert len(manifest['poisoned_indices']) == 26  # 10 % of 256
         assert len(manifest['clean_indices']) == 64
         assert not set(manifest['poisoned_indices']) & set(manifest['clean_indices'])
-        np.testing.assert_array_equal(manifest['target_map'], [0, 0, 0, 0])
+        np.testing.assert_array_equal(manifest['target_map'], [2, 2, 2, 2])
         assert manifest['trigger_pattern'].shape == (12, 12, 1)
+
+
+def test_run_experiment_keeps_the_results_of_an_earlier_start(npz, badnets_run, capsys):
+    before = json.loads((badnets_run / 'results.json').read_text())
+    assert run(npz, badnets_run, capsys, *BADNETS, '--config.stages=("infect",)') == before
 
 
 @pytest.mark.parametrize(
@@ -114,7 +132,7 @@ def test_the_manifest_tells_who_was_poisoned(npz, tmp_path, capsys):
         ('--config.attack.name=none',),
     ],
 )
-def test_other_ways_run_too(attack, npz, tmp_path, capsys):
+def test_run_experiment_with_other_attacks(attack, npz, tmp_path, capsys):
     results = run(npz, tmp_path / 'run', capsys, '--config.defenses=ft', '--config.run.evaluate_every=1.5', *attack)
     assert results['infected']['acc'] > 0.9
     benign = attack == ('--config.attack.name=none',)
@@ -125,9 +143,9 @@ def test_other_ways_run_too(attack, npz, tmp_path, capsys):
     assert all(('test_asr' in p) != benign for p in probes if 'test_acc' in p)
 
 
-def test_a_defense_can_be_added_later_with_its_own_recipe(npz, tmp_path, capsys):
+def test_claim_lets_a_later_start_add_a_defense_with_its_options(npz, tmp_path, capsys):
     released = ('--config.aft_released.epochs=1', '--config.aft_released.adversarial_epochs=1')
-    # Nor has the defender chosen its images before.
+    # Without a purification, the defender has not chosen its images yet.
     run(npz, tmp_path / 'run', capsys, *released, '--config.stages=("infect",)', '--config.clean_share=0.1')
     first = run(npz, tmp_path / 'run', capsys, *released, '--config.defenses=aft_released', NO_REPORT)
     assert first['clean_share'] == 0.25
@@ -138,7 +156,7 @@ def test_a_defense_can_be_added_later_with_its_own_recipe(npz, tmp_path, capsys)
     assert both['infected'] == first['infected']
     kept = json.loads((tmp_path / 'run' / 'config.json').read_text())
     assert kept['aft']['eps'] == 0.02 and kept['aft_released']['eps'] == 6 / 255
-    # What was measured stays, whatever a later start asks for, and its recipe is settled.
+    # A later start keeps what was measured. The options of a measured defense are fixed.
     assert run(npz, tmp_path / 'run', capsys, *other, '--config.stages=("infect",)') == both
     status, text = run_here([*arguments_of(npz, tmp_path / 'run'), *released, '--config.aft.eps=0.03'], capsys)
     assert status == 2 and 'aft.eps is 0.02 there and 0.03 here' in text and len(text.splitlines()) == 1
@@ -146,7 +164,8 @@ def test_a_defense_can_be_added_later_with_its_own_recipe(npz, tmp_path, capsys)
     assert status == 2 and 'clean_share is 0.25 there and 0.2 here' in text
 
 
-def test_other_data_under_the_same_name_are_noticed(npz, tmp_path, capsys):
+def test_claim_refuses_other_data_under_the_same_name(npz, tmp_path, capsys):
+    npz = shutil.copy(npz, tmp_path / 'changing.npz')
     workdir = tmp_path / 'run'
     infect_only = '--config.stages=("infect",)'
     workdir.mkdir()
@@ -162,7 +181,7 @@ def test_other_data_under_the_same_name_are_noticed(npz, tmp_path, capsys):
     assert status == 2 and 'are not those that' in text and len(text.splitlines()) == 1
 
 
-def test_a_preact_resnet_on_colour(tmp_path, capsys):
+def test_run_experiment_with_a_preact_resnet_on_colour_images(tmp_path, capsys):
     generator = np.random.default_rng(4)
     labels = np.arange(80) % 2
     images = (generator.integers(0, 120, (80, 8, 8, 3)) + 120 * labels[:, None, None, None]).astype(np.uint8)

@@ -18,6 +18,7 @@ from aft_jax.errors import UserError
 from aft_jax.pipeline import normalisation
 from aft_jax.pipeline.given_model import FromFile, GivenModel
 from aft_jax.results import table_rows, terminal
+from aft_jax.results.record import Results
 from configs import purify
 
 torch = pytest.importorskip('torch')
@@ -152,7 +153,7 @@ def test_purify_scans_purifies_and_exports_a_model_of_torch(infected, done):
     assert given['asr'] is None and aft['asr'] is None and aft['ra'] is None and aft['der'] is None
     assert not (out / 'poison.npz').exists()
 
-    table = terminal.table(outcome)
+    table = terminal.table(Results.from_json(outcome))
     assert table in (folder / 'log').read_text()
     assert 'ASR %' not in table and 'RA %' not in table and 'cannot be known without the trigger' in table
     rows = {row['defense']: row for row in table_rows.read([out])}
@@ -299,7 +300,6 @@ def test_purify_notices_other_contents_of_the_same_file(done, capsys):
 
 def test_purify_takes_the_custom_module_of_the_walk_through(clean, tmp_path, capsys, monkeypatch):
     """The module in docs/own-model.md can be scanned, purified and exported."""
-    from flax.traverse_util import flatten_dict
     from safetensors.numpy import load_file, save_file
 
     page = (ROOT / 'docs' / 'own-model.md').read_text()
@@ -364,7 +364,7 @@ def test_purify_takes_and_exports_a_finished_run(clean, tmp_path, capsys):
     outcome = json.loads((out / 'results.json').read_text())
     ended = json.loads((run / 'results.json').read_text())
     assert outcome['suspect']['acc'] == ended['infected']['acc'] and 'scan' not in outcome['suspect']
-    assert 'score' not in terminal.table(outcome).split('What cannot')[0]
+    assert 'score' not in terminal.table(Results.from_json(outcome)).split('What cannot')[0]
     exported = interchange.load(out / 'export' / 'suspect.safetensors')
     assert exported.architecture.name == 'mnist_cnn' and exported.architecture.flat_side == 2
     names = sorted(path.name for path in (out / 'export').iterdir())

@@ -1,4 +1,4 @@
-"""The table of several runs."""
+"""The rows of tables of several runs."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ RESULTS = {
 }
 
 
-def test_one_row_a_run_and_defense(tmp_path, capsys):
+def test_read_returns_a_row_for_each_run_and_defense(tmp_path):
     for name in ('a', 'b'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'results.json').write_text(json.dumps(RESULTS | {'attack': name}))
@@ -53,12 +53,12 @@ def test_one_row_a_run_and_defense(tmp_path, capsys):
     assert table[0]['der'] == ''
 
 
-def test_one_row_a_round_of_a_defense_that_looks_for_poison(tmp_path):
+def test_detection_rows_has_a_row_for_each_round(tmp_path):
     pbe = {'acc': 0.9, 'poisoned_shares': [0.1, 0.02], 'aucs': [0.7, None]}
     results = RESULTS | {'purified': RESULTS['purified'] | {'pbe': pbe}}
     (tmp_path / 'results.json').write_text(json.dumps(results))
-    found = table_rows.to_csv(table_rows.detection_rows(table_rows.read([tmp_path])), table_rows.DETECTION_COLUMNS)
-    assert found.splitlines() == [
+    content = table_rows.to_csv(table_rows.detection_rows(table_rows.read([tmp_path])), table_rows.DETECTION_COLUMNS)
+    assert content.splitlines() == [
         'dataset,model,attack,label_mode,defense,seed,round,poisoned_share,auc',
         'mnist5k,mnist_cnn,blend,all2one,pbe,3,1,0.1,0.7',
         'mnist5k,mnist_cnn,blend,all2one,pbe,3,2,0.02,',
@@ -66,7 +66,7 @@ def test_one_row_a_round_of_a_defense_that_looks_for_poison(tmp_path):
 
 
 @pytest.mark.parametrize('content', [None, '{"attack"', '{}', '[]'])
-def test_a_run_without_results(tmp_path, content):
+def test_read_refuses_a_run_without_results(tmp_path, content):
     if content is not None:
         (tmp_path / 'results.json').write_text(content)
     with pytest.raises(UserError, match='not finished' if content is None else 'damaged'):

@@ -15,7 +15,7 @@ from aft_jax.evaluation.bootstrap import Estimate
 from aft_jax.evaluation.evaluator import Evaluator
 from aft_jax.models.custom import shows_features
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
-from aft_jax.results.record import featured, first_model
+from aft_jax.results.record import featured
 from aft_jax.training.loop import Run
 
 # A sample is enough for the page, and its adversarial examples take only seconds.
@@ -32,7 +32,7 @@ def observe(
     infected: InfectedModel,
     purified: dict[str, dict],
     evaluator: Evaluator,
-    outcome: dict[str, Any],
+    first: str,
 ) -> Observation | None:
     """Observes the first model and the purified ones on a sample of the test images. Every process takes part.
 
@@ -44,7 +44,7 @@ def observe(
         infected: Infected model, or the benign or given one.
         purified: Variables by defense.
         evaluator: Evaluator of the test set.
-        outcome: Content of results.json so far. The connection of purified models that it has is kept.
+        first: Name of the first model.
 
     Returns:
         The observation; None if no test image is left.
@@ -62,7 +62,6 @@ def observe(
     images = {kind: float_images(x) for kind, x in stored.items()}
     batch_size = min(run.options.eval_batch_size, BATCH * math.ceil(len(chosen) / BATCH))
     probe = ModelProbe(scenario.module, run.mesh, batch_size)
-    first = first_model(outcome)
     models = {first: infected.variables} | purified
 
     examples = adversarial_examples(probe, models, images[CLEAN], labels, EPS)
@@ -75,7 +74,7 @@ def observe(
     if attack is not None and triggered is not None:
         measured = MeasuredImages(images[CLEAN], images[TRIGGERED], labels, attack.target_map)
         if has_features:
-            connected = _with_earlier_defenses(measure_connection(probe, models, measured, examples), outcome)
+            connected = measure_connection(probe, models, measured, examples)
         swept = {
             name: sweep_eps(probe, models[name], measured, outputs[name].predictions[ADVERSARIAL])
             for name in _swept_models(models)
@@ -170,9 +169,3 @@ def sweep_eps(probe: ModelProbe, variables: dict, images: MeasuredImages, predic
 def _swept_models(models: Iterable[str]) -> list[str]:
     first, *defenses = models
     return [first] + ([featured(defenses)] if defenses else [])
-
-
-def _with_earlier_defenses(measured: dict[str, Any], outcome: dict[str, Any]) -> dict[str, Any]:
-    """Adds the measurements of defenses that an earlier start has written to results.json."""
-    earlier = (outcome.get('connection') or {}).get('purified', {})
-    return measured | {'purified': earlier | measured['purified']}

@@ -1,4 +1,4 @@
-"""The card that goes with a purified model: what was done to it, in JSON for programs and in Markdown for people."""
+"""The model card of a purified model, in JSON for programs and in Markdown for people."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,32 +15,34 @@ def write_card(path: Path, facts: Mapping[str, Any], before: Path, after: Path) 
     """Writes a model card as JSON and as Markdown.
 
     Args:
-        path: Without suffix, or with one that is replaced: .json and .md are written.
-        facts: What was done, with which data and seed, the figures: plain values that JSON knows, in sections of
-            {name: value}. A section of {name: {column: value}}, such as
-            {'figures': {'acc': {'before': 0.93, 'after': 0.92}}}, becomes a table.
-        before: The model's file that was purified.
-        after: The purified model's. The names and sha256 of both are added as the section 'files'.
+        path: Path of the card. Its suffix is replaced by .json and .md.
+        facts: Facts about the purification as plain values for JSON, in sections of {name: value}. A section of
+            {name: {column: value}}, such as {'figures': {'acc': {'before': 0.93, 'after': 0.92}}}, becomes a table.
+        before: File of the model before the purification.
+        after: File of the purified model. The names and sha256 of both are added as the section 'files'.
 
     Returns:
-        The two files.
+        The paths of the two files.
 
     Raises:
         UserError: A file cannot be read or written.
     """
     json_path, markdown_path = path.with_suffix('.json'), path.with_suffix('.md')
     try:
-        files = {role: {'name': file.name, 'sha256': checksum(file)} for role, file in _roles(before, after)}
+        paths = {'before': before, 'after': after}
+        files = {role: {'name': file.name, 'sha256': checksum(file)} for role, file in paths.items()}
         card = {**facts, 'files': files}
         write_json(json_path, card)
         write_text(markdown_path, to_markdown(card))
     except OSError as error:
-        raise UserError(f'{error.filename}: {error.strerror}, so no model card is written.') from error
+        raise UserError(
+            f'{error.filename}: {error.strerror}, so the model card cannot be written; start the run again.'
+        ) from error
     return json_path, markdown_path
 
 
 def to_markdown(card: Mapping[str, Any]) -> str:
-    """Returns the card as Markdown: single values as a list, each section under a heading, tables where it has rows."""
+    """Formats a card as Markdown: single values as a list, and each section as a list or table under its heading."""
     lines = [f'# {_text(card.get("title", TITLE))}', '']
     single = {name: value for name, value in card.items() if not isinstance(value, Mapping) and name != 'title'}
     sections = {name: value for name, value in card.items() if isinstance(value, Mapping)}
@@ -52,10 +54,6 @@ def to_markdown(card: Mapping[str, Any]) -> str:
         lines += [*_list(single), ''] if single else []
         lines += [*_table(rows), ''] if rows else []
     return '\n'.join(lines)
-
-
-def _roles(before: Path, after: Path) -> tuple[tuple[str, Path], ...]:
-    return ('before', before), ('after', after)
 
 
 def _list(values: Mapping[str, Any]) -> list[str]:
@@ -70,7 +68,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """Returns a value on one line, with nothing in it that Markdown would take for a table or for HTML."""
+    """Formats a value on one line, and escapes what Markdown would read as a table or as HTML."""
     match value:
         case float():
             text = f'{value:.6g}'

@@ -1,5 +1,6 @@
-"""Purified models, back in the form in which the suspect came, with a card that says what was done."""
+"""Exports purified models in the format of the given model, each with a model card."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from aft_jax.interchange import state_file
 from aft_jax.interchange.architecture import Architecture
 from aft_jax.interchange.card import write_card
 from aft_jax.pipeline.given_model import FromCustomModule, FromFile, FromRun, GivenModel
-from aft_jax.results.record import SHOWN_EPS
+from aft_jax.results.record import SHOWN_EPS, Results
 
 UNKNOWN = (
-    'Whether the model had a backdoor, and whether it is gone: without the trigger neither can be measured. The score '
-    'is of changes that were found, not of the trigger.'
+    'Whether the model had a backdoor, and whether it is gone: without the trigger neither can be measured. The '
+    'infection score comes from perturbations that were found, not from the trigger.'
 )
 
 
@@ -26,31 +27,34 @@ def write(
     given: GivenModel,
     purified: dict[str, dict],
     config: ml_collections.ConfigDict,
-    outcome: dict[str, Any],
+    results: Results,
 ) -> None:
-    """Writes every purified model and its card, and into `outcome` where they are.
+    """Writes every purified model and its card.
 
-    A file's network keeps its key names and dtypes: DEFENSE with the suspect's suffix, and DEFENSE.safetensors beside
-    it. A finished run's goes out under torchvision's or the releases' names (see `interchange.with_usual_names`), as
-    .safetensors alone, with suspect.safetensors to compare it with. What cannot be exported is said on a line.
+    A network from a file keeps its key names and dtypes. It is written as DEFENSE with the suffix of that file, and as
+    DEFENSE.safetensors. A network from a saved run gets the key names of torchvision or of the authors' releases (see
+    `interchange.with_usual_names`). It is written as DEFENSE.safetensors, with suspect.safetensors for comparison.
+    A network without such names is not exported, and a message says so.
 
     Args:
-        directory: Made when it is not there.
-        given: Model that was purified.
+        directory: Folder; created if it does not exist.
+        given: Given model that was purified.
         purified: Variables by defense.
-        config: The resolved config.
-        outcome: What results.json holds.
+        config: Resolved config.
+        results: Results of the experiment.
 
     Raises:
         UserError: A file cannot be written.
     """
     if isinstance(given.origin, FromRun) and given.origin.architecture is None:
-        print('aft_jax: no export, because this network has no usual names; the checkpoints hold the purified model.')
+        print('aft_jax: this network has no standard key names, so it is not exported; use its checkpoints instead.')
         return
     try:
         directory.mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f'{directory} cannot be made ({error.strerror}).') from error
+        raise UserError(
+            f'{directory} cannot be created ({error.strerror}); delete what stands there, or name another --workdir.'
+        ) from error
     match given.origin:
         case FromFile(imported):
             before = imported.source.path
@@ -66,39 +70,39 @@ def write(
         for path in written:
             _write(path, given, variables)
         copies = {path.name: state_file.checksum(path) for path in written[1:]}
-        write_card(directory / f'{name}.json', facts(name, config, outcome, copies), before, after)
+        write_card(directory / f'{name}.json', facts(name, config, results, copies), before, after)
 
 
-def facts(
-    name: str, config: ml_collections.ConfigDict, outcome: dict[str, Any], copies: dict[str, str]
-) -> dict[str, Any]:
-    """Returns what the card of one purified model says beside the files.
+def facts(name: str, config: ml_collections.ConfigDict, results: Results, copies: dict[str, str]) -> dict[str, Any]:
+    """Collects the facts for the card of one purified model, without its files.
 
     Args:
-        name: The defense.
-        config: The resolved config.
-        outcome: What results.json holds.
+        name: Name of the defense.
+        config: Resolved config.
+        results: Results of the experiment on a given model.
         copies: sha256 of further files with the same weights, by name.
     """
-    before, after = outcome['suspect'], outcome['purified'][name]
-    figures = {'clean accuracy': {'before': before['acc'], 'after': after['acc']}}
-    if 'scan' in before and 'scan' in after:
-        scans = {'before': before['scan'], 'after': after['scan']}
-        place = before['scan']['landing_eps'].index(SHOWN_EPS)
+    before, after = results.initial, results.purified[name]
+    assert results.given is not None
+    class_names = results.given.class_names
+    figures: dict[str, Any] = {'clean accuracy': {'before': before.acc, 'after': after.acc}}
+    if before.scan and after.scan:
+        scans = {'before': before.scan, 'after': after.scan}
+        place = before.scan['landing_eps'].index(SHOWN_EPS)
         figures['infection score'] = {when: scan['score'] for when, scan in scans.items()}
-        figures[f'fooled by changes of {round(255 * SHOWN_EPS)}/255 a pixel'] = {
+        figures[f'adversarial examples of size {round(255 * SHOWN_EPS)}/255 that change the prediction'] = {
             when: scan['fooled'][place] for when, scan in scans.items()
         }
-        figures['suspected label'] = {when: _label(scan, before['class_names']) for when, scan in scans.items()}
+        figures['suspected label'] = {when: _label(scan, class_names) for when, scan in scans.items()}
     return {
         'title': f'{config.init_from}, purified by {name}',
         'defense': name,
         'data': config.dataset,
         'clean share of the training images': config.clean_share,
         'seed': config.seed,
-        'model': outcome['model'],
+        'model': results.setting.model,
         'normalisation': f'mean {list(config.model.mean)}, std {list(config.model.std)}, of pixels in [0, 1]',
-        'seconds': after['seconds'],
+        'seconds': after.seconds,
         'not known': UNKNOWN,
         'figures': figures,
         'options of the defense': config[name].to_dict(),
@@ -106,7 +110,7 @@ def facts(
     }
 
 
-def _label(scan: dict[str, Any], class_names: list[str]) -> str:
+def _label(scan: dict[str, Any], class_names: Sequence[str]) -> str:
     return 'one a class' if scan['suspected_label'] is None else str(class_names[scan['suspected_label']])
 
 

@@ -15,6 +15,8 @@ from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
 from aft_jax.errors import UserError, check_choice
 from aft_jax.pipeline import stages
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
+from aft_jax.results import record
+from aft_jax.results.workdir import RunFiles
 from aft_jax.runtime.preemption import Watch
 from aft_jax.training.checkpoint import checksum
 from aft_jax.training.loop import NotFinished, Run, RunOptions
@@ -87,7 +89,7 @@ def load(directory: Path, mesh: Mesh, datasets: Datasets, defenses: Sequence[str
     if config.init_from:
         raise UserError(
             f'{directory} has purified a model from elsewhere ({config.init_from}); what it ended with is in '
-            f'{directory / "export"}.'
+            f'{RunFiles(directory).export}.'
         )
     purified = [name for name in _results(directory) if defenses is None or name in defenses]
     dataset, found = datasets.load(config)
@@ -126,7 +128,7 @@ def read_config(directory: Path) -> tuple[ml_collections.ConfigDict, int]:
     Raises:
         UserError: There is none, or it is damaged or of another version.
     """
-    path = directory / 'config.json'
+    path = RunFiles(directory).config
     try:
         kept = json.loads(path.read_text())
         found = kept.pop('data_checksum')
@@ -151,10 +153,10 @@ def _fill(config: ml_collections.ConfigDict, kept: dict[str, Any]) -> None:
 
 def _results(directory: Path) -> list[str]:
     """Returns the defenses that a run has measured."""
-    path = directory / 'results.json'
+    path = RunFiles(directory).results
     try:
-        return [name for name in json.loads(path.read_text())['purified'] if name in DEFENSES]
+        return [name for name in record.read(path).purified if name in DEFENSES]
     except OSError:
         raise UserError(f'{path} cannot be read: the run has not finished, or {directory} is not a run.') from None
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         raise UserError(f'{path} is damaged; delete it and start its run again.') from None

@@ -1,83 +1,79 @@
-"""What an experiment shows: what its models make of chosen test images, handed to report/ to be drawn."""
-
-from pathlib import Path
-from typing import Any
+"""The report of an experiment: before_after.png, triggers.png, index.html, and the same pictures in TensorBoard."""
 
 import jax
 
 from aft_jax.analysis.observation import CLEAN, TRIGGERED, Observation
+from aft_jax.attacks.attack import Attack
 from aft_jax.evaluation.evaluator import Evaluator
-from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.report import before_after, page, trigger_gallery
-from aft_jax.results.record import first_model
+from aft_jax.report.before_after import Examples
+from aft_jax.results.record import Results
+from aft_jax.results.workdir import RunFiles
 from aft_jax.training.loop import Run
 
+BEFORE_AFTER, TRIGGERS = 'before_after.png', 'triggers.png'
+# Images in triggers.png.
+TRIGGER_IMAGES = 3
 
-def show_in_tensorboard(run: Run, directory: Path, observation: Observation | None) -> None:
-    """Shows the pictures of the report among the metrics: those that were drawn, and examples of each kind of image.
+
+def write_report(
+    files: RunFiles,
+    results: Results,
+    observation: Observation | None,
+    *,
+    evaluator: Evaluator,
+    models: dict[str, dict],
+    attack: Attack | None,
+) -> None:
+    """Writes the pictures and the page. All processes take part in the predictions, and process 0 writes.
 
     Args:
-        run: The experiment's run.
-        directory: Where `draw` has written.
-        observation: What `observe` returned.
+        files: Files of the run.
+        results: Results of the experiment.
+        observation: Observation of the models. Without one, the page has only numbers and the examples.
+        evaluator: Evaluator of the test set.
+        models: Variables by model, the first model first.
+        attack: Attack on the first model; None for a benign or given one.
+    """
+    examples = predict_examples(evaluator, models, attack)
+    if jax.process_index() != 0:
+        return
+    before_after.write_before_after(files.report / BEFORE_AFTER, examples, results)
+    if attack is not None and TRIGGERED in examples.images:
+        clean, triggered = (examples.images[kind][:TRIGGER_IMAGES] for kind in (CLEAN, TRIGGERED))
+        trigger_gallery.write_gallery(files.report / TRIGGERS, {attack.name: (clean, triggered)})
+    page.write_page(files, results, observation, examples.class_names)
+
+
+def predict_examples(evaluator: Evaluator, models: dict[str, dict], attack: Attack | None) -> Examples:
+    """Chooses test images, applies the trigger, and computes the prediction of each model."""
+    dataset = evaluator.dataset
+    target_map = attack.target_map if attack else None
+    chosen = before_after.choose(dataset.test_labels, target_map, before_after.COLUMNS)
+    images = {CLEAN: dataset.test_images[chosen]}
+    triggered = evaluator.triggered_test_set(attack).triggered
+    if triggered is not None:
+        images[TRIGGERED] = triggered[chosen]
+    predictions = {
+        name: {kind: evaluator.predict(variables, x) for kind, x in images.items()}
+        for name, variables in models.items()
+    }
+    return Examples(images, dataset.test_labels[chosen], target_map, dataset.class_names, predictions)
+
+
+def show_in_tensorboard(run: Run, observation: Observation | None) -> None:
+    """Adds the pictures of the report, and examples of each kind of image, to the run's TensorBoard files.
+
+    Args:
+        run: Run whose report is written.
+        observation: Observation of the models, or None.
     """
     if jax.process_index() != 0:
         return
-    drawn = {path.stem: path for path in (directory / 'triggers.png', directory / 'before_after.png') if path.exists()}
-    images = {name: trigger_gallery.read(path) for name, path in drawn.items()}
+    paths = [RunFiles(run.workdir).report / name for name in (TRIGGERS, BEFORE_AFTER)]
+    images = {path.stem: trigger_gallery.read(path) for path in paths if path.exists()}
     if observation is not None:
         chosen = before_after.choose(observation.labels, observation.target_map, before_after.COLUMNS)
         rows = [observation.images[kind][chosen] for kind in observation.images]
         images['_'.join(observation.images)] = trigger_gallery.mosaic(rows)
     run.writer.write_images('report', images)
-
-
-def draw(
-    directory: Path,
-    scenario: Scenario,
-    infected: InfectedModel,
-    purified: dict[str, dict],
-    evaluator: Evaluator,
-    outcome: dict[str, Any],
-    observation: Observation | None = None,
-) -> None:
-    """Writes the pictures and the page of an experiment; all processes take part in predictions, process 0 writes.
-
-    Args:
-        directory: Where they go; the work directory is the one above.
-        scenario: What the experiment is about.
-        infected: The infected model, or the benign or suspect one.
-        purified: Variables by defense.
-        evaluator: Of the test set.
-        outcome: What results.json holds.
-        observation: What `observe` returned; the page does without where there is none.
-    """
-    attack, dataset = infected.attack, scenario.dataset
-    triggered = evaluator.triggered_test_set(attack).triggered
-    target_map = attack.target_map if attack else None
-    chosen = before_after.choose(dataset.test_labels, target_map, before_after.COLUMNS)
-    rows = {CLEAN: dataset.test_images[chosen]}
-    if triggered is not None:
-        rows[TRIGGERED] = triggered[chosen]
-    models_shown = {first_model(outcome): infected.variables} | purified
-    said = {
-        name: {kind: evaluator.predict(variables, images) for kind, images in rows.items()}
-        for name, variables in models_shown.items()
-    }
-    if jax.process_index() != 0:
-        return
-    before_after.write_before_after(
-        directory / 'before_after.png',
-        rows,
-        dataset.test_labels[chosen],
-        target_map,
-        dataset.class_names,
-        said,
-        outcome,
-    )
-    if attack is not None and triggered is not None:
-        few = chosen[:3]
-        trigger_gallery.write_gallery(
-            directory / 'triggers.png', {attack.name: (dataset.test_images[few], triggered[few])}
-        )
-    page.write_page(directory, outcome, observation, dataset.class_names)

@@ -1,7 +1,6 @@
-"""A figure of a page: drawn by Matplotlib, with an alternative text that says what is seen.
+"""Figures of a page: SVG by Matplotlib, with an alternative text that describes them.
 
-Ink is one colour and paper another, which `vector` turns into the page's own, so that a figure is readable in light and
-in dark.
+`vector` replaces the colours of ink and paper by those of the page, for light and dark mode.
 """
 
 import contextlib
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Okabe-Ito, told apart by colour-blind readers; markers, lines or hatches say the same in grey print.
+# Okabe-Ito colours: colour-blind readers can tell them apart. Markers, lines or hatches do the same in grey print.
 COLOURS = ('#595959', '#56B4E9', '#D55E00', '#009E73', '#E69F00', '#0072B2', '#CC79A7', '#F0E442')
 BLUE = COLOURS[5]
 INK, PAPER, FAINT = '#1b1f24', '#fdfefe', '#8a9099'
@@ -19,13 +18,13 @@ WIDTH, HEIGHT = 5.0, 3.3  # inches; 360 points, about the width of a phone
 
 
 class Panel(NamedTuple):
-    """A figure as the page holds it.
+    """A figure of a page.
 
     Attributes:
-        name: Of its files, without the ending.
-        title: Shown above it.
-        alt: What is seen, for those who do not see it.
-        svg: An <svg> element in the page's colours.
+        name: Name of its files, without the suffix.
+        title: Title above the figure.
+        alt: Alternative text: the content in words and numbers.
+        svg: <svg> element in the colours of the page.
     """
 
     name: str
@@ -40,6 +39,7 @@ def panel(
     title: str,
     alt: str,
     draw: Callable[[Any], None],
+    *,
     height: float = HEIGHT,
     width: float = WIDTH,
     columns: int = 1,
@@ -47,25 +47,22 @@ def panel(
     """Draws a figure for a page.
 
     Args:
-        directory: Where it is written as PNG and SVG too, or None.
-        name: Of the files, and of the figure in the page, without the ending.
-        title: Shown above it.
-        alt: What is seen.
-        draw: Given the axes, or an array of them where there are several.
-        height: In inches.
-        width: Likewise.
-        columns: Of axes, which share what is beside them.
-
-    Returns:
-        The figure.
+        directory: Folder for the figure as PNG and SVG files; None if there are none.
+        name: Name of the files without suffix, unique in the page.
+        title: Title above the figure.
+        alt: Alternative text: the content in words and numbers.
+        draw: Function that draws on the axes, or on an array of axes if there are several columns.
+        height: Height in inches.
+        width: Width in inches.
+        columns: Number of axes; they share their y axis.
     """
     with _style(name):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(width, height), layout='tight', facecolor=PAPER)
         axes = figure.subplots(1, columns, sharey=True)
-        for one in figure.axes:
-            one.spines[['top', 'right']].set_visible(False)
+        for axis in figure.axes:
+            axis.spines[['top', 'right']].set_visible(False)
         draw(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None})
@@ -81,8 +78,8 @@ def panel(
 def _style(salt: str) -> Iterator[None]:
     import matplotlib
 
-    wanted: dict[Any, Any] = {
-        'text.parse_math': False,  # class names may hold any sign
+    style: dict[Any, Any] = {
+        'text.parse_math': False,  # class names may contain any character
         'font.size': 10,
         'font.family': 'sans-serif',
         'svg.fonttype': 'none',
@@ -98,22 +95,22 @@ def _style(salt: str) -> Iterator[None]:
         'hatch.linewidth': 0.6,
         'lines.linewidth': 1.8,
     }
-    with matplotlib.rc_context(wanted):
+    with matplotlib.rc_context(style):
         yield
 
 
 def vector(text: str, name: str) -> str:
-    """Returns Matplotlib's SVG document as an element of a page: its ink is the page's, and its names are its own.
+    """Converts an SVG document of Matplotlib to an element of a page, in the colours of the page.
 
     Args:
-        text: The document.
-        name: Unique in the page; put before every id.
+        text: SVG document.
+        name: Prefix of every id, unique in the page.
     """
     element = text[text.index('<svg') :]
     element = re.sub(r'<metadata>.*?</metadata>', '', element, flags=re.DOTALL)
     element = re.sub(r'\s(width|height)="[\d.]+pt"', '', element, count=2)
     element = re.sub(r'(\sid="|href="#|url\(#)', rf'\g<1>{name}-', element)
-    # In the dark the page has another blue.
-    for colour, theirs in ((INK, 'currentColor'), (BLUE.lower(), 'var(--blue)')):
-        element = element.replace(colour, theirs)
+    # The page has its own blue in dark mode.
+    for colour, replacement in ((INK, 'currentColor'), (BLUE.lower(), 'var(--blue)')):
+        element = element.replace(colour, replacement)
     return element.replace(f'fill: {PAPER}', 'fill: none').strip()

@@ -1,6 +1,6 @@
-"""What adversarial examples are like: the page's figures of the observation.
+"""Figures of the observation: what adversarial examples are like.
 
-Kinds of images differ in colour and marker or line, models in colour and hatch.
+Kinds of images differ in colour and in marker or line; models differ in colour and in hatch.
 """
 
 from pathlib import Path
@@ -14,17 +14,18 @@ from aft_jax.evaluation.bootstrap import Estimate
 from aft_jax.report.figure import COLOURS, FAINT, PAPER, Panel, panel
 from aft_jax.results.record import percent
 
+# Colour, marker and line of each kind of image.
 KINDS = {
     CLEAN: (FAINT, 'o', ':'),
     TRIGGERED: (COLOURS[2], '^', '-'),
     ADVERSARIAL: (COLOURS[5], 's', '--'),
 }
-# The first model and the purified one.
+# Colour, hatch, marker and line of the first model and of the purified one.
 MODELS = ((COLOURS[6], '', 'o', '-'), (COLOURS[3], '////', 's', '--'))
-# More classes than this do not fit below each other.
-MOST_CLASSES = 14
-# Of each kind; more hide each other.
-MOST_POINTS = 150
+# More classes do not fit into the figure; the rest is summed up.
+MAX_CLASSES = 14
+# More points of one kind hide each other.
+MAX_POINTS = 150
 
 
 def landing(
@@ -34,59 +35,53 @@ def landing(
     target_map: np.ndarray | None,
     class_names: tuple[str, ...],
 ) -> Panel:
-    """Draws which classes the adversarial examples land in that leave their own, by model, as shares of all examples.
+    """Draws the predicted classes of misclassified adversarial examples, by model, as shares of all examples.
 
     Args:
-        directory: Of the files.
-        predictions: int [N] by model, two at most.
-        labels: int [N], the true classes.
-        target_map: int [K], the commanded labels, whose part of a bar is solid; None without a trigger.
-        class_names: K names.
+        directory: Folder of the figures.
+        predictions: Predictions for the adversarial examples, int [N], of at most two models by name.
+        labels: True labels, int [N].
+        target_map: Target label for each true label, int [K]; its part of a bar is solid. None without a trigger.
+        class_names: Names of the K classes.
     """
-    classes = len(class_names)
-
-    def shares(which: np.ndarray, answers: np.ndarray) -> np.ndarray:
-        return np.bincount(answers[which], minlength=classes) / len(labels)
-
-    left = {name: shares(said != labels, said) for name, said in predictions.items()}
-    obeyed = {
-        name: shares((said != labels) & (said == target_map[labels]), said) if target_map is not None else left[name]
-        for name, said in predictions.items()
-    }
-    shown = _most_visited(np.max(list(left.values()), axis=0))
+    targets = target_map[labels] if target_map is not None else None
+    misclassified = {name: _class_shares(p, labels, None, len(class_names)) for name, p in predictions.items()}
+    on_target = {name: _class_shares(p, labels, targets, len(class_names)) for name, p in predictions.items()}
+    shown = _most_frequent(np.max(list(misclassified.values()), axis=0))
     names = [class_names[k][:18] for k in shown]
-    if len(shown) < classes:
+    if len(shown) < len(class_names):
         names.append('others')
-        rest = np.setdiff1d(np.arange(classes), shown)
-        left, obeyed = (
-            {name: np.append(values[shown], values[rest].sum()) for name, values in table.items()}
-            for table in (left, obeyed)
-        )
-    told = [_told_landing(name, said, labels, target_map, class_names) for name, said in predictions.items()]
+    misclassified, on_target = (
+        {name: _with_others(shares, shown) for name, shares in table.items()} for table in (misclassified, on_target)
+    )
 
     def draw(axes: Any) -> None:
-        height = 0.8 / len(left)
-        for i, name in enumerate(left):
+        height = 0.8 / len(predictions)
+        for i, name in enumerate(predictions):
             colour, hatch, _, _ = MODELS[i]
-            places = np.arange(len(names)) + (i - (len(left) - 1) / 2) * height
+            places = np.arange(len(names)) + (i - (len(predictions) - 1) / 2) * height
             common: dict[str, Any] = {'height': 0.88 * height, 'hatch': hatch, 'edgecolor': PAPER, 'linewidth': 0}
             if target_map is not None:
-                axes.barh(places, 100 * left[name], color=colour, alpha=0.35, **common)
-            axes.barh(places, 100 * obeyed[name], color=colour, label=name, **common)
+                axes.barh(places, 100 * misclassified[name], color=colour, alpha=0.35, **common)
+            axes.barh(places, 100 * on_target[name], color=colour, label=name, **common)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xlabel('% of the adversarial examples')
         axes.tick_params(axis='y', length=0)
         axes.legend(frameon=False, loc='lower right')
 
-    alt = f'Bars, a row a class. {" ".join(told)}'
-    tall = 0.9 + 0.15 * (len(left) + 0.4) * max(len(names), 4)
-    return panel(directory, 'landing', 'Classes that adversarial examples land in', alt, draw, tall)
+    lines = [_describe_landing(name, p, labels, targets, class_names) for name, p in predictions.items()]
+    alt = f'Bars, a row a class. {" ".join(lines)}'
+    height = 0.9 + 0.15 * (len(predictions) + 0.4) * max(len(names), 4)
+    return panel(directory, 'landing', 'Predicted classes of adversarial examples', alt, draw, height=height)
 
 
-def activations(directory: Path, model: str, seen: ModelOutputs) -> Panel:
-    """Draws the mean activation of the last feature map's channels by kind of image, sorted by the triggered ones."""
-    means = {kind: channels.mean(axis=0, dtype=np.float64) for kind, channels in seen.channels.items()}
+def activations(directory: Path, model: str, outputs: ModelOutputs) -> Panel:
+    """Draws the mean activation of each channel of the last feature map by kind of image.
+
+    The channels are sorted by their activation on triggered images, or on clean ones without a trigger.
+    """
+    means = {kind: channels.mean(axis=0, dtype=np.float64) for kind, channels in outputs.channels.items()}
     sorted_by = TRIGGERED if TRIGGERED in means else CLEAN
     order = np.argsort(-means[sorted_by], kind='stable')
 
@@ -105,24 +100,26 @@ def activations(directory: Path, model: str, seen: ModelOutputs) -> Panel:
         rises = [(means[kind] - means[CLEAN])[None] for kind in (TRIGGERED, ADVERSARIAL)]
         correlation = correlations(*rises)[0]
         if np.isfinite(correlation):
-            alt += f' What the trigger raises and what adversarial changes raise correlate by {correlation:.2f}.'
+            alt += (
+                f' The changes by the trigger and by adversarial perturbations have a correlation of {correlation:.2f}.'
+            )
     return panel(directory, f'activations_{model}', model, alt, draw)
 
 
-def features(directory: Path, model: str, seen: ModelOutputs) -> Panel | None:
-    """Draws the last features of the images in their first two principal components; None where they are not finite."""
+def features(directory: Path, model: str, outputs: ModelOutputs) -> Panel | None:
+    """Draws the channels of the images in their first two principal components; None if they are not finite."""
     from sklearn.decomposition import PCA
 
-    stacked = np.concatenate(list(seen.channels.values())).astype(np.float64)
+    stacked = np.concatenate(list(outputs.channels.values())).astype(np.float64)
     if not np.isfinite(stacked).all() or min(stacked.shape) < 2 or not stacked.std():
         return None
     analysis = PCA(n_components=2, svd_solver='full').fit(stacked)
-    places = {kind: analysis.transform(channels.astype(np.float64)) for kind, channels in seen.channels.items()}
+    places = {kind: analysis.transform(channels.astype(np.float64)) for kind, channels in outputs.channels.items()}
 
     def draw(axes: Any) -> None:
         for kind, points in places.items():
             colour, marker, _ = KINDS[kind]
-            few = points[:MOST_POINTS]
+            few = points[:MAX_POINTS]
             axes.scatter(*few.T, s=13, marker=marker, color=colour, alpha=0.7, linewidths=0, label=kind)
         axes.set_xticks([])
         axes.set_yticks([])
@@ -135,7 +132,7 @@ def features(directory: Path, model: str, seen: ModelOutputs) -> Panel | None:
     alt = f'{model}: points in two principal components, {percent(sum(analysis.explained_variance_ratio_))} of the '
     alt += 'variance. The centre of the adversarial points is '
     alt += ' and '.join(
-        f'{np.linalg.norm(centres[ADVERSARIAL] - centre):.2f} from that of the {kind} ones'
+        f'{np.linalg.norm(centres[ADVERSARIAL] - centre):.2f} from that of the {kind} points'
         for kind, centre in centres.items()
         if kind != ADVERSARIAL
     )
@@ -143,7 +140,7 @@ def features(directory: Path, model: str, seen: ModelOutputs) -> Panel | None:
 
 
 def target_share(directory: Path, eps: tuple[float, ...], swept: dict[str, list[Estimate]]) -> Panel:
-    """Draws the share of fooling adversarial examples that get the attacker's label over their size, by model."""
+    """Draws the target share of misclassified adversarial examples over their size, by model."""
     sizes = [255 * e for e in eps]
 
     def draw(axes: Any) -> None:
@@ -160,35 +157,54 @@ def target_share(directory: Path, eps: tuple[float, ...], swept: dict[str, list[
         axes.set_ylabel('target share, %')
         axes.legend(frameon=False, loc='best')
 
-    told = [
+    lines = [
         f'{name}: '
         + ', '.join(
-            f'{percent(e.value)} at {size:g}/255' if np.isfinite(e.value) else f'none fools at {size:g}/255'
+            f'{percent(e.value)} at {size:g}/255' if np.isfinite(e.value) else f'none misclassified at {size:g}/255'
             for size, e in zip(sizes, estimates, strict=True)
         )
         for name, estimates in swept.items()
     ]
-    return panel(directory, 'target_share', 'Target share over eps', f'Lines over eps. {". ".join(told)}.', draw)
+    return panel(directory, 'target_share', 'Target share over eps', f'Lines over eps. {". ".join(lines)}.', draw)
 
 
-def _most_visited(shares: np.ndarray) -> np.ndarray:
-    if len(shares) <= MOST_CLASSES:
+def _class_shares(
+    predictions: np.ndarray, labels: np.ndarray, targets: np.ndarray | None, num_classes: int
+) -> np.ndarray:
+    """Computes the share of all examples that are misclassified as each class, float64 [K].
+
+    With `targets`, int [N], only examples that are classified as their target label count.
+    """
+    counted = predictions != labels
+    if targets is not None:
+        counted &= predictions == targets
+    return np.bincount(predictions[counted], minlength=num_classes) / len(labels)
+
+
+def _most_frequent(shares: np.ndarray) -> np.ndarray:
+    if len(shares) <= MAX_CLASSES:
         return np.arange(len(shares))
-    return np.sort(np.argsort(-shares, kind='stable')[:MOST_CLASSES])
+    return np.sort(np.argsort(-shares, kind='stable')[:MAX_CLASSES])
 
 
-def _told_landing(
-    name: str, said: np.ndarray, labels: np.ndarray, target_map: np.ndarray | None, class_names: tuple[str, ...]
+def _with_others(shares: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """Selects the shares of the shown classes, followed by the sum of the others if there are any."""
+    if len(shown) == len(shares):
+        return shares
+    return np.append(shares[shown], np.delete(shares, shown).sum())
+
+
+def _describe_landing(
+    name: str, predictions: np.ndarray, labels: np.ndarray, targets: np.ndarray | None, class_names: tuple[str, ...]
 ) -> str:
-    left = said[said != labels]
-    if not len(left):
-        return f'{name}: none leaves its class.'
-    counts = np.bincount(left, minlength=len(class_names))
-    text = (
-        f'{name}: {percent(len(left) / len(labels))} leave their class, most of them to {class_names[counts.argmax()]} '
-    )
-    text += f'({percent(counts.max() / len(left))} of these)'
-    if target_map is not None:
-        obeying = float(np.mean(left == target_map[labels][said != labels]))
-        text += f'; {percent(obeying)} of these go where the trigger commands'
+    misclassified = predictions != labels
+    count = int(misclassified.sum())
+    if not count:
+        return f'{name}: none is misclassified.'
+    counts = np.bincount(predictions[misclassified], minlength=len(class_names))
+    text = f'{name}: {percent(count / len(labels))} are misclassified, most of them as {class_names[counts.argmax()]} '
+    text += f'({percent(counts.max() / count)} of these)'
+    if targets is not None:
+        on_target = float(np.mean(predictions[misclassified] == targets[misclassified]))
+        text += f'; {percent(on_target)} of these are classified as the target label'
     return f'{text}.'

@@ -1,200 +1,145 @@
-"""report/index.html: the run on one page that needs nothing beside it."""
+"""report/index.html: the experiment on one self-contained page."""
 
-import base64
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from aft_jax.analysis.observation import ADVERSARIAL, CLEAN, TRIGGERED, Observation
+from aft_jax.analysis.observation import ADVERSARIAL, TRIGGERED, Observation
 from aft_jax.files import write_text
-from aft_jax.report import observation_figures, purification_curves, run_facts, template, verdict
+from aft_jax.report import example_cards, observation_figures, purification_curves, run_facts, template, verdict
 from aft_jax.report.before_after import choose
-from aft_jax.report.trigger_gallery import MAGNIFICATION, magnified_difference
-from aft_jax.results.record import featured, first_model, percent
+from aft_jax.report.trigger_gallery import MAGNIFICATION
+from aft_jax.results.record import ModelScores, Results, featured, percent
+from aft_jax.results.workdir import RunFiles
 
 EXAMPLES, TRIGGERS = 6, 3
-# Larger images are made smaller for the page, in pixels.
-LARGEST_SIDE = 128
-Show = Callable[[float | None], str]
-MARKS = {'true': '✓', 'commanded': '⚑', 'other': '≠'}
+Format = Callable[[float | None], str]
 
 
 def write_page(
-    directory: Path, outcome: dict[str, Any], observation: Observation | None, class_names: tuple[str, ...]
+    files: RunFiles, results: Results, observation: Observation | None, class_names: tuple[str, ...]
 ) -> None:
     """Writes index.html, and its figures as PNG and SVG files beside it.
 
     Args:
-        directory: Where they go; config.json, poison.npz and metrics.jsonl are looked for in the one above.
-        outcome: What results.json holds.
-        observation: What the models make of test images; without one the page has its numbers alone.
-        class_names: K names.
+        files: Files of the run. The page also shows what the config, the manifest and the metrics contain, if they
+            exist.
+        results: Results of the experiment.
+        observation: Observation of the models. Without one, the page has only numbers.
+        class_names: Names of the K classes.
     """
-    watched = purification_curves.read(directory.parent / 'metrics.jsonl', outcome['purified'])
+    curves = purification_curves.read(files.metrics, results.purified)
     content = {
-        'outcome': outcome,
-        'first': first_model(outcome),
-        'verdict': verdict.sentence(outcome),
-        'others': verdict.others(outcome),
-        'keys': key_figures(outcome),
-        'columns': columns(outcome),
-        'rows': {first_model(outcome): outcome['infected']} | outcome['purified'],
-        'scanned': bool(outcome['infected'].get('scan')),
-        'purification': purification_curves.draw(directory, watched, outcome['infected']),
-        'connection': connection_rows(outcome),
-        'marks': MARKS,
+        'results': results,
+        'setting': results.setting,
+        'first': results.first_model,
+        'verdict': verdict.sentence(results),
+        'others': verdict.others(results),
+        'keys': key_figures(results),
+        'columns': columns(results),
+        'scanned': results.initial.scan is not None,
+        'purification': purification_curves.draw(files.report, curves, results.initial),
+        'connection': connection_rows(results),
+        'marks': example_cards.MARKS,
         'magnification': MAGNIFICATION,
-        'manifest': run_facts.manifest_rows(directory.parent / 'poison.npz', class_names),
-        'config': run_facts.config_rows(directory.parent / 'config.json'),
+        'manifest': run_facts.manifest_rows(files.poison_manifest, class_names),
+        'config': run_facts.config_rows(files.config),
     }
-    content |= _seen(directory, observation, class_names)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_text(directory / 'index.html', template.render('page.html', content))
+    content |= _observed(files.report, observation, class_names)
+    files.report.mkdir(parents=True, exist_ok=True)
+    write_text(files.report / 'index.html', template.render('page.html', content))
 
 
-def key_figures(outcome: dict[str, Any]) -> list[dict[str, str]]:
-    """Returns the few numbers at the top: what each is, before and after; only those that exist."""
-    defense = featured(outcome['purified']) if outcome['purified'] else None
-    after = outcome['purified'][defense] if defense else {}
-    connection = outcome.get('connection') or {}
-    scanned, scanned_after = (row['scan']['score'] if row.get('scan') else None for row in (outcome['infected'], after))
-    numbers: list[tuple[str, float | None, float | None, Show]] = [
-        ('Score of infection', scanned, scanned_after, _number),
-        ('Attack success rate', outcome['infected'].get('asr'), after.get('asr'), percent),
-        ('Clean accuracy', outcome['infected'].get('acc'), after.get('acc'), percent),
-        (
-            'Adversarial examples that fool go to the target',
-            connection.get('target_share'),
-            connection.get('purified', {}).get(defense, {}).get('target_share'),
-            percent,
-        ),
+def key_figures(results: Results) -> list[dict[str, str]]:
+    """Lists the few numbers at the top that exist: the title of each, and its value before and after purification."""
+    defense = featured(results.purified) if results.purified else ''
+    before, after = results.initial, results.purified.get(defense)
+    scores = [_infection_score(before), _infection_score(after)]
+    observed = results.observation or {}
+    observed_after = observed.get('purified', {}).get(defense, {})
+    shares = [observed.get('target_share'), observed_after.get('target_share')]
+    numbers: list[tuple[str, Format, float | None, float | None]] = [
+        ('Infection score', _decimal, scores[0], scores[1]),
+        ('Attack success rate', percent, before.asr, after.asr if after else None),
+        ('Clean accuracy', percent, before.acc, after.acc if after else None),
+        ('Misclassified adversarial examples classified as the target', percent, shares[0], shares[1]),
     ]
     return [
-        {'title': title, 'before': show(x), 'after': show(y) if defense else '', 'defense': defense or ''}
-        for title, x, y, show in numbers
+        {'title': title, 'before': show(x), 'after': show(y) if defense else '', 'defense': defense}
+        for title, show, x, y in numbers
         if x is not None
     ]
 
 
-def columns(outcome: dict[str, Any]) -> dict[str, str]:
-    """Returns the shares that the table has columns for, with their titles: those that some model has."""
+def columns(results: Results) -> dict[str, str]:
+    """Lists the scores that at least one model has, with their titles."""
     titles = {'acc': 'ACC', 'asr': 'ASR', 'ra': 'RA', 'der': 'DER'}
-    rows = [outcome['infected'], *outcome['purified'].values()]
-    return {name: title for name, title in titles.items() if any(row.get(name) is not None for row in rows)}
+    models = results.models.values()
+    return {name: title for name, title in titles.items() if any(m.share(name) is not None for m in models)}
 
 
-def connection_rows(outcome: dict[str, Any]) -> list[dict[str, str]]:
-    """Returns the observation of each model as text, a row a model; none without a known trigger."""
-    connection = outcome.get('connection')
-    if not connection:
+def connection_rows(results: Results) -> list[dict[str, str]]:
+    """Formats the observation of each model as a row of text; empty without a known trigger."""
+    observation = results.observation
+    if not observation:
         return []
-    models = {first_model(outcome): connection} | connection['purified']
+    models = {results.first_model: observation} | observation['purified']
     return [
         {
             'model': name,
-            'fooled': percent(found['fooled']),
-            'target_share': percent(found['target_share']),
-            'target_interval': _interval(found['intervals']['target_share'], percent),
-            'distance': _number(found['feature_distance']['own']),
-            'distance_interval': _interval(found['intervals']['feature_distance']['own'], _number),
-            'top': percent(found['neuron_overlap']['own']['top_10']),
-            'correlation': _number(found['neuron_overlap']['own']['correlation']),
+            'fooled': percent(measured['fooled']),
+            'target_share': percent(measured['target_share']),
+            'target_interval': _interval(measured['intervals']['target_share'], percent),
+            'distance': _decimal(measured['feature_distance']['own']),
+            'distance_interval': _interval(measured['intervals']['feature_distance']['own'], _decimal),
+            'top': percent(measured['neuron_overlap']['own']['top_10']),
+            'correlation': _decimal(measured['neuron_overlap']['own']['correlation']),
         }
-        for name, found in models.items()
+        for name, measured in models.items()
     ]
 
 
-def _seen(directory: Path, observation: Observation | None, class_names: tuple[str, ...]) -> dict[str, Any]:
-    """What the page shows of the observation; every part of it may be missing."""
+def _observed(directory: Path, observation: Observation | None, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """Draws the figures of the observation, and collects its example images. Every part may be missing."""
     lists: dict[str, Any] = {name: [] for name in ('triggers', 'examples', 'activations', 'features')}
     nothing = lists | {'landing': None, 'target_share': None}
     if observation is None:
         return nothing | {'eps': '', 'images': 0}
     first, *defenses = observation.outputs
     shown = [first] + ([featured(defenses)] if defenses else [])
-    seen = {name: observation.outputs[name] for name in shown}
-    adversarial = {name: found.predictions[ADVERSARIAL] for name, found in seen.items()}
-    inside = {name: found for name, found in seen.items() if found.channels}
+    outputs = {name: observation.outputs[name] for name in shown}
+    with_features = {name: output for name, output in outputs.items() if output.channels}
     chosen = choose(observation.labels, observation.target_map, EXAMPLES)
-    return nothing | {
+    drawn = nothing | {
         'eps': f'{255 * observation.eps:g}/255',
         'images': len(observation.labels),
-        'triggers': _triggers(observation, chosen[:TRIGGERS], class_names) if TRIGGERED in observation.images else [],
-        'examples': [_example(observation, int(i), shown, class_names) for i in chosen],
+        'examples': [example_cards.example(observation, int(i), shown, class_names) for i in chosen],
         'landing': observation_figures.landing(
-            directory, adversarial, observation.labels, observation.target_map, class_names
+            directory,
+            {name: output.predictions[ADVERSARIAL] for name, output in outputs.items()},
+            observation.labels,
+            observation.target_map,
+            class_names,
         ),
-        'activations': [observation_figures.activations(directory, name, found) for name, found in inside.items()],
-        'features': [
-            p for name, found in inside.items() if (p := observation_figures.features(directory, name, found))
-        ],
-        'target_share': (
-            observation_figures.target_share(directory, observation.swept_eps, observation.swept)
-            if observation.swept
-            else None
-        ),
+        'activations': [observation_figures.activations(directory, *item) for item in with_features.items()],
     }
+    features = [observation_figures.features(directory, *item) for item in with_features.items()]
+    drawn['features'] = [panel for panel in features if panel is not None]
+    if TRIGGERED in observation.images:
+        drawn['triggers'] = [example_cards.trigger(observation, int(i), class_names) for i in chosen[:TRIGGERS]]
+    if observation.swept:
+        drawn['target_share'] = observation_figures.target_share(directory, observation.swept_eps, observation.swept)
+    return drawn
 
 
-def _triggers(observation: Observation, chosen: np.ndarray, class_names: tuple[str, ...]) -> list[dict[str, Any]]:
-    cards = []
-    for i in chosen:
-        clean, triggered = observation.images[CLEAN][i], observation.images[TRIGGERED][i]
-        name = class_names[observation.labels[i]]
-        change = np.abs(triggered.astype(int) - clean.astype(int))
-        changed = percent(float(np.mean(change.max(axis=-1) > 0)))
-        told = f'changes {changed} of the pixels, by {change.max()} of 255 at most'
-        pictures = {
-            CLEAN: (clean, f'A clean image of class {name}.'),
-            TRIGGERED: (triggered, f'The same image with the trigger, which {told}.'),
-            f'difference ×{MAGNIFICATION}': (
-                magnified_difference(clean, triggered),
-                f'The difference, magnified {MAGNIFICATION} times about grey: the trigger {told}.',
-            ),
-        }
-        shown = [
-            {'kind': kind, 'source': _png(image), 'alt': alt, 'answers': []} for kind, (image, alt) in pictures.items()
-        ]
-        cards.append({'name': name, 'pictures': shown})
-    return cards
+def _infection_score(model: ModelScores | None) -> float | None:
+    return model.scan['score'] if model is not None and model.scan else None
 
 
-def _example(observation: Observation, i: int, shown: list[str], class_names: tuple[str, ...]) -> dict[str, Any]:
-    label = int(observation.labels[i])
-    commanded = int(observation.target_map[label]) if observation.target_map is not None else -1
-    pictures = []
-    for kind, images in observation.images.items():
-        answers = []
-        for name in shown:
-            # The same picture for all models, which is the first one's adversarial example.
-            said = observation.transferred[name] if kind == ADVERSARIAL else observation.outputs[name].predictions[kind]
-            answer = int(said[i])
-            mark = 'true' if answer == label else 'commanded' if answer == commanded else 'other'
-            answers.append({'model': name, 'says': class_names[answer], 'mark': mark})
-        told = ', '.join(f'{a["model"]} says {a["says"]}' for a in answers)
-        alt = f'{kind.capitalize()} image of class {class_names[label]}: {told}.'
-        pictures.append({'kind': kind, 'source': _png(images[i]), 'alt': alt, 'answers': answers})
-    return {'name': class_names[label], 'pictures': pictures}
-
-
-def _png(image: np.ndarray) -> str:
-    """The image, uint8 [H, W, C], as a data: address."""
-    from PIL import Image
-
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, 'PNG', optimize=True)
-    return f'data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'
-
-
-def _number(value: float | None) -> str:
+def _decimal(value: float | None) -> str:
     return '–' if value is None else f'{value:.2f}'
 
 
-def _interval(bounds: list[float | None], show: Show) -> str:
+def _interval(bounds: list[float | None], show: Format) -> str:
     low, high = bounds
     return '' if low is None or high is None else f'{show(low)} to {show(high)}'

@@ -1,4 +1,4 @@
-"""relapse.png: how the attack success rate rises while models are trained on a few triggered images again."""
+"""relapse.png: the attack success rate while models are trained on a few triggered images again."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,33 +12,36 @@ MARKERS = 'osD^v*XP'
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Draws a panel for each number of triggered images, a line for each model: the mean over runs, and their range.
+    """Draws the figure and writes it as PNG.
 
     Args:
-        path: Of the PNG.
-        rows: Of relapse.csv.
+        path: Path of the PNG.
+        rows: Rows of relapse.csv.
     """
-    import matplotlib
+    figure = draw(list(rows))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
 
-    rows = list(rows)
+def draw(rows: list[dict[str, Any]]) -> Any:
+    """Draws a Matplotlib figure with axes for each number of triggered images, and a line for each model.
+
+    A line is the mean over runs, and the area around it is their range.
+    """
+    from matplotlib.figure import Figure
+
     numbers = sorted({row['per_class'] for row in rows})
     models = list(dict.fromkeys(row['model'] for row in rows))
-    figure, axes = plt.subplots(
-        1, len(numbers), figsize=(3.2 * len(numbers) + 0.8, 3.4), sharey=True, squeeze=False, layout='constrained'
-    )
+    figure = Figure(figsize=(3.2 * len(numbers) + 0.8, 3.4), layout='constrained')
+    axes = figure.subplots(1, len(numbers), sharey=True, squeeze=False)
     for axis, number in zip(axes[0], numbers, strict=True):
         for i, model in enumerate(models):
             chosen = [row for row in rows if (row['per_class'], row['model']) == (number, model)]
             steps = sorted({row['step'] for row in chosen})
             rates = [[100 * row['asr'] for row in chosen if row['step'] == step] for step in steps]
-            colour = COLOURS[i % len(COLOURS)]
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             label = model if axis is axes[0, 0] else None
-            axis.plot(
-                steps, [np.mean(r) for r in rates], color=colour, marker=MARKERS[i % 8], markersize=3, label=label
-            )
+            axis.plot(steps, [np.mean(r) for r in rates], color=colour, marker=marker, markersize=3, label=label)
             axis.fill_between(steps, [min(r) for r in rates], [max(r) for r in rates], color=colour, alpha=0.15, lw=0)
         axis.set_title(f'{number} a class', fontsize=10)
         axis.set_xlabel('steps')
@@ -46,6 +49,4 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         axis.spines[['top', 'right']].set_visible(False)
     axes[0, 0].set_ylabel('ASR %')
     figure.legend(loc='outside upper center', ncols=len(models), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure

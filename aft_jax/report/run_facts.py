@@ -1,28 +1,27 @@
-"""What the page says of how a run was made: its config and the manifest of the poison, in words and rows."""
+"""Facts about a run for its page: its config, and the poisoned images of its training set."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
+
+from aft_jax.results.workdir import flat
 
 
 def config_rows(path: Path) -> list[tuple[str, str]]:
-    """Returns the fields of a config.json as ('a.b', value); none where the file is not there."""
+    """Lists the fields of a config.json as ('a.b', value); empty if there is no such file."""
     if not path.exists():
         return []
-    return [
-        (name, _plain(value)) for name, value in sorted(flatten_dict(json.loads(path.read_text()), sep='.').items())
-    ]
+    return [(name, _plain(value)) for name, value in sorted(flat(json.loads(path.read_text())).items())]
 
 
 def manifest_rows(path: Path, class_names: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Returns what a poison.npz tells, as rows; none where the file is not there.
+    """Lists the content of a poison.npz as rows of text; empty if there is no such file.
 
     Args:
-        path: Of the manifest.
-        class_names: K names.
+        path: Path of the manifest.
+        class_names: Names of the K classes.
     """
     if not path.exists():
         return []
@@ -30,25 +29,25 @@ def manifest_rows(path: Path, class_names: tuple[str, ...]) -> list[tuple[str, s
         counts = {
             'Training images with the trigger stored in them': 'poisoned_indices',
             'Training images in cross mode (noise, or another’s trigger)': 'cross_indices',
-            'Clean images that the defender holds': 'clean_indices',
+            'Clean images of the defender': 'clean_indices',
         }
         rows = [(title, f'{len(manifest[name]):,}') for title, name in counts.items() if name in manifest]
         if 'target_map' in manifest and len(manifest['target_map']):
-            rows.append(('What the trigger commands', commanded(manifest['target_map'], class_names)))
-        made_of = [name for name in manifest.files if name.startswith('trigger_')]
-        if made_of:
-            shapes = [f'{name.removeprefix("trigger_")} {_shape(manifest[name])}' for name in made_of[:6]]
-            more = f' and {len(made_of) - 6} more' if len(made_of) > 6 else ''
+            rows.append(('Target labels of the trigger', target_labels(manifest['target_map'], class_names)))
+        arrays = [name for name in manifest.files if name.startswith('trigger_')]
+        if arrays:
+            shapes = [f'{name.removeprefix("trigger_")} {_shape(manifest[name])}' for name in arrays[:6]]
+            more = f' and {len(arrays) - 6} more' if len(arrays) > 6 else ''
             rows.append(('Arrays of the trigger', ', '.join(shapes) + more))
     return rows
 
 
-def commanded(target_map: np.ndarray, class_names: tuple[str, ...]) -> str:
-    """Returns 'every class → 0', or the first few classes with theirs."""
+def target_labels(target_map: np.ndarray, class_names: tuple[str, ...]) -> str:
+    """Formats the target labels as 'every class → 0', or as the first few classes with theirs."""
     if (target_map == target_map[0]).all():
         return f'every class → {class_names[target_map[0]]}'
-    told = [f'{class_names[k]} → {class_names[target_map[k]]}' for k in range(min(3, len(target_map)))]
-    return ', '.join(told) + (', …' if len(target_map) > 3 else '')
+    pairs = [f'{class_names[k]} → {class_names[target_map[k]]}' for k in range(min(3, len(target_map)))]
+    return ', '.join(pairs) + (', …' if len(target_map) > 3 else '')
 
 
 def _shape(array: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""Clean accuracy and attack success rate with their spread over seeds: table.png of all cases, and a figure of one."""
+"""Bars of ACC and ASR with their standard deviation over seeds: table.png of all cases, and a figure of one case."""
 
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 from aft_jax.report.figure import BLUE, COLOURS, FAINT, INK, Panel, panel
 from aft_jax.results.aggregate import Group, Spread
-from aft_jax.results.record import percent
+from aft_jax.results.record import BENIGN, percent
 
 HATCHES = ('', '//', '..', 'xx', '\\\\', '--', '++', 'oo')
 PANELS = {'acc': 'ACC %', 'asr': 'ASR %'}
@@ -16,35 +16,38 @@ SCORE_COLOURS = {'acc': BLUE, 'asr': COLOURS[2]}
 
 
 def write_bars(path: Path, groups: Sequence[Group]) -> None:
-    """Draws a group of bars for each case, one a defense (`none` is the infected model itself).
+    """Writes the figure of all cases as PNG, and as SVG beside it.
 
     Args:
-        path: Of the PNG; the same is written as SVG beside it.
-        groups: As `summary.summarise` returns them.
+        path: Path of the PNG.
+        groups: Groups of runs, as `aggregate.summarise` returns them.
     """
-    import matplotlib
+    figure = draw_bars(groups)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    figure.savefig(path.with_suffix('.svg'))
 
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+
+def draw_bars(groups: Sequence[Group]) -> Any:
+    """Draws a Matplotlib figure with ACC and ASR: a group of bars for each case, a bar for each defense."""
+    from matplotlib.figure import Figure
 
     cases = list(dict.fromkeys(_case(group) for group in groups))
     defenses = list(dict.fromkeys(group.case['defense'] for group in groups))
     width = 0.8 / len(defenses)
-    figure, axes = plt.subplots(
-        len(PANELS), 1, figsize=(max(5.0, 1.1 * len(cases) + 1), 5.5), sharex=True, layout='constrained'
-    )
+    figure = Figure(figsize=(max(5.0, 1.1 * len(cases) + 1), 5.5), layout='constrained')
+    axes = figure.subplots(len(PANELS), 1, sharex=True)
     for axis, (score, title) in zip(axes, PANELS.items(), strict=True):
         for group in groups:
             if score not in group.scores:
                 continue
             which = defenses.index(group.case['defense'])
-            place = cases.index(_case(group)) + (which - (len(defenses) - 1) / 2) * width
-            spread = group.scores[score]
+            mean, deviation = group.scores[score]
             axis.bar(
-                place,
-                100 * spread.mean,
+                cases.index(_case(group)) + (which - (len(defenses) - 1) / 2) * width,
+                100 * mean,
                 width,
-                yerr=None if spread.deviation is None else 100 * spread.deviation,
+                yerr=None if deviation is None else 100 * deviation,
                 color=COLOURS[which % len(COLOURS)],
                 hatch=HATCHES[which % len(HATCHES)],
                 edgecolor='white',
@@ -57,24 +60,21 @@ def write_bars(path: Path, groups: Sequence[Group]) -> None:
     axes[-1].set_xticks(np.arange(len(cases)), ['\n'.join(case) for case in cases])
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc='outside upper center', ncols=len(defenses), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    figure.savefig(path.with_suffix('.svg'))
-    plt.close(figure)
+    return figure
 
 
 def _case(group: Group) -> tuple[str, str]:
     attack = group.case['attack']
-    return (attack, group.case['label_mode']) if attack != 'none' else ('benign', '')
+    return (attack, group.case['label_mode']) if attack != BENIGN else ('benign', '')
 
 
 def case(name: str, rows: dict[str, dict[str, Spread]], first: Container[str]) -> Panel:
-    """Draws the bars of one case, a row a defense.
+    """Draws the bars of one case, a row for each defense.
 
     Args:
-        name: Unique in the page.
-        rows: Scores by defense, in their order.
-        first: The rows of models that were not purified, which are drawn in grey.
+        name: Name of the figure, unique in the page.
+        rows: Scores by defense, in the order of the rows.
+        first: Rows of models that were not purified; they are grey.
     """
     shown = [score for score in PANELS if any(score in scores for scores in rows.values())]
 
@@ -95,15 +95,15 @@ def case(name: str, rows: dict[str, dict[str, Spread]], first: Container[str]) -
         np.ravel(axes)[0].set_yticks(range(len(rows)), list(rows))
         np.ravel(axes)[0].invert_yaxis()
 
-    told = [f'{PANELS[score].removesuffix(" %")}: {", ".join(_told(rows, score))}' for score in shown]
-    alt = f'Bars, a row a defense. {". ".join(told)}.'
-    return panel(None, name, '', alt, draw, 0.75 + 0.27 * max(len(rows), 3), columns=len(shown), width=4.4)
+    lines = [f'{PANELS[score].removesuffix(" %")}: {", ".join(_describe(rows, score))}' for score in shown]
+    alt = f'Bars, a row a defense. {". ".join(lines)}.'
+    return panel(None, name, '', alt, draw, height=0.75 + 0.27 * max(len(rows), 3), columns=len(shown), width=4.4)
 
 
-def _told(rows: dict[str, dict[str, Spread]], score: str) -> list[str]:
-    told = []
+def _describe(rows: dict[str, dict[str, Spread]], score: str) -> list[str]:
+    texts = []
     for name, scores in rows.items():
         if score in scores:
             mean, deviation = scores[score]
-            told.append(f'{name} {percent(mean)}' + ('' if deviation is None else f' ± {100 * deviation:.1f}'))
-    return told
+            texts.append(f'{name} {percent(mean)}' + ('' if deviation is None else f' ± {100 * deviation:.1f}'))
+    return texts

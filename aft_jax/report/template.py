@@ -1,4 +1,4 @@
-"""Fills in the templates of this folder."""
+"""Renders the templates of this folder."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,11 @@ from aft_jax.results.record import percent
 
 
 def render(name: str, content: dict[str, Any]) -> str:
-    """Returns a page.
+    """Renders a page.
 
     Args:
-        name: Of the template's file.
-        content: What it asks for; a name that is missing is an error.
+        name: Name of the template's file.
+        content: Values by name. A name that the template uses and that is missing is an error.
     """
     import jinja2
 
@@ -29,7 +29,7 @@ def render(name: str, content: dict[str, Any]) -> str:
 
 
 def _inline(panel: Panel) -> Any:
-    """The panel's <svg> with its alternative text, as markup."""
+    """Adds the alternative text to the <svg> of a panel, and marks it as HTML."""
     from markupsafe import Markup, escape
 
     return Markup(panel.svg.replace('<svg', f'<svg role="img" aria-label="{escape(panel.alt)}"', 1))

@@ -1,66 +1,69 @@
-"""The verdict on an experiment in one sentence, from what results.json holds."""
+"""The verdict on an experiment in one sentence."""
 
-from typing import Any
+from aft_jax.results.record import ModelScores, Results, featured, percent
 
-from aft_jax.results.record import featured, first_model, percent
-
-# An attack success rate up to this counts as erased; clean accuracy lost beyond the other is called a price.
-ERASED, ACC_LOSS_WORTH_MENTIONING = 0.05, 0.02
-# Below this success rate there was hardly a backdoor to erase.
+# Up to this attack success rate, the backdoor counts as erased.
+ERASED = 0.05
+# A larger loss of clean accuracy is mentioned.
+ACC_LOSS_WORTH_MENTIONING = 0.02
+# Below this attack success rate, there was hardly a backdoor to erase.
 MIN_ASR = 0.5
 
 
-def sentence(outcome: dict[str, Any]) -> str:
-    """Returns the verdict."""
-    before, first = outcome['infected'], first_model(outcome)
-    if not outcome['purified']:
-        return _alone(before, first)
-    name = featured(outcome['purified'])
-    after, title = outcome['purified'][name], name.upper()
-    accuracy = f'clean accuracy {_change(before["acc"], after["acc"])}'
-    if first == 'benign':
+def sentence(results: Results) -> str:
+    """Writes the verdict on the featured defense, or on the first model if nothing was purified."""
+    if not results.purified:
+        return _unpurified(results)
+    name = featured(results.purified)
+    before, after, title = results.initial, results.purified[name], name.upper()
+    accuracy = f'clean accuracy {_change(before.acc, after.acc)}'
+    if results.kind == 'benign':
         return f'There was no backdoor to erase; under {title} {accuracy}.'
-    scans = before.get('scan'), after.get('scan')
-    if first == 'suspect' and all(scans):
-        scores = ' to '.join(f'{scan["score"]:.2f}' for scan in scans)
+    if before.asr is None or after.asr is None:
+        score = ''
+        if before.scan and after.scan:
+            score = f'the infection score goes from {before.scan["score"]:.2f} to {after.scan["score"]:.2f}, and '
+        return f'Without the trigger it is unknown whether the backdoor is gone: under {title} {score}{accuracy}.'
+    if before.asr < MIN_ASR:
         return (
-            f'Whether the backdoor is gone cannot be told without its trigger: under {title} the score of infection '
-            f'goes from {scores}, and {accuracy}.'
+            f'The attack hardly worked ({percent(before.asr)} of triggered images were classified as the target '
+            f'label), so {title} had little to erase: now it is {percent(after.asr)}, and {accuracy}.'
         )
-    if before.get('asr') is None or after.get('asr') is None:
-        return f'Whether the backdoor is gone cannot be told without its trigger: under {title} {accuracy}.'
-    if before['asr'] < MIN_ASR:
-        return (
-            f'The attack hardly took ({percent(before["asr"])} of triggered images obeyed), so {title} had little to '
-            f'erase: now {percent(after["asr"])} obey, and {accuracy}.'
-        )
-    costly = before['acc'] - after['acc'] > ACC_LOSS_WORTH_MENTIONING
-    obeying = f'{percent(after["asr"])} of triggered images still obey the attacker ({percent(before["asr"])} before)'
-    if after['asr'] <= ERASED:
-        price = ', but at a price' if costly else ''
-        return f'{title} erased the backdoor{price}: {obeying}, and {accuracy}.'
-    weakened = after['asr'] <= before['asr'] / 2
+    costly = before.acc - after.acc > ACC_LOSS_WORTH_MENTIONING
+    rate = (
+        f'{percent(after.asr)} of triggered images are still classified as the target label '
+        f'({percent(before.asr)} before)'
+    )
+    if after.asr <= ERASED:
+        cost = ', but at a cost' if costly else ''
+        return f'{title} erased the backdoor{cost}: {rate}, and {accuracy}.'
+    weakened = after.asr <= before.asr / 2
     verb = 'weakened the backdoor but did not erase it' if weakened else 'did not erase the backdoor'
-    return f'{title} {verb}: {obeying}, and {accuracy}.'
+    return f'{title} {verb}: {rate}, and {accuracy}.'
 
 
-def others(outcome: dict[str, Any]) -> str:
-    """Returns what became of the backdoor under the other defenses, or '' where there is none to tell of."""
-    rates = {name: row.get('asr') for name, row in outcome['purified'].items()}
-    if len(rates) < 2 or first_model(outcome) != 'infected':
+def others(results: Results) -> str:
+    """Compares the attack success rates under the other defenses; '' if there is no other defense or no attack."""
+    if len(results.purified) < 2 or results.kind != 'infected':
         return ''
-    shown = featured(rates)
-    told = [f'{name.upper()} leaves {percent(rate)}' for name, rate in rates.items() if name != shown]
-    return f'For comparison, {", ".join(told)} of triggered images obeying.'
+    shown = featured(results.purified)
+    rates = [
+        f'{percent(scores.asr)} under {name.upper()}' for name, scores in results.purified.items() if name != shown
+    ]
+    return f'For comparison, the attack success rate is {", ".join(rates)}.'
 
 
-def _alone(before: dict[str, Any], first: str) -> str:
-    accuracy = f'clean accuracy is {percent(before["acc"])}'
-    if scan := before.get('scan'):
-        return f'Nothing was purified yet: the score of infection is {scan["score"]:.2f}, and {accuracy}.'
-    if before.get('asr') is None:
-        return f'Nothing was purified yet: the {first} model stands as it came, and its {accuracy}.'
-    return f'Nothing was purified yet: {percent(before["asr"])} of triggered images obey the attacker, and {accuracy}.'
+def _unpurified(results: Results) -> str:
+    scores: ModelScores = results.initial
+    accuracy = f'clean accuracy is {percent(scores.acc)}'
+    if scores.scan:
+        return f'Nothing was purified yet: the infection score is {scores.scan["score"]:.2f}, and {accuracy}.'
+    if scores.asr is None:
+        return f'Nothing was purified yet: this is the {results.first_model} model, and its {accuracy}.'
+    return (
+        f'Nothing was purified yet: {percent(scores.asr)} of triggered images are classified as the target label, '
+        f'and {accuracy}.'
+    )
 
 
 def _change(before: float, after: float) -> str:

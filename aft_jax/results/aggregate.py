@@ -1,4 +1,4 @@
-"""A table of many runs, read by people: mean and standard deviation over seeds."""
+"""Aggregates the rows of many runs over seeds: mean and standard deviation, as a value or as a Markdown table."""
 
 import csv
 import math
@@ -12,19 +12,19 @@ from aft_jax.results.table_rows import COLUMNS
 
 SCORES = ('acc', 'asr', 'ra', 'cross_acc', 'der', 'seconds')
 HEADINGS = {'acc': 'ACC %', 'asr': 'ASR %', 'ra': 'RA %', 'cross_acc': 'cross ACC %', 'der': 'DER %'}
-# What runs must share to be averaged.
+# Fields that runs must share to be averaged.
 CASE = ('dataset', 'model', 'clean_share', 'attack', 'label_mode', 'defense')
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation; the latter is None for a single value."""
+    """Mean and sample standard deviation. The deviation of a single value is None."""
 
     mean: float
     deviation: float | None
 
 
 class Group(NamedTuple):
-    """The runs of one case: its fields by name, its seeds, and the spread of each score that was measured."""
+    """Runs of one case: its fields by name, its seeds, and the spread of each measured score."""
 
     case: dict[str, Any]
     seeds: tuple[int, ...]
@@ -32,7 +32,7 @@ class Group(NamedTuple):
 
 
 def summarise(rows: Iterable[dict[str, Any]]) -> list[Group]:
-    """Returns the groups of rows (as `collect.rows` yields them), in the order in which their cases come first."""
+    """Groups rows, as `table_rows.rows` yields them, by case. Cases keep the order of their first rows."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[field] for field in CASE), []).append(row)
@@ -50,10 +50,10 @@ def summarise(rows: Iterable[dict[str, Any]]) -> list[Group]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a table.csv, with numbers where numbers stand; what is empty was not measured, and is None.
+    """Reads the rows of a table.csv and converts its numbers. An empty field, which was not measured, becomes None.
 
     Raises:
-        UserError: It cannot be read, or is not such a table.
+        UserError: It cannot be read, or is not a table of runs.
     """
     try:
         with path.open(newline='') as file:
@@ -62,19 +62,19 @@ def read(path: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f'{path} cannot be read as a table ({getattr(error, "strerror", None) or error}).') from None
     if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-        raise UserError(f'{path} lacks the columns {", ".join(missing)}; name a table.csv that aft_jax has written.')
+        raise UserError(f'{path} lacks the columns {", ".join(missing)}; name a table.csv that aft_jax wrote.')
     if not lines:
-        raise UserError(f'{path} holds no run.')
+        raise UserError(f'{path} holds no run; name a table.csv with at least one row.')
     rows, seen = [], set()
     for number, line in enumerate(lines, 2):
         try:
             row = _typed(line)
         except ValueError as error:
             raise UserError(f'{path}, row {number}: {error}.') from None
-        which = tuple(row[field] for field in (*CASE, 'seed'))
-        if which in seen:
-            raise UserError(f'{path}, row {number}: the same run and defense stand in a row above.')
-        seen.add(which)
+        identity = tuple(row[field] for field in (*CASE, 'seed'))
+        if identity in seen:
+            raise UserError(f'{path}, row {number}: an earlier row has the same run and defense; delete one of them.')
+        seen.add(identity)
         rows.append(row)
     return rows
 
@@ -84,7 +84,7 @@ def _typed(line: dict[str, Any]) -> dict[str, Any]:
     for name in COLUMNS:
         text = line[name]
         if text is None or None in line:
-            raise ValueError('it has not as many fields as the heading')
+            raise ValueError('the number of fields differs from the heading')
         if name in ('dataset', 'model', 'attack', 'label_mode', 'defense'):
             row[name] = text
         elif not text and name not in ('seed', 'clean_share'):
@@ -95,13 +95,16 @@ def _typed(line: dict[str, Any]) -> dict[str, Any]:
             except ValueError:
                 raise ValueError(f'{name} is {text!r}, not a number') from None
             if not (0 <= value <= (math.inf if name in ('seed', 'seconds') else 1) and math.isfinite(value)):
-                raise ValueError(f'{name} is {text}, which cannot be')
+                raise ValueError(f'{name} is {text}, which is out of range')
             row[name] = value
     return row
 
 
 def to_markdown(groups: Sequence[Group]) -> str:
-    """Returns a Markdown table, shares in percent as mean ± standard deviation; scores that nobody has are left out."""
+    """Formats groups as a Markdown table, with shares in percent as mean ± standard deviation.
+
+    Scores that no group has are left out.
+    """
     shown = [score for score in SCORES if any(score in group.scores for group in groups)]
     varying = [field for field in CASE if field in ('attack', 'label_mode', 'defense')]
     varying += [field for field in CASE if field not in varying and len({str(g.case[field]) for g in groups}) > 1]

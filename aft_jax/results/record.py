@@ -1,134 +1,286 @@
-"""results.json, the contract that scripts and people read, and the table on the terminal.
+"""The results of an experiment as a value, and results.json, the file that scripts and people read.
 
-Shares are in 0..1, times in seconds; a share that does not exist (ASR without an attack) is null.
+Shares are in 0..1 and times in seconds. A share that does not exist is None, such as the ASR without an attack.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, Self
 
-import jax
 import ml_collections
-from jax.sharding import Mesh
 
 from aft_jax.evaluation.scores import PoisonDetection, Scores, defense_effectiveness
 
 SCHEMA = 1
-# Of the adversarial examples of a scan, that which the table shows.
+# The name of the attack of a benign model, and of the defense of a model that was not purified.
+BENIGN = UNPURIFIED = 'none'
+# The size of the adversarial examples of a scan that tables and model cards show.
 SHOWN_EPS = 8 / 255
+Kind = Literal['infected', 'benign', 'given']
 
 
-def begin(config: ml_collections.ConfigDict, mesh: Mesh, path: Path) -> dict[str, Any]:
-    """Returns the results of an experiment that has measured nothing yet in this start.
+class Setting(NamedTuple):
+    """The fields that identify an experiment. A given model has the attack 'none'; its real attack is unknown."""
 
-    Args:
-        config: The resolved config.
-        mesh: The devices.
-        path: Of results.json, from which defenses that an earlier start of the same config measured are kept, and the
-            observation.
+    dataset: str
+    model: str
+    attack: str
+    label_mode: str
+    seed: int
+    clean_share: float
+
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict) -> Self:
+        """Collects the fields from a resolved config."""
+        names = config.dataset, config.model.name, config.attack.name, config.attack.label_mode
+        return cls(*names, config.seed, config.clean_share)
+
+
+class GivenFacts(NamedTuple):
+    """Facts about a given model: its path, the names of its classes, and a warning for the user or ''."""
+
+    init_from: str
+    class_names: tuple[str, ...]
+    warning: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelScores:
+    """Scores of one model.
+
+    Attributes:
+        acc: Clean accuracy.
+        asr: Attack success rate.
+        ra: Robust accuracy.
+        cross_acc: Accuracy in the attack's cross mode.
+        per_class: ACC, ASR and RA by true class; K values each.
+        seconds: Time of the training; None for a given model.
+        scan: Result of the scan as plain values; None without a scan.
     """
-    try:
-        found = json.loads(path.read_text())
-        earlier, connection = found['purified'], found.get('connection')
-    except (OSError, ValueError, KeyError):
-        earlier, connection = {}, None
-    return {
-        'schema': SCHEMA,
-        'dataset': config.dataset,
-        'model': config.model.name,
-        'attack': config.attack.name,
-        'label_mode': config.attack.label_mode,
-        'seed': config.seed,
-        'clean_share': config.clean_share,
-        'infected': {},
-        'purified': earlier,
-        'environment': {
-            'jax': jax.__version__,
-            'backend': jax.default_backend(),
-            'devices': mesh.size,
-            'processes': jax.process_count(),
-        },
-    } | ({'connection': connection} if connection else {})
+
+    acc: float
+    asr: float | None = None
+    ra: float | None = None
+    cross_acc: float | None = None
+    per_class: dict[str, list[float | None]] = dataclasses.field(default_factory=dict)
+    seconds: float | None = None
+    scan: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, scores: Scores, seconds: float | None = None, **more: Any) -> Self:
+        """Converts measured scores.
+
+        Args:
+            scores: Scores of the model, with NaN for what does not exist.
+            seconds: Time of the training; None for a given model.
+            **more: Values of further fields.
+        """
+        arrays = {'acc': scores.acc_per_class, 'asr': scores.asr_per_class, 'ra': scores.ra_per_class}
+        return cls(
+            acc=float(scores.acc),
+            asr=_without_nan(scores.asr),
+            ra=_without_nan(scores.ra),
+            cross_acc=_without_nan(scores.cross_acc),
+            per_class={name: [_without_nan(x) for x in array] for name, array in arrays.items()},
+            seconds=None if seconds is None else round(seconds, 3),
+            **more,
+        )
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """Reads the scores from their fields in results.json. Fields that an older version did not write are None."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in fields.items() if name in names})
+
+    def to_json(self) -> dict[str, Any]:
+        """Converts the scores to their fields in results.json."""
+        shares = {'acc': self.acc, 'asr': self.asr, 'ra': self.ra, 'cross_acc': self.cross_acc}
+        rest = {'seconds': self.seconds, 'per_class': self.per_class}
+        return shares | rest | ({'scan': self.scan} if self.scan is not None else {})
+
+    def share(self, name: str) -> float | None:
+        """Returns the score with this name; None if the model does not have it."""
+        return getattr(self, name, None)
 
 
-def add_infected(outcome: dict[str, Any], scores: Scores, seconds: float) -> None:
-    """Adds the scores of the infected model, and what its training took."""
-    outcome['infected'] = _shares(scores) | {'seconds': round(seconds, 3), 'per_class': _per_class(scores)}
+@dataclasses.dataclass(frozen=True)
+class PurifiedScores(ModelScores):
+    """Scores of a purified model; `seconds` is the time of the defense.
 
-
-def add_suspect(outcome: dict[str, Any], scores: Scores, facts: dict[str, Any]) -> None:
-    """Adds what is known of a model that was there already, whose trigger nobody knows; 'infected' stays empty.
-
-    Args:
-        outcome: To be added to.
-        scores: Of the model, without an attack.
-        facts: 'init_from', 'class_names' and 'warning'; 'scan' where it was scanned.
+    Attributes:
+        der: Defense effectiveness rating.
+        detection: Detection of the poisoned images, by a defense that has the untrusted training set instead of clean
+            images; otherwise None.
     """
-    outcome['suspect'] = facts | _shares(scores) | {'per_class': _per_class(scores)}
+
+    der: float | None = None
+    detection: PoisonDetection | None = None
+
+    @classmethod
+    def compared(
+        cls,
+        before: Scores,
+        after: Scores,
+        seconds: float,
+        *,
+        detection: PoisonDetection | None = None,
+        scan: dict[str, Any] | None = None,
+    ) -> Self:
+        """Converts the scores of a purified model, and computes its DER.
+
+        Args:
+            before: Scores of the model before the purification.
+            after: Scores of the purified model.
+            seconds: Time of the defense.
+            detection: Detection of the poisoned images, or None.
+            scan: Result of the scan, or None.
+        """
+        rating = _without_nan(defense_effectiveness(before, after))
+        return cls.of(after, seconds, der=rating, detection=detection, scan=scan)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """Reads the scores from their fields in results.json."""
+        scores = super().from_json(fields)
+        if 'aucs' not in fields:
+            return scores
+        aucs = tuple(math.nan if auc is None else auc for auc in fields['aucs'])
+        return dataclasses.replace(scores, detection=PoisonDetection(tuple(fields['poisoned_shares']), aucs))
+
+    def to_json(self) -> dict[str, Any]:
+        """Converts the scores to their fields in results.json."""
+        fields = super().to_json() | {'der': self.der}
+        if self.detection is not None:
+            fields |= {
+                'clean_share': 0.0,
+                'poisoned_shares': list(self.detection.poisoned_shares),
+                'aucs': [_without_nan(auc) for auc in self.detection.aucs],
+            }
+        return fields
 
 
-def as_shown(outcome: dict[str, Any]) -> dict[str, Any]:
-    """Returns results as a report shows them: a suspect model in the place of the infected one, its attack unknown."""
-    if 'suspect' not in outcome:
-        return outcome
-    return outcome | {'attack': 'unknown', 'infected': outcome['suspect']}
+@dataclasses.dataclass
+class Results:
+    """Results of an experiment.
 
-
-def add_purified(outcome: dict[str, Any], defense: str, before: Scores, after: Scores, seconds: float) -> None:
-    """Adds the scores of the model that a defense returned, with its DER, and what the defense took.
-
-    What an earlier start recorded of its seconds stays: a finished defense is loaded, and what it does again, such as
-    choosing among finished candidates, takes another time in each start.
+    Attributes:
+        setting: Fields that identify the experiment.
+        environment: Versions and devices of the last start, by name.
+        initial: Scores of the first model: the infected, benign or given one.
+        given: Facts about the given model; None if the experiment trained the first model itself.
+        purified: Scores by defense, in the order in which the defenses were first measured.
+        observation: Measurements on adversarial examples of the first model, and in 'purified' those of each defense.
+            None without a report or a known trigger.
     """
-    seconds = outcome['purified'].get(defense, {}).get('seconds', seconds)
-    effectiveness = _number(defense_effectiveness(before, after)) if not math.isnan(before.asr) else None
-    outcome['purified'][defense] = _shares(after) | {
-        'der': effectiveness,
-        'seconds': round(seconds, 3),
-        'per_class': _per_class(after),
-    }
+
+    setting: Setting
+    environment: dict[str, Any]
+    initial: ModelScores
+    given: GivenFacts | None = None
+    purified: dict[str, PurifiedScores] = dataclasses.field(default_factory=dict)
+    observation: dict[str, Any] | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """Kind of the first model."""
+        if self.given is not None:
+            return 'given'
+        return 'benign' if self.setting.attack == BENIGN else 'infected'
+
+    @property
+    def first_model(self) -> str:
+        """Name of the first model in tables and figures: infected, benign or suspect."""
+        return 'suspect' if self.kind == 'given' else self.kind
+
+    @property
+    def models(self) -> dict[str, ModelScores]:
+        """Scores by model, the first model first."""
+        return {self.first_model: self.initial, **self.purified}
+
+    def keep_earlier(self, earlier: 'Results') -> None:
+        """Takes over the purified models and the observation of an earlier start in the same work directory."""
+        self.purified = dict(earlier.purified)
+        self.observation = earlier.observation
+
+    def add_purified(self, defense: str, scores: PurifiedScores) -> None:
+        """Adds the scores of a purified model.
+
+        The seconds that an earlier start recorded are kept. A finished defense is loaded from its checkpoint, so the
+        time of this start would be misleading.
+        """
+        recorded = self.purified[defense].seconds if defense in self.purified else None
+        self.purified[defense] = scores if recorded is None else dataclasses.replace(scores, seconds=recorded)
+
+    def add_observation(self, measured: dict[str, Any]) -> None:
+        """Adds the measurements of the first model and, in 'purified', of the defenses of this start.
+
+        The measurements of other defenses, from earlier starts, are kept.
+        """
+        earlier = (self.observation or {}).get('purified', {})
+        self.observation = measured | {'purified': earlier | measured['purified']}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """Reads the content of results.json.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        try:
+            setting = Setting(*(fields[name] for name in Setting._fields))
+            given, first = fields.get('suspect'), fields['infected']
+            facts = None
+            if given is not None:
+                facts, first = GivenFacts(given['init_from'], tuple(given['class_names']), given['warning']), given
+            return cls(
+                setting,
+                fields['environment'],
+                ModelScores.from_json(first),
+                facts,
+                {name: PurifiedScores.from_json(row) for name, row in fields['purified'].items()},
+                fields.get('connection'),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f'no results of an experiment: {error!r}') from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Converts the results to the content of results.json. 'infected' is empty for a given model."""
+        fields: dict[str, Any] = {'schema': SCHEMA, **self.setting._asdict()}
+        fields['infected'] = self.initial.to_json() if self.given is None else {}
+        fields['purified'] = {name: scores.to_json() for name, scores in self.purified.items()}
+        fields['environment'] = self.environment
+        if self.observation is not None:
+            fields['connection'] = self.observation
+        if self.given is not None:
+            scores = self.initial.to_json()
+            del scores['seconds']
+            fields['suspect'] = {**self.given._asdict(), **scores}
+        return fields
 
 
-def add_detection(outcome: dict[str, Any], defense: str, found: PoisonDetection) -> None:
-    """Adds how well a defense that holds the suspect training set, and so no clean share, found the poisoned images."""
-    outcome['purified'][defense] |= {
-        'clean_share': 0.0,
-        'poisoned_shares': list(found.poisoned_shares),
-        'aucs': [_number(auc) for auc in found.aucs],
-    }
+def read(path: Path) -> Results:
+    """Reads a results.json.
 
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
-
-
-def _shares(scores: Scores) -> dict[str, Any]:
-    return {
-        'acc': _number(scores.acc),
-        'asr': _number(scores.asr),
-        'ra': _number(scores.ra),
-        'cross_acc': _number(scores.cross_acc),
-    }
-
-
-def _per_class(scores: Scores) -> dict[str, list[float | None]]:
-    arrays = {'acc': scores.acc_per_class, 'asr': scores.asr_per_class, 'ra': scores.ra_per_class}
-    return {name: [_number(float(x)) for x in array] for name, array in arrays.items()}
-
-
-def first_model(outcome: dict[str, Any]) -> str:
-    """Returns what to call the model that all starts from: infected, benign, or suspect (trigger unknown)."""
-    return {'none': 'benign', 'unknown': 'suspect'}.get(outcome['attack'], 'infected')
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is damaged.
+    """
+    return Results.from_json(json.loads(path.read_text()))
 
 
 def featured(defenses: Iterable[str]) -> str:
-    """Returns the defense that the verdict is about, chosen without a look at its scores: AFT, or the last one."""
+    """Chooses the defense that the verdict is about, without using its scores: AFT, or else the last one."""
     names = list(defenses)
     return 'aft' if 'aft' in names else names[-1]
 
 
 def percent(share: float | None) -> str:
-    """Returns '97.1 %' with a space that does not break, or a dash for what does not exist."""
+    """Formats a share as '97.1 %' with a non-breaking space. A share that does not exist becomes a dash."""
     return '–' if share is None else f'{100 * share:.1f}\u00a0%'
+
+
+def _without_nan(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)

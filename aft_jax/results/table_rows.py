@@ -1,48 +1,48 @@
-"""Gathers finished runs into one table: a row a run and defense, `none` for the infected model itself.
+"""The rows of tables of many runs, one for each run and defense; the defense `none` is the model that was not purified.
 
-The columns are the contract of every table in docs/results; shares in 0..1, times in seconds.
+The columns are the contract of every table in docs/results. Shares are in 0..1 and times in seconds.
 """
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from aft_jax.errors import UserError
+from aft_jax.results import record
+from aft_jax.results.record import UNPURIFIED, Results
+from aft_jax.results.workdir import RunFiles
 
 Row = dict[str, Any]
 COLUMNS = (
     *('dataset', 'model', 'attack', 'label_mode', 'defense', 'seed', 'clean_share'),
     *('acc', 'asr', 'ra', 'der', 'seconds'),
 )
-# What is to be known of the infected models alone; `attack` none is the benign control.
+# Columns of the table of infected models; the attack `none` is the benign control.
 INFECTED_COLUMNS = (
     *('dataset', 'model', 'attack', 'label_mode', 'seed'),
     *('acc', 'asr', 'ra', 'cross_acc', 'seconds'),
 )
-# How well a defense that holds the suspect training set found the poisoned images, round by round.
+# Columns of the table of defenses that detect poisoned images in the untrusted training set, a row for each round.
 DETECTION_COLUMNS = (
     *('dataset', 'model', 'attack', 'label_mode', 'defense', 'seed'),
     *('round', 'poisoned_share', 'auc'),
 )
-# Where a row has them, one value a round.
+# Fields with one value for each round.
 DETECTIONS = ('poisoned_shares', 'aucs')
 
 
-def rows(results: dict[str, Any]) -> Iterable[Row]:
-    """Yields the rows of one results.json, the infected or suspect model first, with the fields of all tables."""
+def rows(results: Results) -> Iterable[Row]:
+    """Yields the rows of one run with the fields of all tables, the first model first."""
     fields = (*COLUMNS, *INFECTED_COLUMNS, *DETECTIONS)
-    shared = {name: results[name] for name in fields if name in results}
-    # A model that was there already stands in the place of the infected one, its trigger unknown.
-    first = results.get('suspect', results['infected'])
-    for defense, scores in [('none', first), *results['purified'].items()]:
-        yield shared | {'defense': defense} | {name: scores[name] for name in fields if name in scores}
+    for defense, scores in [(UNPURIFIED, results.initial), *results.purified.items()]:
+        values = scores.to_json()
+        yield results.setting._asdict() | {'defense': defense} | {n: values[n] for n in fields if n in values}
 
 
 def detection_rows(table: Iterable[Row]) -> Iterable[Row]:
-    """Yields a row for each round of each row whose defense looked for the poisoned images."""
+    """Yields a row for each round of each defense that detects poisoned images."""
     for row in table:
         rounds = zip(*(row.get(name, ()) for name in DETECTIONS), strict=True)
         for number, (share, auc) in enumerate(rounds, 1):
@@ -50,7 +50,7 @@ def detection_rows(table: Iterable[Row]) -> Iterable[Row]:
 
 
 def to_csv(table: Iterable[Row], columns: Sequence[str] = COLUMNS) -> str:
-    """Returns these columns of the table as CSV with a heading; what was not measured is empty."""
+    """Formats some columns of a table as CSV with a heading. Values that do not exist are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction='ignore', lineterminator='\n')
     writer.writeheader()
@@ -60,18 +60,18 @@ def to_csv(table: Iterable[Row], columns: Sequence[str] = COLUMNS) -> str:
 
 
 def read(workdirs: Iterable[Path]) -> list[Row]:
-    """Returns the rows of all finished runs.
+    """Reads the rows of finished runs.
 
     Raises:
-        UserError: A directory holds no results.json, or a damaged one.
+        UserError: A directory has no results.json, or a damaged one.
     """
     table: list[Row] = []
     for workdir in workdirs:
-        path = workdir / 'results.json'
+        path = RunFiles(workdir).results
         try:
-            table += rows(json.loads(path.read_text()))
+            table += rows(record.read(path))
         except OSError:
             raise UserError(f'{path} cannot be read: the run has not finished, or {workdir} is not a run.') from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except ValueError:
             raise UserError(f'{path} is damaged; delete it and start its run again.') from None
     return table

@@ -2,66 +2,69 @@
 
 from typing import Any
 
-from aft_jax.results.record import SHOWN_EPS
+from aft_jax.results.record import SHOWN_EPS, Results
 
 UNKNOWN = """
-What cannot be known without the trigger: whether this model had a backdoor at all (a high score speaks for one, a low
-score does not rule one out), how often its trigger worked (ASR), and whether it still works after the purification.
-Score: near 0 for most benign models, near the trigger's success where one change of all images commands a label.
+What cannot be known without the trigger: whether the model had a backdoor, how often the trigger worked (ASR), and
+whether it still does. A high score is evidence of a backdoor, but a low score does not rule one out.
+Score: near 0 for most benign models, near the ASR if one perturbation of all images leads to the target label.
 """
 
 
-def table(outcome: dict[str, Any]) -> str:
-    """Returns the table of an experiment for a terminal, shares in percent."""
-    if 'suspect' in outcome:
-        return _suspect_table(outcome)
-    attack = f'{outcome["attack"]} ({outcome["label_mode"]})' if outcome['attack'] != 'none' else 'no attack'
+def table(results: Results) -> str:
+    """Formats the results of an experiment, with shares in percent."""
+    if results.kind == 'given':
+        return _given_table(results)
+    setting = results.setting
+    attack = 'no attack' if results.kind == 'benign' else f'{setting.attack} ({setting.label_mode})'
     lines = [
-        f'{outcome["dataset"]}, {outcome["model"]}, {attack}, seed {outcome["seed"]}, '
-        f'defender holds {100 * outcome["clean_share"]:g} % clean images',
+        f'{setting.dataset}, {setting.model}, {attack}, seed {setting.seed}, '
+        f'defender holds {100 * setting.clean_share:g} % clean images',
         '',
         f'{"":<12}{"ACC %":>8}{"ASR %":>8}{"RA %":>8}{"DER %":>8}{"seconds":>9}',
     ]
-    first = 'infected' if outcome['attack'] != 'none' else 'benign'
-    for name, row in [(first, outcome['infected']), *outcome['purified'].items()]:
-        shares = ''.join(f'{_percent(row.get(share)):>8}' for share in ('acc', 'asr', 'ra', 'der'))
-        lines.append(f'{name:<12}{shares}{row["seconds"]:>9.1f}')
-    lines += ['', "ACC clean accuracy; ASR triggered images that get the attacker's label; RA those that get their own"]
+    for name, scores in results.models.items():
+        shares = ''.join(f'{_percent(scores.share(share)):>8}' for share in ('acc', 'asr', 'ra', 'der'))
+        lines.append(f'{name:<12}{shares}{scores.seconds:>9.1f}')
+    lines += [
+        '',
+        'ACC: clean images classified correctly; RA: triggered images classified correctly;',
+        'ASR: triggered images classified as the target label',
+    ]
     return '\n'.join(lines)
 
 
-def _suspect_table(outcome: dict[str, Any]) -> str:
-    """The table of a model whose trigger nobody knows: no ASR, RA or DER."""
-    suspect = outcome['suspect']
-    rows = {'suspect': suspect} | outcome['purified']
-    scanned = 'scan' in suspect
-    heading = f'{"":<12}{"ACC %":>8}' + (f'{"score":>8}{"fooled %":>10}{"suspected":>16}' if scanned else '')
-    purified = bool(outcome['purified'])
+def _given_table(results: Results) -> str:
+    """Formats the results of a given model. Its trigger is unknown, so there is no ASR, RA or DER."""
+    given = results.given
+    assert given is not None
+    scan = results.initial.scan
+    heading = f'{"":<12}{"ACC %":>8}' + (f'{"score":>8}{"fooled %":>10}{"suspected":>16}' if scan else '')
+    setting = results.setting
     lines = [
-        f'{suspect["init_from"]} ({outcome["model"]}), {outcome["dataset"]}, seed {outcome["seed"]}: trigger unknown',
+        f'{given.init_from} ({setting.model}), {setting.dataset}, seed {setting.seed}: trigger unknown',
         '',
-        heading + (f'{"seconds":>9}' if purified else ''),
+        heading + (f'{"seconds":>9}' if results.purified else ''),
     ]
-    for name, row in rows.items():
-        line = f'{name:<12}{_percent(row["acc"]):>8}'
-        if scanned:
-            line += _scan_cells(row.get('scan'), suspect['class_names'])
-        lines.append(line + (f'{row["seconds"]:>9.1f}' if 'seconds' in row else ''))
-    lines += ['', 'ACC clean accuracy on the images held out']
-    if scanned:
-        images = suspect['scan']['images']
-        which = 'held out' if suspect['scan']['held_out'] else 'given, those of the purification among them'
+    for name, scores in results.models.items():
+        line = f'{name:<12}{_percent(scores.acc):>8}'
+        if scan:
+            line += _scan_cells(scores.scan, given.class_names)
+        lines.append(line + ('' if scores.seconds is None else f'{scores.seconds:>9.1f}'))
+    lines += ['', 'ACC: held-out clean images classified correctly']
+    if scan:
+        images = 'held-out images' if scan['held_out'] else 'images, the training images of the defenses among them'
         lines += [
-            f'score of infection, from {images} images {which}; fooled by changes of {round(255 * SHOWN_EPS)}/255 a '
-            'pixel;',
-            'suspected: the label that a backdoor would command, if there is one (at a score near 0 it says nothing)',
+            f'score: infection score, from {scan["images"]} clean {images}',
+            f'fooled: adversarial examples of size {round(255 * SHOWN_EPS)}/255 that change the prediction',
+            'suspected: target label of the backdoor, if there is one; meaningless at a score near 0',
         ]
-    if suspect['warning']:
-        lines += ['', f'Warning: {suspect["warning"]}']
+    if given.warning:
+        lines += ['', f'Warning: {given.warning}']
     return '\n'.join(lines) + '\n' + UNKNOWN.rstrip()
 
 
-def _scan_cells(scan: dict[str, Any] | None, class_names: list[str]) -> str:
+def _scan_cells(scan: dict[str, Any] | None, class_names: tuple[str, ...]) -> str:
     if scan is None:
         return f'{"-":>8}{"-":>10}{"-":>16}'
     label = scan['suspected_label']
@@ -71,4 +74,5 @@ def _scan_cells(scan: dict[str, Any] | None, class_names: list[str]) -> str:
 
 
 def _percent(share: float | None) -> str:
+    """Formats a share without a unit, which the heading has."""
     return '-' if share is None else f'{100 * share:.1f}'

@@ -1,9 +1,9 @@
-"""The work directory: who it belongs to, and files that are whole or absent."""
+"""The work directory of a run: the names of its files, and the check that it belongs to one config."""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 from flax.traverse_util import flatten_dict
@@ -11,10 +11,54 @@ from flax.traverse_util import flatten_dict
 from aft_jax.errors import UserError
 from aft_jax.files import write_json
 
-# Fields that a later start may change in the same directory: how the work is done and how much of it.
+# Fields that a later start may change in the same directory. They say how, and how much of, the work is done.
 FREE_FIELDS = ('run', 'stages', 'defenses', 'data.dir', 'data.idx_dir')
-# What the defender holds, and how it tunes itself: open until the first defense begins.
+# Fields that all defenses share. A later start may change them until the first defense has a checkpoint.
 SHARED_BY_DEFENSES = ('clean_share', 'tuning')
+
+
+class RunFiles(NamedTuple):
+    """Paths of the files and folders of a run.
+
+    Attributes:
+        workdir: Work directory.
+    """
+
+    workdir: Path
+
+    @property
+    def config(self) -> Path:
+        """Resolved config, with a checksum of the data."""
+        return self.workdir / 'config.json'
+
+    @property
+    def results(self) -> Path:
+        """Results, see `aft_jax.results.record`."""
+        return self.workdir / 'results.json'
+
+    @property
+    def metrics(self) -> Path:
+        """Metrics of every stage, a JSON object a line. `aft_jax.training.metrics` writes them."""
+        return self.workdir / 'metrics.jsonl'
+
+    @property
+    def poison_manifest(self) -> Path:
+        """Indices of the poisoned training images, and the arrays of the trigger."""
+        return self.workdir / 'poison.npz'
+
+    @property
+    def report(self) -> Path:
+        """Folder of the page and its figures."""
+        return self.workdir / 'report'
+
+    @property
+    def export(self) -> Path:
+        """Folder of purified models in the format of the given model."""
+        return self.workdir / 'export'
+
+    def checkpoints(self, stage: str) -> Path:
+        """Returns the folder of the checkpoints of a stage, such as 'purify/aft'."""
+        return self.workdir / 'checkpoints' / stage
 
 
 def claim(
@@ -24,87 +68,101 @@ def claim(
     writes: bool = True,
     defenses: Iterable[str] = (),
 ) -> None:
-    """Makes the work directory this experiment's, or finds that it is already.
+    """Makes the work directory this experiment's, or checks that it belongs to this experiment already.
 
     Args:
-        workdir: The directory; made when it is not there.
-        config: The resolved config, kept as config.json.
-        data_checksum: Of the data set's arrays, and of a model that init_from names, kept with it, so that other
-            contents under the same name are noticed.
-        writes: Whether this process writes; the others only check.
-        defenses: Names of sections of the config that may still change while that defense has not begun here, as
-            `clean_share` and `tuning` may while none has.
+        workdir: Work directory; created if it does not exist.
+        config: Resolved config, which is kept as config.json.
+        data_checksum: Checksum of the data set's arrays and of the given model. It is kept in config.json, so that
+            changed contents under the same name are noticed.
+        writes: Whether this process writes. The other processes only check.
+        defenses: Defenses whose config section may still change as long as they have no checkpoint here.
 
     Raises:
-        UserError: The directory cannot be written, holds another experiment, or holds files that are not ours.
+        UserError: The directory cannot be written, holds another experiment, or holds other files.
     """
-    path = workdir / 'config.json'
-    wanted = json.loads(json.dumps(config.to_dict() | {'data_checksum': data_checksum}))
+    path = RunFiles(workdir).config
+    content = json.loads(json.dumps(config.to_dict() | {'data_checksum': data_checksum}))
     try:
         if writes:
             workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _check_same(path, wanted, _not_begun(workdir, defenses))
+            _check_same(path, content, _not_begun(workdir, defenses))
         # A process that died while it first wrote config.json leaves a temporary file.
         elif writes and any(not file.name.startswith(f'.{path.name}.') for file in workdir.iterdir()):
             raise UserError(
                 f'--workdir={workdir} holds other files but no config.json; name an empty or a new directory.'
             )
         if writes:
-            write_json(path, wanted)
+            write_json(path, content)
     except OSError as error:
         raise UserError(f'--workdir={workdir} cannot be written ({error.strerror}); name another directory.') from error
 
 
 def differences(workdir: Path, config: ml_collections.ConfigDict, defenses: Iterable[str] = ()) -> list[str]:
-    """Returns the fields, as 'a.b', in which a directory's config.json is of another experiment than `config`.
+    """Compares the config of a work directory with `config`.
 
     Args:
-        workdir: The directory.
-        config: The resolved config.
-        defenses: As for `claim`.
+        workdir: Work directory.
+        config: Resolved config.
+        defenses: Defenses whose config section may differ as long as they have no checkpoint there.
+
+    Returns:
+        Names of the fields that differ, as 'a.b'. Fields that a later start may change are left out.
 
     Raises:
         OSError, ValueError: There is no config.json, or a damaged one.
     """
-    kept = flatten_dict(json.loads((workdir / 'config.json').read_text()), sep='.')
-    return _differing(
-        kept, flatten_dict(json.loads(json.dumps(config.to_dict())), sep='.'), _not_begun(workdir, defenses)
-    )
+    kept = flat(json.loads(RunFiles(workdir).config.read_text()))
+    return _differing(kept, flat(json.loads(json.dumps(config.to_dict()))), _not_begun(workdir, defenses))
+
+
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Flattens {'a': {'b': value}} to {'a.b': value}.
+
+    Raises:
+        ValueError: It is not a dict.
+    """
+    if not isinstance(config, dict):
+        raise ValueError('not a config')
+    return flatten_dict(config, sep='.')
 
 
 def _not_begun(workdir: Path, defenses: Iterable[str]) -> set[str]:
-    purified = workdir / 'checkpoints' / 'purify'
-    shared = set() if purified.exists() else set(SHARED_BY_DEFENSES)
-    return shared | {name for name in defenses if not (purified / name).exists()}
+    """Returns the names of the config sections that no checkpoint depends on yet."""
+    run_files = RunFiles(workdir)
+    shared = set() if run_files.checkpoints('purify').exists() else set(SHARED_BY_DEFENSES)
+    return shared | {name for name in defenses if not run_files.checkpoints(f'purify/{name}').exists()}
 
 
-def _differing(found: dict[str, Any], asked: dict[str, Any], open_sections: Iterable[str]) -> list[str]:
+def _differing(kept: dict[str, Any], current: dict[str, Any], open_sections: Iterable[str]) -> list[str]:
     free = {*FREE_FIELDS, 'data_checksum', *open_sections}
-    # A text that is absent is as an empty one: the directory is older than the field.
+    # A directory may be older than a field. A missing field counts as an empty text.
     return [
         name
-        for name in sorted(found.keys() | asked.keys(), key=lambda name: (name not in asked or name not in found, name))
-        if not {name, name.split('.')[0]} & free and found.get(name, '') != asked.get(name, '')
+        for name in sorted(kept.keys() | current.keys(), key=lambda n: (n not in current or n not in kept, n))
+        if not {name, name.split('.')[0]} & free and kept.get(name, '') != current.get(name, '')
     ]
 
 
-def _check_same(path: Path, wanted: dict, open_sections: Iterable[str]) -> None:
+def _check_same(path: Path, content: dict, open_sections: Iterable[str]) -> None:
     try:
-        found = flatten_dict(json.loads(path.read_text()), sep='.')
-    except (json.JSONDecodeError, AssertionError, UnicodeDecodeError):
+        kept = flat(json.loads(path.read_text()))
+    except ValueError:
         raise UserError(
-            f'{path} is damaged, so it cannot be told whose work this is; name another --workdir.'
+            f'{path} is damaged, so the owner of the directory is unknown; name another --workdir.'
         ) from None
-    asked = flatten_dict(wanted, sep='.')
-    if found.get('data_checksum') != asked['data_checksum'] and found.get('dataset') == asked['dataset']:
-        model = ', or the model of init_from,' if asked['init_from'] else ''
+    current = flat(content)
+    if kept.get('data_checksum') != current['data_checksum'] and kept.get('dataset') == current['dataset']:
+        model = ', or the model of init_from,' if current['init_from'] else ''
         raise UserError(
-            f'the data of {asked["dataset"]}{model} are not those that --workdir={path.parent} was made with; name '
+            f'the data of {current["dataset"]}{model} are not those that --workdir={path.parent} was made with; name '
             'another directory, or bring back the old ones.'
         )
-    if differing := _differing(found, asked, open_sections):
-        shown = ', '.join(f'{name} is {found.get(name)!r} there and {asked.get(name)!r} here' for name in differing[:3])
+    if differing := _differing(kept, current, open_sections):
+        shown = ', '.join(
+            f'{name} is {kept.get(name)!r} there and {current.get(name)!r} here' for name in differing[:3]
+        )
         more = f' and {len(differing) - 3} more fields differ' if len(differing) > 3 else ''
         raise UserError(
             f'--workdir={path.parent} belongs to another config ({shown}{more}); name another directory, '
