@@ -310,6 +310,7 @@ def test_purify_takes_the_custom_module_of_the_walk_through(clean, tmp_path, cap
     factory = '--config.model.factory=my_own_module:make_model'
 
     import jax
+    from flax.traverse_util import flatten_dict
 
     config = purify.get_config()
     config.model.factory = 'my_own_module:make_model'

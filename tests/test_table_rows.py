@@ -24,7 +24,7 @@ RESULTS = {
 }
 
 
-def test_read_returns_a_row_for_each_run_and_defense(tmp_path):
+def test_read_returns_a_row_for_each_run_and_defense(tmp_path, capsys):
     for name in ('a', 'b'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'results.json').write_text(json.dumps(RESULTS | {'attack': name}))
