@@ -18,14 +18,14 @@ from aft_jax.analysis.observe import observe
 from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import write_manifest
 from aft_jax.config import as_options, resolve
-from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
+from aft_jax.defenses import DEFENSES
 from aft_jax.evaluation.evaluator import Evaluator, test_metrics
 from aft_jax.evaluation.scores import detection
 from aft_jax.models.cpu_compilation import compiler_options, steps_per_call
 from aft_jax.pipeline import export, given_model, stages
 from aft_jax.pipeline.given_model import Suspect
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
-from aft_jax.pipeline.stages import defender_config, defender_data, infect, prepare, untrusted_training_set
+from aft_jax.pipeline.stages import infect, prepare
 from aft_jax.report import requirements
 from aft_jax.report.experiment_report import draw, show_in_tensorboard
 from aft_jax.results import record, workdir
@@ -109,16 +109,13 @@ def carry_out(
     purified = {}
     if 'purify' in config.stages:
         for name in validation.names(config.defenses):
-            suspects = untrusted_training_set(attack, scenario, config) if name in FROM_SUSPECT_SET else None
-            held_data = defender_data(scenario, infected, suspects)
-            cleansed = DEFENSES[name](
-                with_eval_hook(run, evaluator, attack), f'purify/{name}', held_data, defender_config(config, name)
-            )
-            purified[name] = cleansed.state.variables
+            cleansed = stages.purify(with_eval_hook(run, evaluator, attack), name, scenario, infected, config)
+            purified[name] = cleansed.variables
             record.add_purified(outcome, name, before, evaluator(purified[name], attack), cleansed.seconds)
-            if suspects is not None:
-                poison_found = detection(cleansed.scores, cleansed.subsets, suspects.indices)
-                record.add_detection(outcome, name, poison_found)
+            if cleansed.poison_scores is not None:
+                subsets, scores = cleansed.poison_scores
+                poisoned = stages.untrusted_training_set(attack, scenario, config).indices
+                record.add_detection(outcome, name, detection(scores, subsets, poisoned))
             if scan is not None:
                 outcome['purified'][name]['scan'] = scan(purified[name])
     if writes:

@@ -27,7 +27,7 @@ from aft_jax.evaluation.roc import auc
 from aft_jax.experiment import run_experiment
 from aft_jax.pipeline import saved_run
 from aft_jax.runtime.sharding import make_mesh
-from aft_jax.training.prediction import Batched
+from aft_jax.training.prediction import BatchedFunction
 
 CLASSES, SIDE = 4, 12
 ROWS = SIDE // CLASSES
@@ -206,7 +206,7 @@ def test_rows_go_along_with_images(tiny_net):
             'product': other * row[:, None].astype('float32'),
         }
 
-    batched = Batched(function, tiny_net, make_mesh(), 4)
+    batched = BatchedFunction(function, tiny_net, make_mesh(), 4)
     given = {'add': np.float32(2)}
     found = batched(given, images, row, other)
     np.testing.assert_allclose(found['sum'], (images / 255).sum((1, 2, 3)) + 2, rtol=1e-5)

@@ -38,7 +38,7 @@ def train(make_run, dataset, tiny_variables):
 
     def call(run):
         arrays = {'images': dataset.train_images, 'labels': dataset.train_labels}
-        start = state.create(tiny_variables, sgd(0.1, 'constant', 1))
+        start = state.create(tiny_variables, sgd(0.1, 'constant', 1, momentum=0.9, weight_decay=5e-4))
         fitted = fit(run, TrainingStage('infect', start, [Phase(wander, STEPS)], arrays, 8, num_streams=2))
         lines = [json.loads(line) for line in (run.workdir / 'metrics.jsonl').read_text().splitlines()]
         return fitted.state, lines
@@ -121,7 +121,7 @@ def test_a_broken_state_is_not_saved_at_the_sign_to_stop(make_run, dataset, tiny
 
     run = make_run(log_every=100)._replace(watch=StopsAt(2))
     arrays = {'images': dataset.train_images, 'labels': dataset.train_labels}
-    start = state.create(tiny_variables, sgd(0.1, 'constant', 1))
+    start = state.create(tiny_variables, sgd(0.1, 'constant', 1, momentum=0.9, weight_decay=5e-4))
     with pytest.raises(UserError, match='no longer a finite number'):
         fit(run, TrainingStage('infect', start, [Phase(broken, STEPS)], arrays, 8))
     assert not any(path.name.isdigit() for path in (run.workdir / 'checkpoints/infect').iterdir())

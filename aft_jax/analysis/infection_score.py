@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 
 from aft_jax.analysis.probe import Probe
 from aft_jax.models import logits_function
-from aft_jax.training.prediction import Batched
+from aft_jax.training.prediction import BatchedFunction
 
 # Of the changes that are averaged, as a root mean square over the image.
 EPS = 8 / 255
@@ -93,9 +93,9 @@ class Scorer:
     """Scores models of one architecture."""
 
     def __init__(self, probe: Probe, module: nn.Module, mesh: Mesh, batch_size: int):
-        """Scores with a probe for `module`; `batch_size` as for `Batched`."""
+        """Scores with a probe for `module`; `batch_size` as for `BatchedFunction`."""
         self._probe = probe
-        self._changed = Batched(partial(_predict_changed, module), module, mesh, batch_size)
+        self._changed = BatchedFunction(partial(_predict_changed, module), module, mesh, batch_size)
 
     def __call__(
         self,

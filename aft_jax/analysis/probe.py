@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 
 from aft_jax.adversarial.pgd import NORMS, PGD, Norm, perturb
 from aft_jax.models import logits_function
-from aft_jax.models.cpu_compilation import slow_in_loops
-from aft_jax.training.prediction import Batched, Predictor, pixels
+from aft_jax.training.prediction import BatchedFunction, Predictor, float_images
 
 STEPS = 10
 # Steps go this much further, together, than the radius.
@@ -31,15 +30,15 @@ class Probe:
         Args:
             module: The architecture; `apply(..., features=True)` returns (logits, feature maps).
             mesh: The devices.
-            batch_size: As for `Batched`.
+            batch_size: As for `BatchedFunction`.
             steps: Of PGD.
         """
         self.predict = Predictor(module, mesh, batch_size)
         self._adversarial = {
-            norm: Batched(partial(_perturbed, module, norm, steps), module, mesh, batch_size) for norm in NORMS
+            norm: BatchedFunction(partial(_perturbed, module, norm, steps), module, mesh, batch_size) for norm in NORMS
         }
-        self._channels = Batched(partial(_channels, module), module, mesh, batch_size)
-        self._distances = Batched(partial(_distances, module), module, mesh, batch_size)
+        self._channels = BatchedFunction(partial(_channels, module), module, mesh, batch_size)
+        self._distances = BatchedFunction(partial(_distances, module), module, mesh, batch_size)
 
     def adversarial(
         self, variables: dict, images: np.ndarray, labels: np.ndarray, norm: Norm, eps: float
@@ -72,7 +71,7 @@ def _perturbed(
 ) -> jax.Array:
     pgd = PGD(given['radius'], REACH / steps * given['radius'], steps, norm)
     model = logits_function(module, given['model'])
-    return perturb(model, images, labels, jax.random.key(0), pgd, unroll=slow_in_loops(module))
+    return perturb(model, images, labels, jax.random.key(0), pgd)
 
 
 def _last_features(module: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
@@ -87,5 +86,5 @@ def _channels(module: nn.Module, variables: Any, images: jax.Array) -> jax.Array
 
 
 def _distances(module: nn.Module, variables: Any, images: jax.Array, others: jax.Array) -> jax.Array:
-    apart = _last_features(module, variables, images) - _last_features(module, variables, pixels(others))
+    apart = _last_features(module, variables, images) - _last_features(module, variables, float_images(others))
     return jnp.sqrt(jnp.square(apart).sum(axis=tuple(range(1, apart.ndim))))

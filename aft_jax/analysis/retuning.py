@@ -2,20 +2,18 @@
 
 import json
 from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from aft_jax.attacks.attack import Attack, triggered
-from aft_jax.data.augment import augment
 from aft_jax.data.dataset import Dataset
-from aft_jax.defenses.defender import DefenderData, begin
+from aft_jax.defenses import DefenderData, ft
 from aft_jax.evaluation.evaluator import Evaluator
 from aft_jax.pipeline.saved_run import SavedRun
+from aft_jax.pipeline.stages import defense_settings
 from aft_jax.randomness import generator_for
-from aft_jax.training.loop import EvalHook, EvalPoint, Phase, Run, TrainingStage, fit
-from aft_jax.training.steps import classification_step
+from aft_jax.training.loop import EvalHook, EvalPoint, Run, fit
 
 COLUMNS = ('run', 'attack', 'label_mode', 'seed', 'model', 'per_class', 'step', 'acc', 'asr')
 
@@ -87,21 +85,13 @@ def retune(
 
     clean, poisoned = scenario.clean, scenario.poisoned.indices
     arrays = retuning_set(attack, scenario.dataset, clean, poisoned, per_class, source.config.seed)
-    options = source.config.ft.copy_and_resolve_references()
-    options.schedule = 'constant'
-    held_data = DefenderData(scenario.module, variables, arrays['images'], arrays['labels'])
-    before, optimiser = begin(held_data, options, source.config.train, retuning.steps, retuning.learning_rate)
-    step = partial(
-        classification_step,
-        module=scenario.module,
-        optimiser=optimiser,
-        transform=lambda key, images, labels: (augment(key, images, source.config.augment), labels),
-    )
-    first = measure(EvalPoint(name, 0, 0.0, before))
+    settings = defense_settings('ft', source.config)
+    settings = settings._replace(options=settings.options._replace(schedule='constant'))
+    data = DefenderData(scenario.module, variables, arrays['images'], arrays['labels'])
+    stage = ft.fine_tuning_stage(name, data, settings, steps=retuning.steps, learning_rate=retuning.learning_rate)
+    first = measure(EvalPoint(name, 0, 0.0, stage.state))
     yield {'step': 0, 'acc': first['test_acc'], 'asr': first['test_asr']}
-    phases = [Phase(step, retuning.steps)]
-    hooks = (EvalHook(measure, every_steps=retuning.every),)
-    fit(run, TrainingStage(name, before, phases, arrays, source.config.batch_size, eval_hooks=hooks))
+    fit(run, stage._replace(eval_hooks=(EvalHook(measure, every_steps=retuning.every),)))
     for line in (run.workdir / 'metrics.jsonl').read_text().splitlines():
         entry = json.loads(line)
         if entry['stage'] == name and 'test_asr' in entry:

@@ -33,7 +33,8 @@ from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.input_aware_networks import EncoderDecoder, networks_for
 from aft_jax.attacks.poison import cross_count
 from aft_jax.attacks.training import Infection, Learner
-from aft_jax.data.augment import augment
+from aft_jax.config import as_options
+from aft_jax.data.augment import AugmentOptions, augment
 from aft_jax.data.order import count_steps
 from aft_jax.randomness import key_for
 from aft_jax.training import state
@@ -304,8 +305,8 @@ def adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
 
 def _augmented(key: jax.Array, batch: Batch, config: ml_collections.ConfigDict) -> tuple[jax.Array, jax.Array]:
     key, other_key = jax.random.split(key)
-    images = augment(key, batch['images'], config.augment)
-    return images, augment(other_key, batch['second']['images'], config.augment)
+    options = as_options(AugmentOptions, config.augment)
+    return augment(key, batch['images'], options), augment(other_key, batch['second']['images'], options)
 
 
 def _evaluate(network: EncoderDecoder, variables: dict, images: jax.Array) -> jax.Array:

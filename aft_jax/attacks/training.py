@@ -16,7 +16,8 @@ import optax
 
 from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import poison_batch
-from aft_jax.data.augment import augment
+from aft_jax.config import as_options
+from aft_jax.data.augment import AugmentOptions, augment
 from aft_jax.training.state import Step, TrainState
 from aft_jax.training.steps import classification_step
 
@@ -66,7 +67,7 @@ def plain(attack: Attack | None, learner: Learner, config: ml_collections.Config
 
     def transform(key: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         augment_key, cross_key = jax.random.split(key)
-        images = augment(augment_key, images, config.augment)
+        images = augment(augment_key, images, as_options(AugmentOptions, config.augment))
         if attack is not None and config.attack.poisoning == 'per_batch':
             images, labels = poison_batch(attack, cross_key, images, labels, config)
         return images, labels

@@ -1,20 +1,34 @@
 """Random shift, flip, rotation and CutMix of a batch, on the device."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-import ml_collections
 
 from aft_jax.ops.resampling import sample_bilinear
 
 
-def augment(key: jax.Array, images: jax.Array, options: ml_collections.ConfigDict) -> jax.Array:
-    """Returns the images, each moved at random; what leaves the frame is gone, what enters it is black.
+class AugmentOptions(NamedTuple):
+    """Section `augment` of the config.
+
+    Attributes:
+        crop: Largest shift in pixels, as of a random crop of the padded image. 0 for none.
+        flip: Whether half of the images are mirrored left to right.
+        rotation: Largest angle in degrees, in either direction. 0 for none.
+    """
+
+    crop: int
+    flip: bool
+    rotation: float
+
+
+def augment(key: jax.Array, images: jax.Array, options: AugmentOptions) -> jax.Array:
+    """Shifts, mirrors and rotates each image at random. Pixels from outside the frame are black.
 
     Args:
         key: PRNG key of this batch.
         images: float32 [B, H, W, C].
-        options: `config.augment`: crop (pixels; a shift by up to so many, as a random crop of the padded image),
-            flip (left to right, half of the images), rotation (degrees, up to so many either way).
+        options: Largest changes.
 
     Returns:
         float32 [B, H, W, C].
@@ -31,13 +45,21 @@ def augment(key: jax.Array, images: jax.Array, options: ml_collections.ConfigDic
 
 
 def cut_mix(key: jax.Array, images: jax.Array, largest: float) -> jax.Array:
-    """Returns each of the images [B, H, W, C] with a rectangle of its neighbour in the (shuffled) batch.
+    """Pastes a rectangle of its neighbour in the (shuffled) batch into each image.
 
-    The rectangle has the shape of the image, a share of its area that is uniform between 0 and `largest`, and lies
-    anywhere.
+    The rectangle has the aspect ratio of the image and a uniformly drawn position. Its share of the area is uniform
+    between 0 and `largest`.
 
-    Source: Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features" (2019),
-    whose rectangles may reach over the border.
+    Source: Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features" (2019).
+    There, rectangles may cross the border of the image.
+
+    Args:
+        key: PRNG key of this batch.
+        images: float32 [B, H, W, C].
+        largest: Largest share of the area, in [0, 1].
+
+    Returns:
+        float32 [B, H, W, C].
     """
     area_key, rows_key, columns_key = jax.random.split(key, 3)
     count, height, width, _ = images.shape

@@ -1,4 +1,4 @@
-"""The stages of an experiment up to its models: prepare the scenario, infect, and what a defender is given."""
+"""The stages of an experiment up to its models: prepare the scenario, infect a classifier, purify it."""
 
 import ml_collections
 from jax.sharding import Mesh
@@ -6,17 +6,21 @@ from jax.sharding import Mesh
 from aft_jax import attacks, models, validation
 from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import Poisoned, clean_indices, poison, published_training_set
+from aft_jax.config import as_options
+from aft_jax.data.augment import AugmentOptions
 from aft_jax.data.dataset import Dataset
 from aft_jax.data.order import count_steps
-from aft_jax.defenses import NEED_FEATURES, DefenderData
+from aft_jax.defenses import DEFENSES, DefenderData, DefenseSettings, Purified
+from aft_jax.defenses.defender import TuningOptions
 from aft_jax.errors import UserError
 from aft_jax.evaluation.evaluator import Evaluator, test_metrics
 from aft_jax.models.custom import shows_features
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.randomness import key_for
 from aft_jax.runtime.sharding import check_batch_size
-from aft_jax.training import optimiser, state
+from aft_jax.training import state
 from aft_jax.training.loop import EvalHook, EvalPoint, Phase, Run, TrainingStage, fit
+from aft_jax.training.optimiser import TrainOptions, sgd
 
 
 def evaluator_for(run: Run, scenario: Scenario) -> Evaluator:
@@ -25,28 +29,59 @@ def evaluator_for(run: Run, scenario: Scenario) -> Evaluator:
 
 
 def untrusted_training_set(attack: Attack | None, scenario: Scenario, config: ml_collections.ConfigDict) -> Poisoned:
-    """Returns the training set that a defender finds beside the infected model."""
+    """Builds the training set that a defender gets together with the infected model."""
     clean = scenario.dataset.train_images, scenario.dataset.train_labels
     return published_training_set(attack, *clean, scenario.poisoned, config)
 
 
-def defender_data(scenario: Scenario, infected: InfectedModel, suspects: Poisoned | None) -> DefenderData:
-    """Returns what a defender holds: the suspect training set where it is given, or else the clean share."""
-    if suspects is not None:
-        return DefenderData(scenario.module, infected.variables, suspects.images, suspects.labels)
-    images, labels = scenario.dataset.train_images[scenario.clean], scenario.dataset.train_labels[scenario.clean]
+def defender_data(
+    name: str, scenario: Scenario, infected: InfectedModel, config: ml_collections.ConfigDict
+) -> DefenderData:
+    """Selects what a defender holds: the infected model, and the images that the defense trains on.
+
+    Args:
+        name: Name of the defense.
+        scenario: Data and module.
+        infected: Infected model and its attack.
+        config: Resolved config.
+    """
+    if DEFENSES[name].trains_on == 'untrusted_training_set':
+        untrusted = untrusted_training_set(infected.attack, scenario, config)
+        images, labels = untrusted.images, untrusted.labels
+    else:
+        images, labels = scenario.dataset.train_images[scenario.clean], scenario.dataset.train_labels[scenario.clean]
     return DefenderData(scenario.module, infected.variables, images, labels)
 
 
-def defender_config(config: ml_collections.ConfigDict, defense: str) -> ml_collections.ConfigDict:
-    """Returns what a defender may read of the config: nothing of the attack."""
-    return ml_collections.ConfigDict(
-        {field: config[field] for field in ('batch_size', 'train', 'augment', 'tuning', defense)}
+def defense_settings(name: str, config: ml_collections.ConfigDict) -> DefenseSettings:
+    """Selects the part of the resolved config that a defense may read: nothing of the attack."""
+    return DefenseSettings(
+        options=as_options(DEFENSES[name].options, config[name]),
+        batch_size=config.batch_size,
+        train=as_options(TrainOptions, config.train),
+        augment=as_options(AugmentOptions, config.augment),
+        tuning=as_options(TuningOptions, config.tuning),
     )
 
 
+def purify(
+    run: Run, name: str, scenario: Scenario, infected: InfectedModel, config: ml_collections.ConfigDict
+) -> Purified:
+    """Runs a defense against an infected model.
+
+    Args:
+        run: Experiment.
+        name: Name of the defense.
+        scenario: Data and module.
+        infected: Infected model and its attack.
+        config: Resolved config.
+    """
+    data = defender_data(name, scenario, infected, config)
+    return DEFENSES[name].purify(run, f'purify/{name}', data, defense_settings(name, config))
+
+
 def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh) -> Scenario:
-    """Returns the attack, the poisoned training set, the defender's share and the untrained classifier."""
+    """Builds the attack, the poisoned training set, the defender's share and the untrained classifier."""
     validation.validate_against_data(config, dataset)
     check_batch_size(mesh, config.batch_size, 'batch_size')
     attack = attacks.build(config, dataset.image_shape, dataset.num_classes)
@@ -54,7 +89,7 @@ def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh) -> 
     module = models.build(config, dataset.num_classes)
     if 'purify' in config.stages and not shows_features(module):
         for name in validation.names(config.defenses):
-            if name in NEED_FEATURES:
+            if DEFENSES[name].needs_feature_maps:
                 raise UserError(
                     f'the defense {name!r} looks into feature maps, and the __call__ of model.factory='
                     f'{config.model.factory} takes no `features`; add it, or leave {name!r} out.'
@@ -66,11 +101,13 @@ def infect(run: Run, scenario: Scenario, config: ml_collections.ConfigDict, eval
     """Returns the classifier trained on what the attacker left (a benign one when there is no attack)."""
     size = len(scenario.poisoned.labels)
     steps = count_steps(size, config.train.epochs, config.batch_size)
-    options = config.train
-    sgd = optimiser.sgd(options.learning_rate, options.schedule, steps, options.momentum, options.weight_decay)
+    train = as_options(TrainOptions, config.train)
+    optimiser = sgd(
+        train.learning_rate, train.schedule, steps, momentum=train.momentum, weight_decay=train.weight_decay
+    )
     variables = models.initialise(scenario.module, key_for(config.seed, 'initialise'), scenario.dataset.image_shape)
     arrays = {'images': scenario.poisoned.images, 'labels': scenario.poisoned.labels}
-    learner = attacks.Learner(scenario.module, sgd, state.create(variables, sgd))
+    learner = attacks.Learner(scenario.module, optimiser, state.create(variables, optimiser))
     infection = attacks.begin(run, scenario.attack, arrays, learner, config)
 
     def evaluate(point: EvalPoint) -> dict[str, float]:

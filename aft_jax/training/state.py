@@ -1,7 +1,7 @@
 """The state that training carries from step to step."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,7 @@ from flax import struct
 Metrics = dict[str, jax.Array]
 Batch = dict[str, Any]
 
-
-class HasStep(Protocol):
-    """Any pytree that counts its own steps; all that the loop asks of a state."""
-
-    @property
-    def step(self) -> jax.Array: ...
-
-
-# (state, batch, key) -> (state, metrics)
+# (state, batch, key) -> (state, metrics). The state is any pytree with a `step`.
 Step = Callable[[Any, Batch, jax.Array], tuple[Any, Metrics]]
 
 
@@ -29,9 +21,9 @@ class TrainState:
 
     Attributes:
         step: int32 scalar, steps taken.
-        params: The model's parameters, float32.
-        batch_stats: BatchNorm's running statistics, float32.
-        opt_state: The optimiser's state.
+        params: Parameters of the model, float32.
+        batch_stats: Running statistics of BatchNorm, float32.
+        opt_state: State of the optimiser.
     """
 
     step: jax.Array
@@ -41,12 +33,33 @@ class TrainState:
 
     @property
     def variables(self) -> dict:
-        """What the model's `apply` takes."""
+        """Variables that the model's `apply` takes."""
         return {'params': self.params, 'batch_stats': self.batch_stats}
 
 
+@struct.dataclass
+class WrapsClassifier:
+    """Base of states that carry something beside a classifier in training.
+
+    Attributes:
+        classifier: State of the classifier.
+    """
+
+    classifier: TrainState
+
+    @property
+    def step(self) -> jax.Array:
+        """int32 scalar, steps taken."""
+        return self.classifier.step
+
+    @property
+    def variables(self) -> dict:
+        """Variables of the classifier."""
+        return self.classifier.variables
+
+
 def create(variables: dict, optimiser: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first step, from the model's variables."""
+    """Creates the state before the first step, from the model's variables."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables['params'],

@@ -4,7 +4,7 @@ import ml_collections
 
 from aft_jax import attacks, data, models
 from aft_jax.data.dataset import Dataset
-from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
+from aft_jax.defenses import DEFENSES
 from aft_jax.errors import UserError
 from aft_jax.models.resnet import STEMS
 from aft_jax.models.vgg_bn import SMALLEST_SIDE
@@ -107,7 +107,7 @@ def _validate_given(config: ml_collections.ConfigDict) -> None:
     if not {'scan', 'purify'} & set(config.stages):
         raise UserError("stages must hold 'scan', 'purify' or both for a model that init_from names.")
     for name in names(config.defenses):
-        if name in FROM_SUSPECT_SET:
+        if DEFENSES[name].trains_on == 'untrusted_training_set':
             raise UserError(f'the defense {name!r} needs the suspect training set, which does not come with init_from.')
     if 'purify' in config.stages and not names(config.defenses):
         raise UserError("defenses is empty; name one, such as 'aft', or leave 'purify' out of stages.")
