@@ -106,7 +106,7 @@ def test_nad_step_equals_numpy():
 
 @pytest.fixture
 def held_data(dataset):
-    """32 clean images and a fresh network as the suspect model."""
+    """32 clean images and a fresh network as the infected model."""
     variables = Looking().init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
     return DefenderData(Looking(), variables, dataset.train_images[:32], dataset.train_labels[:32])
 

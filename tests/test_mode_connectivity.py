@@ -126,7 +126,7 @@ def test_statistics_equal_numpy_without_padding():
 
 @pytest.fixture
 def held_data(dataset, tiny_net, tiny_variables):
-    """32 clean images and a fresh network as the suspect model."""
+    """32 clean images and a fresh network as the infected model."""
     return DefenderData(tiny_net, tiny_variables, dataset.train_images[:32], dataset.train_labels[:32])
 
 

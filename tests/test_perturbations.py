@@ -135,7 +135,7 @@ def test_joint_attack_stays_within_the_size_and_raises_the_loss(kind, universal)
 
 
 def test_joint_attack_perturbs_each_image_as_if_it_were_alone():
-    """Sparse ones where most is to be gained in that image: the gradient times the way that is left to 0 or 1."""
+    """Sparse ones choose pixels by that image alone: |gradient| times the distance to the new value (0 or 1)."""
     steps, each = 2, 3
     sparse = PerturbationSpec('sparse', each, universal=False)
     begin = perturbations.init(sparse, jax.random.key(0), IMAGES.shape)

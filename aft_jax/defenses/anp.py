@@ -35,14 +35,7 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from aft_jax.data.augment import AugmentOptions, augment
-from aft_jax.defenses.defender import (
-    DefenderData,
-    DefenseSettings,
-    Purified,
-    TuningOptions,
-    choose,
-    hold_out,
-)
+from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified, TuningOptions, choose, hold_out
 from aft_jax.training.loop import Phase, Run, TrainingStage, fit
 from aft_jax.training.optimiser import sgd
 from aft_jax.training.state import Batch, Metrics
@@ -108,13 +101,8 @@ def purify(run: Run, name: str, data: DefenderData, settings: DefenseSettings) -
     """
     options: AnpOptions = settings.options
     kept, held = hold_out(data, settings.tuning.held_out_share, run.seed)
-    optimiser = sgd(
-        options.learning_rate,
-        'constant',
-        options.iterations,
-        momentum=settings.train.momentum,
-        weight_decay=0.0,
-    )
+    momentum = settings.train.momentum
+    optimiser = sgd(options.learning_rate, 'constant', options.iterations, momentum=momentum, weight_decay=0.0)
     step = partial(mask_step, module=data.module, optimiser=optimiser, options=options, augmentation=settings.augment)
     stage = TrainingStage(
         name=name,
@@ -152,11 +140,8 @@ def prune_strongest(
     choice = choose(run, held, candidates, tuning)
     threshold = THRESHOLDS[choice.chosen]
     below = np.concatenate([mask < threshold for mask in masks.values()])
-    record = {
-        'threshold': threshold,
-        'pruned_share': float(below.mean()),
-        'held_out_accuracy': choice.accuracy,
-    }
+    record = {'threshold': threshold, 'pruned_share': float(below.mean())}
+    record['held_out_accuracy'] = choice.accuracy
     return candidates[choice.chosen], record, time.monotonic() - started
 
 

@@ -27,14 +27,7 @@ import numpy as np
 from flax import struct
 
 from aft_jax.data.order import count_steps
-from aft_jax.defenses.defender import (
-    DefenderData,
-    DefenseSettings,
-    Purified,
-    choose_fitted,
-    hold_out,
-    strongest,
-)
+from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified, choose_fitted, hold_out, strongest
 from aft_jax.defenses.ft import fine_tuning_stage
 from aft_jax.models.channel_pruning import first_dense, head_inputs, masked_logits, prune_channels
 from aft_jax.training.loop import Fitted, Phase, Run, fit

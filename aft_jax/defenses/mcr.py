@@ -28,14 +28,7 @@ import optax
 from aft_jax.data.augment import AugmentOptions, augment
 from aft_jax.data.order import count_steps
 from aft_jax.defenses.batch_norm_statistics import Statistics
-from aft_jax.defenses.defender import (
-    DefenderData,
-    DefenseSettings,
-    Purified,
-    choose,
-    hold_out,
-    start_training,
-)
+from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified, choose, hold_out, start_training
 from aft_jax.defenses.ft import fine_tune
 from aft_jax.runtime.sharding import replicate
 from aft_jax.training.loop import Phase, Run, TrainingStage, fit
