@@ -10,6 +10,8 @@ import scipy.stats
 
 from aft_jax.adversarial import pgd
 from aft_jax.adversarial.pgd import PGD, direction, project, random_in_ball
+from aft_jax.models import logits_function
+from aft_jax.models.mnist_cnn import MnistCNN
 
 perturb = jax.jit(pgd.perturb, static_argnames=('logits', 'pgd'))
 KEY = jax.random.key(3)
@@ -187,7 +189,11 @@ def test_perturb_loops_unless_gradients_are_slow_in_loops():
     np.testing.assert_allclose(loop, steps, atol=1e-5)
 
 
-def test_slow_in_loops_is_a_matter_of_cpus(monkeypatch):
-    assert pgd.slow_in_loops(bumpy)
+def test_slow_in_loops_depends_on_backend_and_network(monkeypatch, tiny_net, tiny_variables):
+    own, foreign = logits_function(MnistCNN(num_classes=4), {}), logits_function(tiny_net, tiny_variables)
+    assert pgd.slow_in_loops(bumpy) and pgd.slow_in_loops(own) and pgd.slow_in_loops(foreign)  # on several CPU devices
+    monkeypatch.setattr(pgd.jax, 'device_count', lambda: 1)
+    assert not pgd.slow_in_loops(logits_function(MnistCNN(num_classes=4), {}))
+    assert pgd.slow_in_loops(logits_function(tiny_net, tiny_variables))
     monkeypatch.setattr(pgd.jax, 'default_backend', lambda: 'gpu')
-    assert not pgd.slow_in_loops(bumpy)
+    assert not pgd.slow_in_loops(bumpy) and not pgd.slow_in_loops(logits_function(tiny_net, tiny_variables))

@@ -69,9 +69,9 @@ def init_state(classifier: TrainState, options: AftOptions, key: jax.Array, imag
         The classifier's state itself if the options ask for PGD.
     """
     specs = specs_of(options, image_shape)
-    return (
-        SharedState(classifier, warm_started(specs, init_all(specs, key, (0, *image_shape)))) if specs else classifier
-    )
+    if not specs:
+        return classifier
+    return SharedState(classifier, warm_started(specs, init_all(specs, key, (0, *image_shape))))
 
 
 def aft_step(
