@@ -44,7 +44,7 @@ CNN_VARIABLES = random_variables(CNN, (16, 16, 1), 0)
 
 @pytest.fixture(scope='module')
 def held_data(dataset):
-    """40 clean images of 16x16 and a random network, whose accuracy depends on what is pruned, as the infected model."""
+    """40 clean images of 16x16, and a random network as the infected model. Pruning changes its accuracy."""
     images = dataset.train_images[:40].repeat(2, axis=1).repeat(2, axis=2)
     return DefenderData(CNN, CNN_VARIABLES, images, dataset.train_labels[:40])
 
