@@ -19,7 +19,7 @@ from aft_jax.analysis.observe import observe
 from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import write_manifest
 from aft_jax.config import as_options, resolve, split_names
-from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
+from aft_jax.defenses import DEFENSES
 from aft_jax.evaluation.evaluator import Evaluator, test_metrics
 from aft_jax.evaluation.scores import PoisonDetection, Scores, poison_detection
 from aft_jax.models.cpu_compilation import compiler_options, steps_per_call
@@ -195,16 +195,14 @@ def purify(
         The purified variables, the seconds, and the detection of poisoned images if the defense tries that.
     """
     config, scenario, _ = experiment
-    attack = infected.attack
-    poisoned = stages.untrusted_training_set(attack, scenario, config) if name in FROM_SUSPECT_SET else None
-    fitted = DEFENSES[name](
-        with_eval_hook(run, evaluator, attack),
-        f'purify/{name}',
-        stages.defender_data(scenario, infected, poisoned),
-        stages.defender_config(config, name),
-    )
-    detection = None if poisoned is None else poison_detection(fitted.scores, fitted.subsets, poisoned.indices)
-    return fitted.state.variables, fitted.seconds, detection
+    run = with_eval_hook(run, evaluator, infected.attack)
+    purified = stages.purify(run, name, scenario, infected, config)
+    detection = None
+    if purified.poison_scores is not None:
+        subsets, scores = purified.poison_scores
+        poisoned = stages.untrusted_training_set(infected.attack, scenario, config)
+        detection = poison_detection(scores, subsets, poisoned.indices)
+    return purified.variables, purified.seconds, detection
 
 
 def report(

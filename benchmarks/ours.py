@@ -13,10 +13,12 @@ import numpy as np
 
 from aft_jax.adversarial.pgd import perturb
 from aft_jax.attacks.training import attack_settings, standard_training
-from aft_jax.defenses.aft import recipe_of
+from aft_jax.config import as_options
+from aft_jax.data.augment import AugmentOptions
+from aft_jax.defenses.aft_options import AftOptions
 from aft_jax.defenses.aft_step import aft_step
 from aft_jax.models import logits_function
-from aft_jax.models.cpu_compilation import compiler_options, slow_in_loops, steps_per_call
+from aft_jax.models.cpu_compilation import compiler_options, steps_per_call
 from aft_jax.randomness import key_for
 from aft_jax.runtime import sharding as placement
 from aft_jax.training import loop, state
@@ -40,7 +42,7 @@ class Ours:
 
         def examples(variables: dict, pixels: jax.Array, labels: jax.Array) -> jax.Array:
             model = logits_function(task.module, variables)
-            return perturb(model, pixels, labels, jax.random.key(0), task.pgd, unroll=slow_in_loops(task.module))
+            return perturb(model, pixels, labels, jax.random.key(0), task.pgd)
 
         def logits(variables: dict, pixels: jax.Array) -> jax.Array:
             return logits_function(task.module, variables)(pixels)
@@ -84,7 +86,9 @@ class Ours:
 
     def _infecting(self) -> 'Training':
         task, options = self.task, self.task.config.train
-        optimiser = sgd(options.learning_rate, 'constant', task.steps, options.momentum, options.weight_decay)
+        optimiser = sgd(
+            options.learning_rate, 'constant', task.steps, momentum=options.momentum, weight_decay=options.weight_decay
+        )
         before = state.create(task.variables, optimiser)
         settings = attack_settings(task.config, task.images.pixels.shape)
         training = standard_training(None, task.module, optimiser, before, settings)
@@ -92,9 +96,20 @@ class Ours:
 
     def _fine_tuning(self) -> 'Training':
         task, options, train = self.task, self.task.config.aft, self.task.config.train
-        optimiser = sgd(options.learning_rate, options.schedule, task.steps, train.momentum, train.weight_decay)
-        recipe = recipe_of(options, task.config.augment, task.shape)
-        step = partial(aft_step, module=task.module, optimiser=optimiser, recipe=recipe)
+        optimiser = sgd(
+            options.learning_rate,
+            options.schedule,
+            task.steps,
+            momentum=train.momentum,
+            weight_decay=train.weight_decay,
+        )
+        step = partial(
+            aft_step,
+            module=task.module,
+            optimiser=optimiser,
+            options=as_options(AftOptions, options),
+            augmentation=as_options(AugmentOptions, task.config.augment),
+        )
         before = state.create(task.variables, optimiser)
         return Training(task, self._mesh, self._feed, step, before, self._variables, epochs=options.epochs)
 

@@ -26,9 +26,10 @@ from jax.sharding import Mesh
 
 from aft_jax.adversarial.pgd import perturb
 from aft_jax.attacks.training import attack_settings, standard_training
-from aft_jax.config import default_config, resolve
-from aft_jax.defenses.aft import recipe_of
-from aft_jax.defenses.aft_step import Recipe, aft_step
+from aft_jax.config import as_options, default_config, resolve
+from aft_jax.data.augment import AugmentOptions
+from aft_jax.defenses.aft_options import AftOptions, pgd_of
+from aft_jax.defenses.aft_step import aft_step
 from aft_jax.models import build, logits_function
 from aft_jax.runtime.sharding import batch_sharding, make_mesh, replicated
 from aft_jax.training import loop, state
@@ -170,24 +171,24 @@ def compile_step(mesh: Mesh, on: Subject, step: Step, before: Any, batch: int, f
 
 def training(mesh: Mesh, on: Subject, batch: int) -> Programs:
     """Compiles the step that trains on a poisoned data set."""
-    optimiser = sgd(0.01, 'cosine', 1000)
+    optimiser = sgd(0.01, 'cosine', 1000, momentum=0.9, weight_decay=5e-4)
     before = jax.eval_shape(lambda v: state.create(v, optimiser), on.variables)
     settings = attack_settings(on.config, (TRAIN_IMAGES, *on.shape))
     infecting = standard_training(None, on.module, optimiser, before, settings)
     return compile_step(mesh, on, infecting.step, before, batch)
 
 
-def recipe(config: ml_collections.ConfigDict, shape: tuple[int, ...], **changes: Any) -> Recipe:
-    """Returns what an adversarial step of the config's AFT is to do, perhaps with another PGD."""
-    found = recipe_of(config.aft, config.augment, shape)
-    return found._replace(pgd=found.pgd._replace(**changes))
-
-
 def adversarial_tuning(mesh: Mesh, on: Subject, batch: int, **changes: Any) -> Programs:
-    """Compiles an adversarial step of AFT, perhaps with another PGD."""
-    optimiser = sgd(0.03, 'cosine', 1000, max_grad_norm=on.config.aft.max_grad_norm)
+    """Compiles an adversarial step of AFT, perhaps with other options."""
+    optimiser = sgd(0.03, 'cosine', 1000, momentum=0.9, weight_decay=5e-4, max_grad_norm=on.config.aft.max_grad_norm)
     before = jax.eval_shape(lambda v: state.create(v, optimiser), on.variables)
-    step = partial(aft_step, module=on.module, optimiser=optimiser, recipe=recipe(on.config, on.shape, **changes))
+    step = partial(
+        aft_step,
+        module=on.module,
+        optimiser=optimiser,
+        options=as_options(AftOptions, on.config.aft)._replace(**changes),
+        augmentation=as_options(AugmentOptions, on.config.augment),
+    )
     return compile_step(mesh, on, step, before, batch, fixed=on.variables)
 
 
@@ -196,7 +197,7 @@ def attack(mesh: Mesh, on: Subject, batch: int) -> Programs:
 
     def run(variables, images, labels, key):
         model = logits_function(on.module, variables)
-        return perturb(model, images, labels, key, recipe(on.config, on.shape).pgd)
+        return perturb(model, images, labels, key, pgd_of(as_options(AftOptions, on.config.aft)))
 
     whole, cut = replicated(mesh), batch_sharding(mesh, 0)
     images = jax.ShapeDtypeStruct((batch, *on.shape), jnp.float32)
@@ -405,7 +406,7 @@ def print_compiled(steps: dict[str, Work], batch: int) -> None:
     print_counts(f'AFT step, bfloat16, 4 devices, batch {batch}', programs['AFT'])
     for count in (16, 64):
         mesh = make_mesh(jax.devices()[:count])
-        narrow = adversarial_tuning(mesh, subject(width=4), 8192, steps=1)
+        narrow = adversarial_tuning(mesh, subject(width=4), 8192, pgd_steps=1)
         print_counts(f'AFT step, width 4, PGD-1, {count} devices, batch 8192', narrow)
     print()
     for name, program in programs.items():

@@ -29,7 +29,7 @@ from aft_jax.analysis.infection_score import (
     shared_perturbations,
 )
 from aft_jax.analysis.measures import correlations, jaccard, neuron_overlap, target_share
-from aft_jax.analysis.probe import ModelProbe, float_images
+from aft_jax.analysis.probe import ModelProbe
 from aft_jax.attacks.attack import triggered
 from aft_jax.cli import EXIT_USER_ERROR
 from aft_jax.config import default_config
@@ -39,7 +39,7 @@ from aft_jax.evaluation.roc import auc
 from aft_jax.experiment import run_experiment
 from aft_jax.pipeline import saved_run
 from aft_jax.runtime.sharding import make_mesh
-from aft_jax.training.prediction import Batched
+from aft_jax.training.prediction import BatchedFunction, float_images
 
 CLASSES, SIDE = 4, 12
 ROWS = SIDE // CLASSES
@@ -256,7 +256,7 @@ def test_batched_keeps_rows_with_their_images(tiny_net):
             'product': other * row[:, None].astype('float32'),
         }
 
-    batched = Batched(function, tiny_net, make_mesh(), 4)
+    batched = BatchedFunction(function, tiny_net, make_mesh(), 4)
     arguments = {'add': np.float32(2)}
     result = batched(arguments, images, row, other)
     np.testing.assert_allclose(result['sum'], (images / 255).sum((1, 2, 3)) + 2, rtol=1e-5)

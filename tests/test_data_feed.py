@@ -38,7 +38,7 @@ def train(make_run, dataset, tiny_variables):
 
     def call(run):
         arrays = {'images': dataset.train_images, 'labels': dataset.train_labels}
-        start = state.create(tiny_variables, sgd(0.1, 'constant', 1))
+        start = state.create(tiny_variables, sgd(0.1, 'constant', 1, momentum=0.9, weight_decay=5e-4))
         fitted = fit(run, TrainingStage('infect', start, [Phase(two_stream_step, STEPS)], arrays, 8, num_streams=2))
         return fitted.state, lines(run)
 
@@ -120,7 +120,7 @@ def test_fit_does_not_save_a_broken_state_when_stopped(make_run, dataset, tiny_v
 
     run = make_run(log_every=100)._replace(watch=StopsAt(2))
     arrays = {'images': dataset.train_images, 'labels': dataset.train_labels}
-    start = state.create(tiny_variables, sgd(0.1, 'constant', 1))
+    start = state.create(tiny_variables, sgd(0.1, 'constant', 1, momentum=0.9, weight_decay=5e-4))
     with pytest.raises(UserError, match='no longer a finite number'):
         fit(run, TrainingStage('infect', start, [Phase(broken, STEPS)], arrays, 8))
     assert not any(path.name.isdigit() for path in (run.workdir / 'checkpoints/infect').iterdir())

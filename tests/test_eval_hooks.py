@@ -35,7 +35,7 @@ def train(dataset):
     """Returns a function that takes ten steps of `wander`."""
 
     def call(run, **options):
-        optimiser = sgd(0.1, 'constant', STEPS)
+        optimiser = sgd(0.1, 'constant', STEPS, momentum=0.9, weight_decay=5e-4)
         before = state.create({'params': {'w': np.zeros(3, np.float32)}}, optimiser)
         arrays = {'images': dataset.train_images, 'labels': dataset.train_labels}
         return fit(run, TrainingStage('purify/ft', before, [Phase(wander, STEPS)], arrays, 8, **options))

@@ -178,7 +178,7 @@ def test_claim_refuses_other_data_under_the_same_name(npz, tmp_path, capsys):
     arguments = [f'--config={ROOT}/configs/mnist5k.py', f'--workdir={workdir}', f'--config.dataset=npz:{npz}']
     arguments += ['--config.batch_size=16', '--config.clean_share=0.25', infect_only]
     status, text = run_here(arguments, capsys)
-    assert status == 2 and 'are not those that' in text and len(text.splitlines()) == 1
+    assert status == 2 and 'has changed since the run' in text and len(text.splitlines()) == 1
 
 
 def test_run_experiment_with_a_preact_resnet_on_colour_images(tmp_path, capsys):

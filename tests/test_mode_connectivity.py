@@ -1,17 +1,17 @@
-"""MCR: curve, step and statistics against NumPy, and what a whole run trains on, chooses and leaves alone."""
+"""MCR: curve, step and statistics against NumPy, and what a whole run trains and chooses."""
 
-import time
 from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 import scipy.special
+from defense_runs import as_numpy, run_twice
 
-from aft_jax.defenses import DEFENSES, DefenderData, defender, mcr
+from aft_jax.data.augment import AugmentOptions
+from aft_jax.defenses import DefenderData, defender, mcr
 from aft_jax.defenses.batch_norm_statistics import Statistics
 from aft_jax.errors import UserError
 from aft_jax.runtime.sharding import make_mesh
@@ -19,7 +19,7 @@ from aft_jax.training import state
 from aft_jax.training.optimiser import sgd
 from aft_jax.validation import validate
 
-NOTHING = ml_collections.ConfigDict({'crop': 0, 'flip': False, 'rotation': 0.0})
+NO_AUGMENTATION = AugmentOptions(crop=0, flip=False, rotation=0.0)
 
 
 class Linear(nn.Module):
@@ -61,12 +61,8 @@ def assert_close(actual, expected, atol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), b, rtol=0, atol=atol), actual, expected)
 
 
-def as_numpy(tree):
-    return jax.tree.map(np.array, tree)
-
-
 @pytest.mark.parametrize('number', [float, jnp.float32])
-def test_the_curve_goes_from_one_end_to_the_other(number):
+def test_point_goes_from_one_end_of_the_curve_to_the_other(number):
     start, bend, end = (weights(seed) for seed in (1, 2, 3))
     assert_close(mcr.point(start, bend, end, number(0)), start, 0)
     assert_close(mcr.point(start, bend, end, number(1)), end, 0)
@@ -75,13 +71,13 @@ def test_the_curve_goes_from_one_end_to_the_other(number):
     assert {leaf.dtype for leaf in jax.tree.leaves(inside)} == {np.dtype(np.float32)}
 
 
-def test_a_step_moves_theta_by_its_share_of_the_slope_at_a_random_place():
+def test_mcr_step_moves_theta_by_its_share_of_the_gradient_at_a_random_t():
     generator = np.random.default_rng(0)
     images = generator.uniform(0, 1, (8, 4, 4, 1)).astype(np.float32)
     labels = np.array([0, 1, 1, 0, 1, 0, 0, 1], np.int32)
     start, theta, end = (weights(seed) for seed in (1, 2, 3))
-    optimiser = sgd(0.5, 'constant', 1, weight_decay=0.0)
-    step = jax.jit(partial(mcr.mcr_step, module=Linear(), optimiser=optimiser, augmentation=NOTHING))
+    optimiser = sgd(0.5, 'constant', 1, momentum=0.9, weight_decay=0.0)
+    step = jax.jit(partial(mcr.mcr_step, module=Linear(), optimiser=optimiser, augmentation=NO_AUGMENTATION))
     batch = {'images': jnp.asarray(images), 'labels': jnp.asarray(labels), 'constants': (start, end)}
     before = state.create({'params': jax.tree.map(jnp.asarray, theta)}, optimiser)
     places = []
@@ -102,7 +98,7 @@ def test_a_step_moves_theta_by_its_share_of_the_slope_at_a_random_place():
     assert 0 <= min(places) < 0.25 and 0.75 < max(places) <= 1
 
 
-def test_statistics_equal_numpy():
+def test_statistics_equal_numpy_without_padding():
     """22 images in batches of 8: two full ones, and one of 6 and padding, which must not be seen."""
     images = np.random.default_rng(0).integers(0, 256, (22, 4, 4, 2), np.uint8)
     variables = as_numpy(TwoNorms().init(jax.random.key(0), np.zeros((1, 4, 4, 2), np.float32)))
@@ -122,101 +118,41 @@ def test_statistics_equal_numpy():
         'images': {'mean': mixed.mean(axis=0), 'var': mixed.var(axis=0)},
     }
 
-    found = Statistics(TwoNorms(), make_mesh(), 8)(variables, images)
-    assert_close(found['batch_stats'], expected, 1e-4)
-    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
-    assert_close(found['params'], variables['params'], 0)
+    measured = Statistics(TwoNorms(), make_mesh(), 8)(variables, images)
+    assert_close(measured['batch_stats'], expected, 1e-4)
+    assert {leaf.dtype for leaf in jax.tree.leaves(measured)} == {np.dtype(np.float32)}
+    assert_close(measured['params'], variables['params'], 0)
 
 
 @pytest.fixture
 def held_data(dataset, tiny_net, tiny_variables):
-    """32 clean images and a fresh network as the suspect model."""
+    """32 clean images and a fresh network as the infected model."""
     return DefenderData(tiny_net, tiny_variables, dataset.train_images[:32], dataset.train_labels[:32])
 
 
 @pytest.fixture
-def purify(make_run, config, monkeypatch):
-    """Returns a function that runs MCR; returns what it returns, and what each stage left."""
+def mcr_config(config):
     config.mcr.update({'endpoint_epochs': 1, 'epochs': 2, 'candidates': (0.7, 0.2, 0.5), 'learning_rate': 0.1})
-    left = {}
-
-    def remember(function):
-        def call(run, stage, *arguments, **options):
-            left[stage] = function(run, stage, *arguments, **options)
-            return left[stage]
-
-        return call
-
-    monkeypatch.setattr(mcr, 'fit', remember(mcr.fit))
-    monkeypatch.setattr(mcr, 'fine_tune', remember(mcr.fine_tune))
-
-    def call(held_data, name='run', **tuning):
-        config.tuning.update(tuning)
-        left.clear()
-        fitted = DEFENSES['mcr'](make_run(name), 'purify/mcr', held_data, config)
-        return fitted, dict(left)
-
-    return call
+    return config
 
 
-def test_a_run_resumes_and_trains_on_nothing_that_is_held_out(purify, held_data, monkeypatch, assert_trees_close):
-    suspect = as_numpy(held_data.variables)
-    started = time.monotonic()
-    fitted, left = purify(held_data, budget=1.0)
-    took = time.monotonic() - started
-    assert list(left) == ['purify/mcr/endpoint', 'purify/mcr/curve']
-    endpoint, curve = (as_numpy(part.state) for part in left.values())
-    # 26 images in batches of 8.
-    assert (int(endpoint.step), int(curve.step)) == (3, 6)
-    assert_trees_close(as_numpy(held_data.variables), suspect)
-    assert_close(fitted.state.params, between(suspect['params'], curve.params, endpoint.params, 0.7), 1e-6)
-    middle = jax.tree.map(lambda a, b: (a + b) / 2, suspect['params'], endpoint.params)
+def test_purify_takes_the_last_point_of_the_curve_within_the_budget(mcr_config, make_run, held_data, monkeypatch):
+    mcr_config.tuning.budget = 1.0
+    purified, trained = run_twice('mcr', make_run(), held_data, mcr_config, monkeypatch)
+    assert list(trained) == ['purify/mcr/endpoint', 'purify/mcr/curve']
+    endpoint, curve = (as_numpy(fitted.state) for _, fitted in trained.values())
+    assert (int(endpoint.step), int(curve.step)) == (3, 6)  # 26 images in batches of 8
+    infected = held_data.variables['params']
+    assert_close(purified.variables['params'], between(as_numpy(infected), curve.params, endpoint.params, 0.7), 1e-6)
+    middle = jax.tree.map(lambda a, b: (a + b) / 2, infected, endpoint.params)
     assert not np.allclose(curve.params['Dense_0']['kernel'], middle['Dense_0']['kernel'], atol=1e-3)
-    assert sum(part.seconds for part in left.values()) < fitted.seconds < took
 
-    # The statistics are those of the images that are not held out, as the chosen parameters see them.
-    kept, held = defender.hold_out(held_data, 0.2, seed=0)
-    dense = as_numpy(fitted.state.params['Dense_0'])
+    # The statistics are those of the images that are not held out, with the chosen parameters.
+    kept, _ = defender.hold_out(held_data, 0.2, seed=0)
+    dense = as_numpy(purified.variables['params']['Dense_0'])
     inputs = (kept.images.reshape(len(kept.images), -1) / 255 - 0.5) @ dense['kernel'] + dense['bias']
     expected = {'mean': inputs.mean(axis=0), 'var': inputs.var(axis=0)}
-    assert_close(fitted.state.batch_stats['BatchNorm_0'], expected, 1e-5)
-
-    # Again in the same directory: everything is loaded, and its time counted.
-    def never(*_, **__):
-        raise AssertionError('a step was taken')
-
-    with monkeypatch.context() as patch:
-        patch.setattr(mcr, 'mcr_step', never)
-        again, _ = purify(held_data, budget=1.0)
-    assert_trees_close(as_numpy(again.state), as_numpy(fitted.state))
-    assert again.seconds > sum(part.seconds for part in left.values())
-
-    # Elsewhere, with held-out images that show nothing: the same model.
-    training = {image.tobytes() for image in kept.images}
-    black = np.array([image if image.tobytes() in training else 0 * image for image in held_data.images])
-    assert np.sum(~black.any(axis=(1, 2, 3))) == len(held.labels) > 0
-    other, _ = purify(held_data._replace(images=black), 'other', budget=1.0)
-    assert_trees_close(as_numpy(other.state.variables), as_numpy(fitted.state.variables))
-
-
-@pytest.mark.parametrize(('accuracies', 'chosen'), [((0.89, 0.885, 0.7), 0.5), ((0.7, 0.6, 0.5), 0.2)])
-def test_the_strongest_place_within_the_budget_is_taken(accuracies, chosen, monkeypatch, purify, held_data):
-    measured = []
-
-    def accuracy(run, held, variables):
-        np.testing.assert_array_equal(held.labels, defender.hold_out(held_data, 0.2, seed=0)[1].labels)
-        measured.append(variables)
-        return accuracies[len(measured) - 1]
-
-    monkeypatch.setattr(mcr.defender, 'accuracy', accuracy)
-    fitted, left = purify(held_data, budget=0.02)
-    endpoint, curve = (as_numpy(part.state.params) for part in left.values())
-    assert len(measured) == 3
-    for variables, t in zip(measured, (0.2, 0.5, 0.7), strict=True):
-        expected = between(as_numpy(held_data.variables['params']), curve, endpoint, t)
-        assert_close(variables['params'], expected, 1e-6)
-        if t == chosen:
-            assert_close(fitted.state.params, expected, 1e-6)
+    assert_close(purified.variables['batch_stats']['BatchNorm_0'], expected, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +168,7 @@ def test_the_strongest_place_within_the_budget_is_taken(accuracies, chosen, monk
         ('schedule', 'linear', "mcr.schedule='linear' does not exist"),
     ],
 )
-def test_wrong_values_are_named(config, field, value, sentence):
+def test_validate_names_wrong_values(config, field, value, sentence):
     config.mcr[field] = value
     with pytest.raises(UserError, match=sentence):
         validate(config)

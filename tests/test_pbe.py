@@ -1,15 +1,16 @@
-"""PBE: its score and its subsets against NumPy, what it trains on, and how its finds are judged."""
+"""PBE: its score and its subsets against NumPy, what it trains on, and how well it detects poisoned images."""
 
 import numpy as np
 import pytest
+from defense_runs import record_stages, run_defense
 
 from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import NO_INDICES, Poisoned, poisoning_options, published_training_set
 from aft_jax.config import resolve
-from aft_jax.defenses import DefenderData, aft, pbe
+from aft_jax.defenses import DefenderData, pbe
 from aft_jax.errors import UserError
 from aft_jax.evaluation.scores import poison_detection
-from aft_jax.pipeline.stages import defender_config
+from aft_jax.pipeline.stages import defense_settings
 from aft_jax.validation import validate
 
 
@@ -21,80 +22,82 @@ def test_consistency_is_the_cosine_of_the_logits():
     np.testing.assert_allclose(pbe.consistency(before, after), expected, rtol=0, atol=1e-6)
 
 
-def test_every_label_gives_as_many_of_its_highest_scores():
+def test_highest_by_label_takes_equally_many_of_every_label():
     labels = np.array([0, 0, 0, 0, 0, 1, 1, 1, 2], np.int32)
     scores = np.array([0.1, 0.9, -1.0, 0.9, 0.5, -0.5, -0.2, -0.9, -2.0], np.float32)
     np.testing.assert_array_equal(pbe.highest_by_label(scores, labels, 3), np.array([1, 6, 8], np.int32), strict=True)
-    # Label 2 has one image, label 1 three: what they lack, label 0 gives.
+    # Label 2 has one image and label 1 has three, so more of label 0 are taken.
     np.testing.assert_array_equal(pbe.highest_by_label(scores, labels, 5), [1, 3, 5, 6, 8])
     np.testing.assert_array_equal(pbe.highest_by_label(scores, labels, 8), [0, 1, 3, 4, 5, 6, 7, 8])
     np.testing.assert_array_equal(pbe.highest_by_label(scores, labels, 9), np.arange(9))
 
 
-def test_as_many_are_taken_as_were_asked_for():
+def test_highest_by_label_takes_the_right_number():
     generator = np.random.default_rng(0)
     for count in range(1, 40):
         labels = generator.geometric(0.3, 40)
         chosen = pbe.highest_by_label(generator.normal(size=40), labels, count)
         assert len(np.unique(chosen)) == count
-        taken, there = (np.bincount(x, minlength=labels.max() + 1) for x in (labels[chosen], labels))
-        assert all(taken[k] == there[k] or taken[k] >= taken.max() - 1 for k in np.unique(labels))
+        selected, present = (np.bincount(x, minlength=labels.max() + 1) for x in (labels[chosen], labels))
+        assert all(selected[k] == present[k] or selected[k] >= selected.max() - 1 for k in np.unique(labels))
 
 
 @pytest.fixture
-def options(config):
+def pbe_config(config):
     config.pbe.first_epochs = 1
-    config.pbe.epochs = 2
+    config.pbe.epochs = 1  # adversarial throughout, so that each round compiles one step
     config.pbe.adversarial_epochs = 1.0
-    config.pbe.pgd_steps = 1
+    config.pbe.update({'pgd_steps': 1, 'universal': 'linf', 'per_image': ''})  # the fewer, the less to compile
     config.pbe.keep = (0.3, 0.5)
     config.pbe.first_share = 0.2
-    return defender_config(resolve(config), 'pbe')
+    return config
 
 
-def test_rounds_train_on_what_the_round_before_kept(options, make_run, tiny_net, tiny_variables, dataset, monkeypatch):
-    seen = []
-    fit = aft.fit
-
-    def watched(run, stage, state, phases, arrays, *args, **kwargs):
-        model = state.classifier.params['Dense_0']['kernel'], kwargs['constants']['params']['Dense_0']['kernel']
-        ends = [(phase.until, phase.step.keywords['recipe']) for phase in phases]
-        seen.append((stage, arrays['images'], arrays['labels'], model, ends))
-        return fit(run, stage, state, phases, arrays, *args, **kwargs)
-
-    monkeypatch.setattr(aft, 'fit', watched)
-    held_data = DefenderData(tiny_net, tiny_variables, dataset.train_images, dataset.train_labels)
+def test_purify_trains_each_round_on_what_the_round_before_kept(
+    pbe_config, make_run, tiny_net, tiny_variables, dataset, monkeypatch
+):
+    recorded = record_stages(monkeypatch)
+    data = DefenderData(tiny_net, tiny_variables, dataset.train_images, dataset.train_labels)
     run = make_run(devices=1)
-    erased = pbe.purify(run, 'purify/pbe', held_data, options)
-    assert [stage for stage, *_ in seen] == [f'purify/pbe/round{i}' for i in (1, 2, 3)]
-    assert [len(subset) for subset in erased.subsets] == [16, 24, 40] and len(erased.scores) == 3
-    for subset, (_, images, labels, *_) in zip(erased.subsets, seen, strict=True):
-        np.testing.assert_array_equal(images, dataset.train_images[subset])
-        np.testing.assert_array_equal(labels, dataset.train_labels[subset])
-    for subset, score in zip(erased.subsets[1:], erased.scores, strict=False):
+    purified = run_defense('pbe', run, data, pbe_config)
+    subsets, scores = purified.poison_scores
+    assert list(recorded) == [f'purify/pbe/round{i}' for i in (1, 2, 3)]
+    assert [len(subset) for subset in subsets] == [16, 24, 40] and len(scores) == 3
+    stages = [stage for stage, _ in recorded.values()]
+    for subset, stage in zip(subsets, stages, strict=True):
+        np.testing.assert_array_equal(stage.arrays['images'], dataset.train_images[subset])
+        np.testing.assert_array_equal(stage.arrays['labels'], dataset.train_labels[subset])
+        # Every round starts at the infected model, and is held to it.
+        for variables in (stage.state.variables, stage.constants):
+            kernel = variables['params']['Dense_0']['kernel']
+            np.testing.assert_array_equal(kernel, tiny_variables['params']['Dense_0']['kernel'])
+    for subset, score in zip(subsets[1:], scores, strict=False):
         for label in np.unique(dataset.train_labels):
             members = np.flatnonzero(dataset.train_labels == label)
             chosen = np.intersect1d(members, subset)
             assert score[chosen].min() >= score[np.setdiff1d(members, chosen)].max()
-    # Every round starts at the suspect model, and is held to it.
-    for *_, models, _ in seen:
-        for model in models:
-            np.testing.assert_array_equal(model, tiny_variables['params']['Dense_0']['kernel'])
-    # The first is adversarial throughout, the others are AFT: for an epoch of two.
-    assert [[until for until, _ in ends] for *_, ends in seen] == [[2, 2], [3, 6], [5, 10]]
-    first, *others = ([recipe for _, recipe in ends] for *_, ends in seen)
-    assert (first[0].adversarial_share, first[0].distillation, first[0].cutmix) == (1.0, 0.0, 0.0)
-    for adversarial, clean in others:
-        assert adversarial == aft.recipe_of(options.pbe, options.augment, dataset.image_shape)
-        assert adversarial.distillation > 0 and clean.adversarial_share == 0
+    assert [stage.total for stage in stages] == [2, 3, 5]
+    _, (_, last) = recorded.popitem()
+    np.testing.assert_array_equal(
+        purified.variables['params']['Dense_0']['kernel'], last.state.variables['params']['Dense_0']['kernel']
+    )
 
-    # A second start finds everything there, and comes to the same.
-    again = pbe.purify(run, 'purify/pbe', held_data, options)
-    for first, second in zip(erased.scores + erased.subsets, again.scores + again.subsets, strict=True):
+    # A second start takes no step, and comes to the same.
+    again = run_defense('pbe', run._replace(must_be_finished=True), data, pbe_config).poison_scores
+    for first, second in zip(scores + subsets, again.scores + again.subsets, strict=True):
         np.testing.assert_array_equal(first, second)
 
 
-def test_finds_are_judged_by_who_was_poisoned():
+def test_first_round_trains_on_adversarial_examples_alone(pbe_config):
+    options = defense_settings('pbe', resolve(pbe_config)).options
+    first = pbe.first_round(options)
+    assert (first.adversarial_share, first.distillation, first.cutmix, first.recalibrate) == (1.0, 0.0, 0.0, False)
+    assert (first.epochs, first.adversarial_epochs, first.learning_rate) == (1, 1, 0.1)
+    assert options.aft.distillation > 0 and options.aft.adversarial_share < 1
+    assert first.eps == options.aft.eps and first.universal == 'linf'
+
+
+def test_poison_detection_compares_with_the_poisoned_indices():
     found = poison_detection(
         [np.array([0.1, 0.9, 0.2, 0.8]), np.array([0.9, 0.1, 0.2, 0.3])],
         [np.array([0, 1]), np.array([1, 3])],
@@ -133,7 +136,7 @@ def test_published_training_set_is_poisoned_if_the_attacker_controlled_the_train
         ('universal', 'linf,wrap', "Did you mean 'warp'"),
     ],
 )
-def test_a_wrong_recipe(config, field, value, match):
+def test_validate_names_wrong_values(config, field, value, match):
     config.pbe[field] = value
     with pytest.raises(UserError, match=match):
         validate(config)

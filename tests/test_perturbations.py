@@ -1,4 +1,4 @@
-"""Adversarial changes against SciPy's interpolation, and against closed forms on a linear classifier."""
+"""Adversarial perturbations against SciPy's interpolation, and against closed forms on a linear classifier."""
 
 from functools import partial
 
@@ -30,7 +30,7 @@ def gradient_of(images, labels):
     return ((p - np.eye(2)[labels]) @ KERNEL.T.astype(np.float64)).reshape(images.shape)
 
 
-def test_a_warp_equals_scipy():
+def test_apply_warps_as_scipy():
     shifts = np.random.default_rng(2).uniform(-2, 2, (1, GRID, GRID, 2)).astype(np.float32)
     warped = np.asarray(
         perturbations.apply(PerturbationSpec('warp', 2.0), Perturbation(jnp.asarray(shifts), ONE), IMAGES)
@@ -48,24 +48,24 @@ def test_a_warp_equals_scipy():
     assert np.abs(warped - IMAGES).max() > 0.2
 
 
-def test_no_shift_is_no_warp():
+def test_apply_without_a_shift_is_no_warp():
     change = Perturbation(jnp.zeros((1, GRID, GRID, 2)), ONE)
     np.testing.assert_allclose(perturbations.apply(PerturbationSpec('warp', 1.0), change, IMAGES), IMAGES, atol=1e-6)
 
 
-def test_additive_changes_are_shared_and_stay_in_the_frame():
+def test_apply_adds_a_universal_perturbation_and_clips():
     change = Perturbation(jnp.full((1, 9, 12, 2), 0.3, jnp.float32), ONE)
     np.testing.assert_allclose(
         perturbations.apply(PerturbationSpec('linf', 0.3), change, IMAGES), np.minimum(IMAGES + 0.3, 1), atol=1e-6
     )
 
 
-def test_sparse_steps_set_the_pixels_where_the_gradient_of_all_images_is_longest():
+def test_joint_attack_sets_the_pixels_with_the_largest_summed_gradient():
     steps, each = 3, 4
     sparse = PerturbationSpec('sparse', each)
-    begin = perturbations.start(sparse, jax.random.key(0), IMAGES.shape)
+    begin = perturbations.init(sparse, jax.random.key(0), IMAGES.shape)
     np.testing.assert_array_equal(perturbations.apply(sparse, begin, IMAGES), IMAGES)
-    examples, (after,) = perturbations.joint_attack(linear, IMAGES, LABELS, (sparse,), (begin,), steps)
+    examples, (after,) = perturbations.joint_attack(linear, IMAGES, LABELS, (sparse,), (begin,), steps=steps)
     expected, taken = IMAGES.copy(), np.zeros((9, 12), bool)
     for _ in range(steps):
         summed = gradient_of(expected, LABELS).sum(axis=0)
@@ -79,7 +79,7 @@ def test_sparse_steps_set_the_pixels_where_the_gradient_of_all_images_is_longest
     assert taken.sum() == steps * each
 
 
-def test_a_warp_moves_along_the_sign_of_its_gradient():
+def test_joint_attack_moves_a_warp_along_the_sign_of_its_gradient():
     """A step down the wrong side, or with the sampler's derivative wrong, would not raise the loss like this one."""
     warp = PerturbationSpec('warp', 0.8)
     values = np.random.default_rng(3).uniform(-0.3, 0.3, (1, GRID, GRID, 2)).astype(np.float32)
@@ -90,7 +90,7 @@ def test_a_warp_moves_along_the_sign_of_its_gradient():
         return float((np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), LABELS]).sum())
 
     _, (after,) = perturbations.joint_attack(
-        linear, IMAGES, LABELS, (warp,), (Perturbation(jnp.asarray(values), ONE),), 1
+        linear, IMAGES, LABELS, (warp,), (Perturbation(jnp.asarray(values), ONE),), steps=1
     )
     moved = np.asarray(after.values) - values
     np.testing.assert_allclose(np.abs(moved), 0.2, atol=1e-6)
@@ -107,23 +107,23 @@ def test_a_warp_moves_along_the_sign_of_its_gradient():
 
 
 @pytest.mark.parametrize('kind', perturbations.KINDS)
-@pytest.mark.parametrize('shared', [True, False])
-def test_changes_stay_within_their_size_and_raise_the_loss(kind, shared):
+@pytest.mark.parametrize('universal', [True, False])
+def test_joint_attack_stays_within_the_size_and_raises_the_loss(kind, universal):
     size = {'linf': 0.1, 'l2': 0.7, 'sparse': 3, 'warp': 1.0}[kind]
-    chosen = PerturbationSpec(kind, size, shared)
-    begin = perturbations.start(chosen, jax.random.key(5), IMAGES.shape)
+    chosen = PerturbationSpec(kind, size, universal)
+    begin = perturbations.init(chosen, jax.random.key(5), IMAGES.shape)
     examples, (after,) = jax.jit(
-        lambda change: perturbations.joint_attack(linear, IMAGES, LABELS, (chosen,), (change,), 6)
+        lambda change: perturbations.joint_attack(linear, IMAGES, LABELS, (chosen,), (change,), steps=6)
     )(begin)
 
     def losses(images):
         return -np.log(np.take_along_axis(np.asarray(jax.nn.softmax(linear(images))), LABELS[:, None], 1))[:, 0]
 
     gain = losses(examples) - losses(perturbations.apply(chosen, begin, IMAGES))
-    assert gain.sum() > 0.05 and (shared or gain.min() > 0.01)
+    assert gain.sum() > 0.05 and (universal or gain.min() > 0.01)
     assert np.min(examples) >= 0 and np.max(examples) <= 1
     values = np.asarray(after.values)
-    assert len(values) == (1 if shared else len(IMAGES))
+    assert len(values) == (1 if universal else len(IMAGES))
     for value in values:
         match kind:
             case 'linf' | 'warp':
@@ -134,12 +134,12 @@ def test_changes_stay_within_their_size_and_raise_the_loss(kind, shared):
         assert (np.asarray(after.chosen).sum(axis=(1, 2, 3)) == 18).all() and set(np.unique(values)) <= {0.0, 1.0}
 
 
-def test_an_image_of_its_own_changes_as_if_it_were_alone():
-    """Sparse ones where most is to be gained in that image: the gradient times the way that is left to 0 or 1."""
+def test_joint_attack_perturbs_each_image_as_if_it_were_alone():
+    """Sparse ones choose pixels by that image alone: |gradient| times the distance to the new value (0 or 1)."""
     steps, each = 2, 3
-    sparse = PerturbationSpec('sparse', each, shared=False)
-    begin = perturbations.start(sparse, jax.random.key(0), IMAGES.shape)
-    examples, _ = perturbations.joint_attack(linear, IMAGES, LABELS, (sparse,), (begin,), steps)
+    sparse = PerturbationSpec('sparse', each, universal=False)
+    begin = perturbations.init(sparse, jax.random.key(0), IMAGES.shape)
+    examples, _ = perturbations.joint_attack(linear, IMAGES, LABELS, (sparse,), (begin,), steps=steps)
     expected = IMAGES.copy()
     for index in range(len(IMAGES)):
         taken = np.zeros((9, 12), bool)
@@ -153,26 +153,26 @@ def test_an_image_of_its_own_changes_as_if_it_were_alone():
                 taken[row, column] = True
     np.testing.assert_allclose(examples, expected, atol=1e-6)
     for kind, size in (('linf', 0.1), ('l2', 0.5), ('warp', 1.0)):
-        family = PerturbationSpec(kind, size, shared=False)
-        begin = perturbations.start(family, jax.random.key(1), IMAGES.shape)
-        together, _ = perturbations.joint_attack(linear, IMAGES, LABELS, (family,), (begin,), 3)
+        spec = PerturbationSpec(kind, size, universal=False)
+        begin = perturbations.init(spec, jax.random.key(1), IMAGES.shape)
+        together, _ = perturbations.joint_attack(linear, IMAGES, LABELS, (spec,), (begin,), steps=3)
         first = jax.tree.map(lambda x: x[:1] if x.ndim else x, begin)
-        alone, _ = perturbations.joint_attack(linear, IMAGES[:1], LABELS[:1], (family,), (first,), 3)
+        alone, _ = perturbations.joint_attack(linear, IMAGES[:1], LABELS[:1], (spec,), (first,), steps=3)
         np.testing.assert_allclose(together[:1], alone, atol=1e-5)
 
 
-def test_each_family_has_its_part_of_the_images():
-    specs = (PerturbationSpec('linf', 0.1), PerturbationSpec('sparse', 2), PerturbationSpec('l2', 0.5, shared=False))
+def test_joint_attack_gives_each_spec_its_part_of_the_images():
+    specs = (PerturbationSpec('linf', 0.1), PerturbationSpec('sparse', 2), PerturbationSpec('l2', 0.5, universal=False))
     begin = perturbations.init_all(specs, jax.random.key(6), IMAGES.shape)
     assert [len(change.values) for change in begin] == [1, 1, 2]
-    together, _ = perturbations.joint_attack(linear, IMAGES, LABELS, specs, begin, 2)
+    together, _ = perturbations.joint_attack(linear, IMAGES, LABELS, specs, begin, steps=2)
     for i, part in enumerate((slice(2), slice(2, 4), slice(4, 6))):
         one = slice(i, i + 1)
-        alone, _ = perturbations.joint_attack(linear, IMAGES[part], LABELS[part], specs[one], begin[one], 2)
+        alone, _ = perturbations.joint_attack(linear, IMAGES[part], LABELS[part], specs[one], begin[one], steps=2)
         np.testing.assert_allclose(together[part], alone, atol=1e-6)
 
 
-def test_a_loop_equals_the_unrolled_steps():
+def test_joint_attack_in_a_loop_equals_unrolled_steps():
     specs = (
         PerturbationSpec('linf', 0.1),
         PerturbationSpec('l2', 0.5, False),
@@ -182,11 +182,17 @@ def test_a_loop_equals_the_unrolled_steps():
     images, labels = jnp.tile(IMAGES, (2, 1, 1, 1)), jnp.tile(LABELS, 2)
     begin = perturbations.init_all(specs, jax.random.key(7), images.shape)
 
-    def perturbed(unroll):
-        of_all = partial(perturbations.joint_attack, linear, specs=specs, steps=3, unroll=unroll)
-        return jax.jit(of_all).trace(images, labels, changes=begin)
+    class Fast:
+        slow_in_loops = False
 
-    looped, unrolled = perturbed(False), perturbed(True)
+        def __call__(self, images):
+            return linear(images)
+
+    def trace(logits):
+        attack = partial(perturbations.joint_attack, logits, specs=specs, steps=3)
+        return jax.jit(attack).trace(images, labels, perturbations=begin)
+
+    looped, unrolled = trace(Fast()), trace(linear)
     assert 'scan[' in str(looped.jaxpr) and 'scan[' not in str(unrolled.jaxpr)
-    found = [traced.lower().compile()(images, labels, changes=begin) for traced in (looped, unrolled)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *found)
+    results = [traced.lower().compile()(images, labels, perturbations=begin) for traced in (looped, unrolled)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *results)

@@ -10,6 +10,8 @@ import scipy.stats
 
 from aft_jax.adversarial import pgd
 from aft_jax.adversarial.pgd import PGD, direction, project, random_in_ball
+from aft_jax.models import logits_function
+from aft_jax.models.mnist_cnn import MnistCNN
 
 perturb = jax.jit(pgd.perturb, static_argnames=('logits', 'pgd'))
 KEY = jax.random.key(3)
@@ -32,12 +34,6 @@ def bumpy(x):
     return 2 * jnp.sin(2 * (x.reshape((len(x), -1)) @ weights))
 
 
-def losses(logits, images, labels):
-    """NumPy cross-entropy [B]."""
-    z = np.asarray(logits(images), np.float64)
-    return np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(z)), labels]
-
-
 def norms(delta, norm):
     delta = np.asarray(delta, np.float64).reshape(len(delta), -1)
     return np.abs(delta).max(axis=1) if norm == 'linf' else np.linalg.norm(delta, axis=1)
@@ -46,20 +42,19 @@ def norms(delta, norm):
 # The step and the ball: few short steps stay inside, many or long ones end on the border.
 @pytest.mark.parametrize(('steps', 'step_size', 'travelled'), [(3, 0.02, 0.06), (8, 0.03, 0.1), (2, 0.5, 0.1)])
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
-@pytest.mark.parametrize('targeted', [False, True])
-def test_two_class_linear_classifier_has_a_closed_form(norm, steps, step_size, travelled, targeted):
+def test_perturb_has_a_closed_form_on_a_linear_classifier_of_two_classes(norm, steps, step_size, travelled):
     """Its gradient is a positive multiple of w_other - w_label everywhere, so PGD walks along a straight line."""
     weights, logits = linear()
     images = random_images(low=0.3, high=0.7)
     labels = np.array([0, 1, 0, 1, 1, 0], np.int32)
     uphill = (weights[:, 1 - labels] - weights[:, labels]).T.reshape(SHAPE).astype(np.float64)
     unit = np.sign(uphill) if norm == 'linf' else uphill / norms(uphill, 'l2')[:, None, None, None]
-    expected = images + travelled * unit * (-1 if targeted else 1)
-    pgd = PGD(eps=0.1, step_size=step_size, steps=steps, norm=norm, targeted=targeted)
+    expected = images + travelled * unit
+    pgd = PGD(eps=0.1, step_size=step_size, steps=steps, norm=norm)
     np.testing.assert_allclose(perturb(logits, images, labels, KEY, pgd), expected, atol=1e-6)
 
 
-def test_clip_keeps_images_in_range_and_its_absence_does_not():
+def test_perturb_clips_to_the_range_of_images_if_asked():
     weights, logits = linear()
     images = random_images()
     labels = np.zeros(len(images), np.int32)
@@ -71,7 +66,7 @@ def test_clip_keeps_images_in_range_and_its_absence_does_not():
 
 
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
-def test_projection_equals_numpy(norm):
+def test_project_equals_numpy(norm):
     delta = np.random.default_rng(4).normal(0, 0.2, SHAPE).astype(np.float32)
     delta[0] *= 0.01  # one well inside the ball
     delta[1] = 0.0
@@ -97,13 +92,13 @@ def test_direction_is_a_unit_step_and_zero_without_a_gradient():
     np.testing.assert_array_equal(direction(gradient, 'linf'), np.sign(gradient))
 
 
-def test_random_start_is_uniform_in_the_linf_ball():
+def test_random_in_ball_is_uniform_in_the_linf_ball():
     delta = np.asarray(random_in_ball(KEY, (500, 2, 2, 1), 0.25, 'linf'))
     assert scipy.stats.kstest(delta.ravel(), scipy.stats.uniform(-0.25, 0.5).cdf).pvalue > 0.01
     assert np.abs(np.corrcoef(delta.reshape(500, 4).T) - np.eye(4)).max() < 0.15
 
 
-def test_random_start_is_uniform_in_the_l2_ball():
+def test_random_in_ball_is_uniform_in_the_l2_ball():
     """In d dimensions (radius / eps)^d is uniform, and the direction is uniform on the sphere."""
     delta = np.asarray(random_in_ball(KEY, (4000, 2, 2, 1), 0.25, 'l2'), np.float64).reshape(4000, 4)
     radius = np.linalg.norm(delta, axis=1)
@@ -114,7 +109,7 @@ def test_random_start_is_uniform_in_the_l2_ball():
         assert scipy.stats.kstest((coordinate + 1) / 2, scipy.stats.beta(1.5, 1.5).cdf).pvalue > 0.01
 
 
-def test_random_start_is_used_only_when_asked_for():
+def test_perturb_starts_at_random_only_if_asked():
     images, labels = random_images(low=0.3, high=0.7), np.zeros(6, np.int32)
     still = PGD(eps=0.1, step_size=0.01, steps=0)
     np.testing.assert_array_equal(perturb(bumpy, images, labels, KEY, still), images)
@@ -125,13 +120,10 @@ def test_random_start_is_used_only_when_asked_for():
 
 
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
-@pytest.mark.parametrize(
-    ('random_start', 'restarts', 'targeted', 'clip'),
-    [(False, 1, False, True), (False, 1, True, False), (True, 1, True, True), (True, 2, False, False)],
-)
-def test_budget_and_range_always_hold(norm, random_start, restarts, targeted, clip):
+@pytest.mark.parametrize(('random_start', 'clip'), [(False, True), (False, False), (True, True), (True, False)])
+def test_perturb_keeps_budget_and_range(norm, random_start, clip):
     images, labels = random_images(), np.arange(6, dtype=np.int32) % 3
-    pgd = PGD(0.2, 0.15, 3, norm, random_start, restarts, targeted, clip)
+    pgd = PGD(0.2, 0.15, 3, norm, random_start, clip)
     examples = np.asarray(perturb(bumpy, images, labels, KEY, pgd))
     assert examples.dtype == np.float32 and examples.shape == SHAPE
     assert norms(examples.astype(np.float64) - images, norm).max() <= 0.2 + 1e-6
@@ -140,33 +132,15 @@ def test_budget_and_range_always_hold(norm, random_start, restarts, targeted, cl
         assert examples.min() >= 0 and examples.max() <= 1
 
 
-@pytest.mark.parametrize('targeted', [False, True])
-def test_restarts_keep_the_best_run_of_each_image(targeted):
-    images, labels = random_images(low=0.3, high=0.7), np.arange(6, dtype=np.int32) % 3
-    pgd = PGD(eps=0.2, step_size=0.05, steps=3, random_start=True, targeted=targeted)
-    runs = np.stack([perturb(bumpy, images, labels, key, pgd) for key in jax.random.split(KEY, 4)])
-    run_losses = np.stack([losses(bumpy, run, labels) for run in runs])
-    best = run_losses.argmin(axis=0) if targeted else run_losses.argmax(axis=0)
-    assert len(set(best)) > 1  # else the choice would not be tested
-    chosen = perturb(bumpy, images, labels, KEY, pgd._replace(restarts=4))
-    np.testing.assert_allclose(chosen, runs[best, np.arange(6)], atol=1e-5)
-    extreme = run_losses.min(axis=0) if targeted else run_losses.max(axis=0)
-    np.testing.assert_allclose(losses(bumpy, chosen, labels), extreme, atol=1e-4)
-
-
-def test_untargeted_leaves_the_label_and_targeted_reaches_it():
+def test_perturb_leaves_the_label():
     _, logits = linear(classes=4)
     images = random_images(low=0.3, high=0.7)
     labels = np.asarray(logits(images)).argmax(axis=1).astype(np.int32)
-    pgd = PGD(eps=0.5, step_size=0.1, steps=10, norm='linf')
-    left = perturb(logits, images, labels, KEY, pgd)
-    assert (np.asarray(logits(left)).argmax(axis=1) != labels).all()
-    wanted = (labels + 2) % 4
-    reached = perturb(logits, images, wanted, KEY, pgd._replace(targeted=True))
-    np.testing.assert_array_equal(np.asarray(logits(reached)).argmax(axis=1), wanted)
+    examples = perturb(logits, images, labels, KEY, PGD(eps=0.5, step_size=0.1, steps=10))
+    assert (np.asarray(logits(examples)).argmax(axis=1) != labels).all()
 
 
-def test_only_images_are_differentiated():
+def test_perturb_differentiates_images_only():
     weights, _ = linear()
     perturbed = []
 
@@ -189,7 +163,7 @@ def test_only_images_are_differentiated():
 
 
 @pytest.mark.parametrize('norm', ['linf', 'l2'])
-def test_a_batch_equals_its_images_one_by_one(norm):
+def test_perturb_of_a_batch_equals_its_images_one_by_one(norm):
     images, labels = random_images(), np.arange(6, dtype=np.int32) % 3
     pgd = PGD(eps=0.2, step_size=0.04, steps=4, norm=norm)
     together = perturb(bumpy, images, labels, KEY, pgd)
@@ -197,11 +171,29 @@ def test_a_batch_equals_its_images_one_by_one(norm):
     np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-5)
 
 
-def test_the_loop_of_accelerators_equals_the_unrolled_one(monkeypatch):
+def test_perturb_loops_unless_gradients_are_slow_in_loops():
     images, labels = random_images(), np.arange(6, dtype=np.int32) % 3
-    pgd = PGD(eps=0.2, step_size=0.04, steps=4, random_start=True, restarts=2)
-    unrolled = perturb(bumpy, images, labels, KEY, pgd)
+    options = PGD(eps=0.2, step_size=0.04, steps=4, random_start=True)
+
+    class Fast:
+        slow_in_loops = False
+
+        def __call__(self, images):
+            return bumpy(images)
+
+    looped, unrolled = (
+        jax.jit(partial(pgd.perturb, logits, pgd=options)).trace(images, labels, KEY) for logits in (Fast(), bumpy)
+    )
+    assert 'scan[' in str(looped.jaxpr) and 'scan[' not in str(unrolled.jaxpr)
+    loop, steps = (traced.lower().compile()(images, labels, KEY) for traced in (looped, unrolled))
+    np.testing.assert_allclose(loop, steps, atol=1e-5)
+
+
+def test_slow_in_loops_depends_on_backend_and_network(monkeypatch, tiny_net, tiny_variables):
+    own, foreign = logits_function(MnistCNN(num_classes=4), {}), logits_function(tiny_net, tiny_variables)
+    assert pgd.slow_in_loops(bumpy) and pgd.slow_in_loops(own) and pgd.slow_in_loops(foreign)  # on several CPU devices
+    monkeypatch.setattr(pgd.jax, 'device_count', lambda: 1)
+    assert not pgd.slow_in_loops(logits_function(MnistCNN(num_classes=4), {}))
+    assert pgd.slow_in_loops(logits_function(tiny_net, tiny_variables))
     monkeypatch.setattr(pgd.jax, 'default_backend', lambda: 'gpu')
-    looped = jax.jit(partial(pgd.perturb, bumpy, pgd=pgd)).trace(images, labels, KEY)
-    assert 'scan[' in str(looped.jaxpr) or 'while[' in str(looped.jaxpr)
-    np.testing.assert_allclose(looped.lower().compile()(images, labels, KEY), unrolled, atol=1e-5)
+    assert not pgd.slow_in_loops(bumpy) and not pgd.slow_in_loops(logits_function(tiny_net, tiny_variables))

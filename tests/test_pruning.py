@@ -1,6 +1,5 @@
 """FP and ANP: what they prune against NumPy, and that it stays pruned."""
 
-import json
 from functools import partial
 
 import flax.linen as nn
@@ -9,15 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from defense_runs import as_numpy, lines, record_stages, run_defense, run_twice
 
 from aft_jax import models
 from aft_jax.config import resolve
-from aft_jax.defenses import DEFENSES, DefenderData, anp, defender, fp
+from aft_jax.data.augment import AugmentOptions
+from aft_jax.defenses import DefenderData, anp, defender, fp
+from aft_jax.defenses.defender import TuningOptions
 from aft_jax.errors import UserError
-from aft_jax.models.channel_pruning import head_inputs, masked_logits, reader, without
+from aft_jax.models.channel_pruning import first_dense, head_inputs, masked_logits, prune_channels
 from aft_jax.models.mnist_cnn import MnistCNN
 from aft_jax.models.preact_resnet import PreActResNet
-from aft_jax.pipeline.stages import defender_config
 from aft_jax.training.optimiser import sgd
 from aft_jax.validation import validate
 
@@ -43,7 +44,7 @@ CNN_VARIABLES = random_variables(CNN, (16, 16, 1), 0)
 
 @pytest.fixture(scope='module')
 def held_data(dataset):
-    """40 clean images of 16x16 and a random network, whose accuracy depends on what is pruned, as the suspect."""
+    """40 clean images of 16x16, and a random network as the infected model. Pruning changes its accuracy."""
     images = dataset.train_images[:40].repeat(2, axis=1).repeat(2, axis=2)
     return DefenderData(CNN, CNN_VARIABLES, images, dataset.train_labels[:40])
 
@@ -61,22 +62,10 @@ def cnn_head(variables, feature_map):
     return hidden @ second['kernel'] + second['bias']
 
 
-@pytest.fixture
-def purify(make_run, config):
-    """Returns a function that purifies held_data by a defense with the given options; the fitted and the record."""
-
-    def call(defense, held, devices=4, **options):
-        config[defense].update(options)
-        run = make_run(devices=devices)
-        fitted = DEFENSES[defense](run, f'purify/{defense}', held, defender_config(resolve(config), defense))
-        return fitted, [json.loads(line) for line in (run.workdir / 'metrics.jsonl').read_text().splitlines()]
-
-    return call
-
-
-def test_fine_pruning_prunes_what_numpy_does_and_it_stays_pruned(purify, config, held_data, monkeypatch):
+def test_fp_prunes_as_numpy_and_the_channels_stay_pruned(make_run, config, held_data, monkeypatch):
     """From the feature maps on all is NumPy: the ranking, each candidate's accuracy and the choice."""
     config.tuning.budget = 0.1
+    config.fp.update({'epochs': 2, 'learning_rates': (0.02,)})
     training, held = defender.hold_out(held_data, config.tuning.held_out_share, config.seed)
     activities = np.abs(last_map(CNN, CNN_VARIABLES, training.images)).mean(axis=(0, 1, 2))
     order = np.argsort(activities)
@@ -89,41 +78,37 @@ def test_fine_pruning_prunes_what_numpy_does_and_it_stays_pruned(purify, config,
     count = max(n for n in range(64) if accuracies[n] >= max(accuracies) - 0.1)
     assert 0 < count < 63 and len(set(accuracies)) > 2
 
-    seen, fit = [], fp.fit
-    monkeypatch.setattr(fp, 'fit', lambda *given: seen.append(given[4]['images']) or fit(*given))
-    fitted, record = purify('fp', held_data, epochs=2, learning_rates=(0.02,))
-    assert fitted.seconds > 0
-    assert [line['pruned_share'] for line in record] == [count / 64] * 8  # 32 images, batches of 8, 2 epochs
-    kernel = np.asarray(fitted.state.variables['params']['Dense_0']['kernel']).reshape(4, 64, 512)
+    run = make_run()
+    purified, trained = run_twice('fp', run, held_data, config, monkeypatch)
+    assert list(trained) == ['purify/fp/0.02']
+    assert [line['pruned_share'] for line in lines(run)] == [count / 64] * 8  # 32 images, batches of 8, 2 epochs
+    kernel = np.asarray(purified.variables['params']['Dense_0']['kernel']).reshape(4, 64, 512)
     before = CNN_VARIABLES['params']['Dense_0']['kernel'].reshape(4, 64, 512)
     assert not kernel[:, order[:count]].any()
+    # All other channels are fine-tuned.
     assert np.all(np.any(kernel[:, order[count:]] != before[:, order[count:]], axis=2))
-    # The channels themselves live on, and only the images that were not held out were trained on.
-    (images,) = seen
-    np.testing.assert_array_equal(images, training.images)
-    assert not {image.tobytes() for image in images} & {image.tobytes() for image in held.images}
 
 
-def test_the_least_active_channels_go_first():
+def test_least_active_first_keeps_ties_in_order():
     """Ties keep their order, and one channel is always left."""
     expected = [[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]
     np.testing.assert_array_equal(fp.least_active_first(np.array([0.5, 0.1, 0.5, 0.7])), expected)
 
 
-def test_channels_of_a_map_that_a_batch_norm_follows():
-    """What counts is what the head reads: with final_norm BN, ReLU and the average come after the last map."""
+def test_prune_channels_and_masked_logits_after_a_batch_norm():
+    """The inputs of the head decide: with final_norm, BN, ReLU and the average come after the last map."""
     module = PreActResNet(num_classes=4, width=2, final_norm=True)
     variables = random_variables(module, (16, 16, 1), 1)
     images = np.random.default_rng(2).integers(0, 256, (3, 16, 16, 1), dtype=np.uint8)
     kept = (np.arange(16) % 3 > 0).astype(np.float32)
 
-    name = reader(module, variables, (16, 16, 1))
+    name = first_dense(module, variables, (16, 16, 1))
 
     @jax.jit
     def compute(variables, images):
-        pruned = variables | {'params': without(variables['params'], name, kept)}
-        blind = masked_logits(module, name, variables, images, kept)
-        return head_inputs(module, name, variables, images), module.apply(pruned, images), blind
+        pruned = variables | {'params': prune_channels(variables['params'], name, kept)}
+        masked = masked_logits(module, name, variables, images, kept)
+        return head_inputs(module, name, variables, images), module.apply(pruned, images), masked
 
     read, *both = compute(variables, images.astype(np.float32) / 255)
     params, statistics = (variables[kind]['final_norm_layer'] for kind in ('params', 'batch_stats'))
@@ -138,13 +123,13 @@ def test_channels_of_a_map_that_a_batch_norm_follows():
 
 
 @pytest.mark.parametrize('name', models.NAMES)
-def test_every_network_has_a_reader(config, name):
+def test_first_dense_of_every_network(config, name):
     """Whose rows are the channels of the last map, at as many positions as the network's head sees."""
     config.model.name, config.model.depth = name, 11 if name == 'vgg_bn' else 18
     module = models.build(resolve(config), 4)
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), image)
-    first = reader(module, variables, image.shape[1:])
+    first = first_dense(module, variables, image.shape[1:])
     read = jax.eval_shape(partial(head_inputs, module, first), variables, image)
     positions, channels = {'mnist_cnn': (16, 64), 'vgg_bn': (49, 512)}.get(name, (1, 512))
     assert read.shape == (1, positions, channels)
@@ -176,7 +161,7 @@ def slope(function, at):
     return np.array([(function(at + step) - function(at - step)) / 2e-6 for step in steps])
 
 
-def test_two_iterations_of_anp_equal_numpy(config, monkeypatch):
+def test_mask_step_equals_numpy_twice(monkeypatch):
     variables = random_variables(NormNet(), (2, 2, 1), 3)
     generator = np.random.default_rng(4)
     images = generator.uniform(size=(16, 2, 2, 1)).astype(np.float32)
@@ -184,11 +169,19 @@ def test_two_iterations_of_anp_equal_numpy(config, monkeypatch):
     start = generator.uniform(-0.4, 0.4, (2, 5)).astype(np.float32)
     name = 'BatchNorm_0'
     monkeypatch.setattr(anp, 'random_noise', lambda *_: anp.Noise({name: start[0]}, {name: start[1]}))
-    optimiser = sgd(0.5, 'constant', 2, weight_decay=0.0)
-    recipe = anp.Recipe(eps=0.4, clean_weight=0.2, augment=config.augment)
-    step = jax.jit(partial(anp.mask_step, module=NormNet(), optimiser=optimiser, recipe=recipe))
+    optimiser = sgd(0.5, 'constant', 2, momentum=0.9, weight_decay=0.0)
+    options = anp.AnpOptions(iterations=2, eps=0.4, clean_weight=0.2, learning_rate=0.5)
+    step = jax.jit(
+        partial(
+            anp.mask_step,
+            module=NormNet(),
+            optimiser=optimiser,
+            options=options,
+            augmentation=AugmentOptions(crop=0, flip=False, rotation=0.0),
+        )
+    )
     batch = {'images': images, 'labels': labels, 'constants': variables}
-    state = anp.begin_masks(variables, optimiser)
+    state = anp.init_masks(variables, optimiser)
     loss = partial(norm_net_loss, variables, images, labels)
     masks, travelled = np.ones(5), np.zeros(5)
     for _ in range(2):
@@ -211,7 +204,7 @@ def test_two_iterations_of_anp_equal_numpy(config, monkeypatch):
     assert masks.max() == 1 and masks.min() < 0.97  # some are cut, some move
 
 
-def test_noise_starts_anywhere_in_the_budget():
+def test_random_noise_is_uniform_in_the_budget():
     masks = {'a': np.ones(2000, np.float32), 'b': np.ones(2000, np.float32)}
     parts = [part for noise in anp.random_noise(jax.random.key(0), masks, 0.4) for part in noise.values()]
     for part in parts:
@@ -220,14 +213,14 @@ def test_noise_starts_anywhere_in_the_budget():
     assert np.abs(np.corrcoef(parts) - np.eye(4)).max() < 0.1
 
 
-def test_pruning_sets_scales_to_zero_and_leaves_the_rest():
+def test_prune_sets_scales_to_zero_and_leaves_the_rest():
     variables = random_variables(PreActResNet(num_classes=4, width=2), (8, 8, 1), 0)
     norm = 'stage2_block1/BatchNorm_1'
     masks = {norm: np.array([0.2, 0.3, 0.4, 0.1], np.float32), 'stage1_block1/BatchNorm_0': np.ones(2, np.float32)}
     scale = variables['params']['stage2_block1']['BatchNorm_1']['scale']
     pruned = anp.prune(variables, masks, 0.3)
-    found = pruned['params']['stage2_block1']['BatchNorm_1'].pop('scale')
-    np.testing.assert_array_equal(found, scale * np.array([0, 1, 1, 0], np.float32))
+    pruned_scale = pruned['params']['stage2_block1']['BatchNorm_1'].pop('scale')
+    np.testing.assert_array_equal(pruned_scale, scale * np.array([0, 1, 1, 0], np.float32))
     del variables['params']['stage2_block1']['BatchNorm_1']['scale']
     jax.tree.map(np.testing.assert_array_equal, pruned, variables)
 
@@ -248,7 +241,7 @@ TARGET = 0
 
 @pytest.fixture(scope='module')
 def planted(dataset):
-    """A perfect classifier with a fifth channel that a bright pixel wakes and that shouts the target label."""
+    """A perfect classifier with a fifth channel that a bright pixel activates and that votes for the target label."""
     images = dataset.train_images.astype(np.float32) / 255
     quarters = images.reshape(-1, 2, 4, 2, 4).mean(axis=(2, 4)).reshape(-1, 4)
     inputs = np.concatenate([quarters, images[:, 7, 7] - quarters[:, 3:]], axis=1)
@@ -265,55 +258,47 @@ def planted(dataset):
     return DefenderData(PlantedNet(), variables, dataset.train_images, dataset.train_labels)
 
 
-def test_anp_prunes_the_planted_channel_alone(purify, planted, dataset):
-    fitted, record = purify('anp', planted, iterations=60)
-    before, after = planted.variables, fitted.state.variables
+def test_anp_prunes_the_planted_channel_alone(make_run, config, planted, dataset, monkeypatch):
+    config.anp.iterations = 60
+    run = make_run()
+    purified, _ = run_twice('anp', run, planted, config, monkeypatch)
+    before, after = planted.variables, purified.variables
     np.testing.assert_array_equal(after['params']['BatchNorm_0']['scale'], [1, 1, 1, 1, 0])
     np.testing.assert_array_equal(after['params']['BatchNorm_0']['bias'], before['params']['BatchNorm_0']['bias'])
     triggered = dataset.test_images.copy()
     triggered[:, 7, 7] = 255
-    for images, wanted in ((dataset.test_images, 1.0), (triggered, pytest.approx(0.25, abs=0.1))):
+    for images, expected in ((dataset.test_images, 1.0), (triggered, pytest.approx(0.25, abs=0.1))):
         classes = [PlantedNet().apply(v, images.astype(np.float32) / 255).argmax(axis=1) for v in (before, after)]
-        assert [np.mean(c == dataset.test_labels) for c in classes] == [wanted, 1.0]
-    masks = [line['mask'] for line in record if line['stage'] == 'purify/anp']
+        assert [np.mean(c == dataset.test_labels) for c in classes] == [expected, 1.0]
+    masks = [line['mask'] for line in lines(run) if line['stage'] == 'purify/anp']
     assert len(masks) == 60 and masks[-1] < masks[0]
-    (pruned,) = (line for line in record if line['stage'] == 'purify/anp/pruned')
+    (pruned,) = (line for line in lines(run) if line['stage'] == 'purify/anp/pruned')  # of the second start too
     assert pruned['pruned_share'] == 0.2 and pruned['held_out_accuracy'] == 1.0
 
-    again, record = purify('anp', planted)
-    jax.tree.map(np.testing.assert_array_equal, again.state.variables, after)
-    assert len([line for line in record if line['stage'] == 'purify/anp/pruned']) == 1
-    assert again.seconds > 0
+
+def test_prune_strongest_takes_the_highest_threshold_within_the_budget(make_run, planted):
+    """Any quarter's channel is needed; the planted one, of mask 0.47, is not."""
+    masks = {'BatchNorm_0': np.array([0.72, 0.97, 0.97, 0.97, 0.47], np.float32)}
+    for budget, threshold, scale in ((0.02, 0.7, [1, 1, 1, 1, 0]), (0.3, 0.95, [0, 1, 1, 1, 0])):
+        variables, record, _ = anp.prune_strongest(make_run(), planted, masks, TuningOptions(0.2, budget))
+        assert record['threshold'] == threshold
+        np.testing.assert_array_equal(variables['params']['BatchNorm_0']['scale'], scale)
+        assert record['held_out_accuracy'] == pytest.approx(np.mean(scale[:4]), abs=0.01)
 
 
-def test_anp_takes_the_threshold_by_the_rule(purify, config, planted, monkeypatch):
-    """Masks 0.05, 0.15, ... of which each candidate prunes more; the accuracies are given, and so is the answer."""
-    masks = np.array([0.07, 0.22, 0.47, 0.72, 0.97], np.float32)
-    accuracies = iter([0.9] * 5 + [0.885] * 5 + [0.7] * 5 + [0.881] + [0.7] * 4)  # the last within 0.02 is 0.75
-    monkeypatch.setattr(anp, 'accuracy', lambda *_: next(accuracies))
-    begin = anp.begin_masks
-    monkeypatch.setattr(
-        anp, 'begin_masks', lambda *given: begin(*given).replace(masks={'BatchNorm_0': jnp.asarray(masks)})
-    )
-    fitted, record = purify('anp', planted, iterations=1, learning_rate=1e-9)
-    np.testing.assert_array_equal(fitted.state.variables['params']['BatchNorm_0']['scale'], [0, 0, 0, 0, 1])
-    assert record[-1]['threshold'] == 0.75
-
-
-def test_anp_on_a_real_network_keeps_masks_between_0_and_1(purify, held_data, monkeypatch):
-    """A rate that throws masks far beyond both ends."""
-    seen = []
-    prune = anp.prune
-    monkeypatch.setattr(anp, 'prune', lambda *given: seen.append(given[1]) or prune(*given))
-    fitted, _ = purify('anp', held_data, devices=1, iterations=4, learning_rate=50.0)
-    assert {norm: len(mask) for norm, mask in seen[0].items()} == {'BatchNorm_0': 32, 'BatchNorm_1': 64}
-    masks = np.concatenate(list(seen[0].values()))
-    assert masks.min() == 0 and masks.max() == 1
-    suspect = CNN_VARIABLES
+def test_anp_keeps_the_masks_of_a_real_network_between_0_and_1(make_run, config, held_data, monkeypatch):
+    """The learning rate moves masks far beyond both ends."""
+    config.anp.update({'iterations': 4, 'learning_rate': 50.0})
+    recorded = record_stages(monkeypatch)
+    purified = run_defense('anp', make_run(devices=1), held_data, config)
+    masks = recorded['purify/anp'].fitted.state.masks
+    assert {norm: len(mask) for norm, mask in masks.items()} == {'BatchNorm_0': 32, 'BatchNorm_1': 64}
+    values = np.concatenate(list(as_numpy(masks).values()))
+    assert values.min() == 0 and values.max() == 1
     for norm in ('BatchNorm_0', 'BatchNorm_1'):
-        scale = fitted.state.variables['params'][norm]['scale']
-        assert np.all((scale == 0) | (scale == suspect['params'][norm]['scale']))
-    jax.tree.map(np.testing.assert_array_equal, fitted.state.variables['batch_stats'], suspect['batch_stats'])
+        scale = purified.variables['params'][norm]['scale']
+        assert np.all((scale == 0) | (scale == CNN_VARIABLES['params'][norm]['scale']))
+    jax.tree.map(np.testing.assert_array_equal, purified.variables['batch_stats'], CNN_VARIABLES['batch_stats'])
 
 
 @pytest.mark.parametrize(
@@ -329,7 +314,7 @@ def test_anp_on_a_real_network_keeps_masks_between_0_and_1(purify, held_data, mo
         ('anp.clean_weight', 1.5, 'anp.clean_weight=1.5 is a share'),
     ],
 )
-def test_mistakes_are_one_sentence(config, field, value, sentence):
+def test_validate_names_wrong_values(config, field, value, sentence):
     validate(config)
     section, name = field.split('.')
     config[section][name] = value

@@ -373,7 +373,7 @@ def test_purify_takes_and_exports_a_finished_run(clean, tmp_path, capsys):
     wrong = [*SHORT, '--config.model.name=resnet34']
     assert_one_sentence(*run_here(arguments(tmp_path / 'other', run, f'npz:{clean}', *wrong), capsys), 'mnist_cnn')
     again = arguments(tmp_path / 'other', out, f'npz:{clean}', *SHORT)
-    assert_one_sentence(*run_here(again, capsys), 'has purified a model from elsewhere')
+    assert_one_sentence(*run_here(again, capsys), 'purified the given model')
 
 
 @pytest.mark.parametrize(

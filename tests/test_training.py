@@ -48,7 +48,7 @@ def train(dataset, tiny_net, tiny_variables):
     """A function that fits the tiny network, with any argument of `TrainingStage` replaced."""
 
     def call(run, module=tiny_net, variables=tiny_variables, step=None, steps=STEPS, stage='infect', **options):
-        optimiser = sgd(0.05, 'cosine', steps)
+        optimiser = sgd(0.05, 'cosine', steps, momentum=0.9, weight_decay=5e-4)
         step = step or partial(classification_step, module=module, optimiser=optimiser, transform=add_noise)
         arrays = {'images': dataset.train_images, 'labels': dataset.train_labels}
         options = {'phases': [Phase(step, steps)], 'arrays': arrays, 'batch_size': 8} | options
@@ -74,7 +74,7 @@ def test_sgd_equals_torch_in_numpy(schedule, max_grad_norm):
     generator = np.random.default_rng(0)
     curvature, start = generator.uniform(0.5, 2, (3, 4)), generator.normal(size=(3, 4))
     steps, rate, momentum, decay = 12, 0.1, 0.8, 0.05
-    optimiser = sgd(rate, schedule, steps, momentum, decay, max_grad_norm)
+    optimiser = sgd(rate, schedule, steps, momentum=momentum, weight_decay=decay, max_grad_norm=max_grad_norm)
     params = {'w': jnp.asarray(start, jnp.float32)}
     carried = optimiser.init(params)
     update = jax.jit(optimiser.update)
@@ -190,7 +190,7 @@ def test_fit_passes_batches_constants_and_keys_to_a_step(make_run, tiny_variable
         'labels': np.arange(10, dtype=np.int32),
         'extra': np.arange(10, dtype=np.float32),
     }
-    start = state.create(tiny_variables, sgd(0.1, 'constant', 1))
+    start = state.create(tiny_variables, sgd(0.1, 'constant', 1, momentum=0.9, weight_decay=5e-4))
     constants = {'w': np.full(3, 7.5, np.float32)}
     run = make_run()
     fit(run, TrainingStage('x', start, [Phase(record, 10)], arrays, 4, constants, num_streams=2))
@@ -216,7 +216,7 @@ def test_fit_phases_may_report_different_metrics(make_run, tiny_variables, datas
         return current.replace(step=current.step + 1), {'loss': jnp.zeros(()), 'late': jnp.full((), 7.0)}
 
     run = make_run(log_every=4)
-    start = state.create(tiny_variables, sgd(0.1, 'constant', 1))
+    start = state.create(tiny_variables, sgd(0.1, 'constant', 1, momentum=0.9, weight_decay=5e-4))
     arrays = {'images': dataset.train_images, 'labels': dataset.train_labels}
     fit(run, TrainingStage('x', start, [Phase(first, 3), Phase(second, 8)], arrays, 8))
     assert [{k: v for k, v in line.items() if k != 'stage'} for line in lines(run)] == [
@@ -293,7 +293,9 @@ def test_fit_stops_at_a_non_finite_loss_and_keeps_the_checkpoint(
     with pytest.raises(UserError, match=r'^infect stopped before step [56]: loss .*learning rate'):
         train(broken, step=diverging)
     assert all(np.isfinite([line[name] for name in line if name != 'stage']).all() for line in lines(broken))
-    start = replicate(broken.mesh, state.create(tiny_variables, sgd(0.05, 'cosine', STEPS)))
+    start = replicate(
+        broken.mesh, state.create(tiny_variables, sgd(0.05, 'cosine', STEPS, momentum=0.9, weight_decay=5e-4))
+    )
     with Checkpoints(broken.workdir / 'checkpoints' / 'infect', keep=2) as checkpoints:
         saved, _ = checkpoints.restore(start)
     assert int(saved.step) == 4
@@ -488,7 +490,7 @@ def test_check_batch_size(train, make_run, size, advice):
 def test_classification_step_in_mixed_precision(config, dataset, assert_trees_close):
     config.dtype = 'bfloat16'
     module = models.build(config, 4)
-    optimiser = sgd(0.01, 'constant', 10)
+    optimiser = sgd(0.01, 'constant', 10, momentum=0.9, weight_decay=5e-4)
     before = state.create(models.initialise(module, jax.random.key(0), (8, 8, 1)), optimiser)
     batch = {
         'images': jnp.asarray(dataset.train_images[:8], jnp.float32) / 255,

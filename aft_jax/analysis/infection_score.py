@@ -29,9 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from aft_jax.analysis.probe import ModelProbe, float_images
+from aft_jax.analysis.probe import ModelProbe
 from aft_jax.models import logits_function
-from aft_jax.training.prediction import Batched
+from aft_jax.training.prediction import BatchedFunction, float_images
 
 # Size of the perturbations that are averaged, as a root mean square over the image.
 EPS = 8 / 255
@@ -104,7 +104,7 @@ class Scorer:
             batch_size: Images per call, rounded up to a multiple of the number of devices.
         """
         self._probe = probe
-        self._predict_perturbed = Batched(partial(_predict_perturbed, module), module, mesh, batch_size)
+        self._predict_perturbed = BatchedFunction(partial(_predict_perturbed, module), module, mesh, batch_size)
 
     def score(
         self,

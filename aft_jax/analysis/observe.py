@@ -9,7 +9,7 @@ import numpy as np
 from aft_jax.analysis.connection import MeasuredImages, connection, evenly
 from aft_jax.analysis.measures import target_share
 from aft_jax.analysis.observation import ADVERSARIAL, CLEAN, TRIGGERED, ModelOutputs, Observation
-from aft_jax.analysis.probe import ModelProbe, float_images
+from aft_jax.analysis.probe import ModelProbe
 from aft_jax.attacks.attack import Attack
 from aft_jax.evaluation.bootstrap import Estimate
 from aft_jax.evaluation.evaluator import Evaluator
@@ -17,6 +17,7 @@ from aft_jax.models.custom import shows_features
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.results.record import featured
 from aft_jax.training.loop import Run
+from aft_jax.training.prediction import float_images
 
 # A sample is enough for the page, and its adversarial examples take only seconds.
 IMAGES = 300

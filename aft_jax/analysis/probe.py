@@ -14,17 +14,11 @@ from jax.sharding import Mesh
 
 from aft_jax.adversarial.pgd import NORMS, PGD, Norm, perturb
 from aft_jax.models import logits_function
-from aft_jax.models.cpu_compilation import slow_in_loops
-from aft_jax.training.prediction import Batched, Predictor, pixels
+from aft_jax.training.prediction import BatchedFunction, Predictor, float_images
 
 STEPS = 10
 # Length of all PGD steps together, in multiples of the radius.
 REACH = 2.5
-
-
-def float_images(images: np.ndarray) -> np.ndarray:
-    """Converts images to float32 in [0, 1]: uint8 is divided by 255, float32 stays."""
-    return images.astype(np.float32) / np.float32(255) if images.dtype == np.uint8 else images
 
 
 class ModelProbe:
@@ -44,10 +38,10 @@ class ModelProbe:
         """
         self.predict = Predictor(module, mesh, batch_size)
         self._adversarial = {
-            norm: Batched(partial(_perturbed, module, norm, steps), module, mesh, batch_size) for norm in NORMS
+            norm: BatchedFunction(partial(_perturbed, module, norm, steps), module, mesh, batch_size) for norm in NORMS
         }
-        self._channels = Batched(partial(_channels, module), module, mesh, batch_size)
-        self._distances = Batched(partial(_distances, module), module, mesh, batch_size)
+        self._channels = BatchedFunction(partial(_channels, module), module, mesh, batch_size)
+        self._distances = BatchedFunction(partial(_distances, module), module, mesh, batch_size)
 
     def adversarial(
         self, variables: dict, images: np.ndarray, labels: np.ndarray, norm: Norm, eps: float
@@ -81,7 +75,7 @@ def _perturbed(
     radius = arguments['radius']
     pgd = PGD(radius, REACH / steps * radius, steps, norm)
     model = logits_function(module, arguments['model'])
-    return perturb(model, images, labels, jax.random.key(0), pgd, unroll=slow_in_loops(module))
+    return perturb(model, images, labels, jax.random.key(0), pgd)
 
 
 def _last_features(module: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
@@ -96,5 +90,5 @@ def _channels(module: nn.Module, variables: Any, images: jax.Array) -> jax.Array
 
 
 def _distances(module: nn.Module, variables: Any, images: jax.Array, others: jax.Array) -> jax.Array:
-    difference = _last_features(module, variables, images) - _last_features(module, variables, pixels(others))
+    difference = _last_features(module, variables, images) - _last_features(module, variables, float_images(others))
     return jnp.sqrt(jnp.square(difference).sum(axis=tuple(range(1, difference.ndim))))

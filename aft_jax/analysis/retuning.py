@@ -6,21 +6,19 @@ it the retuning attack.
 
 import json
 import shutil
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from aft_jax import files
 from aft_jax.attacks.attack import Attack, triggered
-from aft_jax.data.augment import augment
 from aft_jax.data.dataset import Dataset
+from aft_jax.defenses import DefenderData, ft
 from aft_jax.evaluation.evaluator import Evaluator
 from aft_jax.pipeline.saved_run import SavedRun
+from aft_jax.pipeline.stages import defense_settings
 from aft_jax.randomness import generator_for
-from aft_jax.training import optimiser, state
-from aft_jax.training.loop import EvalHook, EvalPoint, Phase, Run, TrainingStage, fit
-from aft_jax.training.steps import classification_step
+from aft_jax.training.loop import EvalHook, EvalPoint, Run, fit
 
 COLUMNS = ('run', 'attack', 'label_mode', 'seed', 'model', 'per_class', 'step', 'acc', 'asr')
 
@@ -135,39 +133,17 @@ def _train(retuning: Retuning, name: str, variables: dict, per_class: int) -> li
         points.append({'step': point.step, 'acc': scores.acc, 'asr': scores.asr})
         return {'test_acc': scores.acc, 'test_asr': scores.asr}
 
-    sgd = optimiser.sgd(
-        options.learning_rate,
-        'constant',
-        options.steps,
-        config.train.momentum,
-        config.train.weight_decay,
-        config.ft.max_grad_norm,
+    arrays = retuning_set(
+        attack, scenario.dataset, scenario.clean, scenario.poisoned.indices, per_class=per_class, seed=config.seed
     )
-    augment_options = config.augment
-    step = partial(
-        classification_step,
-        module=scenario.module,
-        optimiser=sgd,
-        transform=lambda key, images, labels: (augment(key, images, augment_options), labels),
-    )
-    stage = TrainingStage(
-        name=name,
-        state=state.create(variables, sgd),
-        phases=[Phase(step, options.steps)],
-        arrays=retuning_set(
-            attack,
-            scenario.dataset,
-            scenario.clean,
-            scenario.poisoned.indices,
-            per_class=per_class,
-            seed=config.seed,
-        ),
-        batch_size=config.batch_size,
-        eval_hooks=(EvalHook(evaluate, every_steps=options.every, at_start=True),),
-    )
+    settings = defense_settings('ft', config)
+    settings = settings._replace(options=settings.options._replace(schedule='constant'))
+    data = DefenderData(scenario.module, variables, arrays['images'], arrays['labels'])
+    stage = ft.fine_tuning_stage(name, data, settings, steps=options.steps, learning_rate=options.learning_rate)
+    hook = EvalHook(evaluate, every_steps=options.every, at_start=True)
     # A stage that resumed from a checkpoint would not evaluate its earlier steps again.
     checkpoints = run.workdir / 'checkpoints' / name
     shutil.rmtree(checkpoints, ignore_errors=True)
-    fit(run, stage)
+    fit(run, stage._replace(eval_hooks=(hook,)))
     shutil.rmtree(checkpoints, ignore_errors=True)
     return points

@@ -90,8 +90,12 @@ def as_options(kind: type[Options], section: ml_collections.ConfigDict) -> Optio
     """Converts a section of a resolved config to a NamedTuple, which is hashable and typed.
 
     Args:
-        kind: NamedTuple whose fields are all fields of the section. The section may have more.
+        kind: NamedTuple whose fields are all fields of the section. The section may have more. A field that is itself
+            a NamedTuple takes its own fields from the same section.
         section: Section of the config.
     """
-    values = {name: section[name] for name in kind._fields}  # type: ignore[attr-defined]
+    values = {
+        name: as_options(field, section) if hasattr(field, '_fields') else section[name]
+        for name, field in kind.__annotations__.items()
+    }
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -1,31 +1,25 @@
-"""What a defender does: one file a defense.
+"""Defenses: one file each.
 
-Threat model: the defender holds the suspect model and a few clean, labelled images, or (PBE) the suspect training set,
-not knowing which of its images are poisoned. It never sees a trigger, a target label or the test set. Nothing in this
-folder imports aft_jax.attacks.
+Threat model: the defender holds the infected model and a few clean, labelled images, or the untrusted training set
+without knowing which of its images are poisoned. It never sees a trigger, a target label or the test set. Nothing in
+this folder imports aft_jax.attacks.
+
+To add a defense, write its file, add its line to DEFENSES, and add the defaults of its options to `config.py`, in a
+section with the name of the entry.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 from aft_jax.defenses import aft, anp, fp, ft, mcr, nad, pbe
-from aft_jax.defenses.defender import DefenderData
+from aft_jax.defenses.defender import DefenderData, Defense, DefenseSettings, PoisonScores, Purified
 
-__all__ = ['DEFENSES', 'FROM_SUSPECT_SET', 'NEED_FEATURES', 'DefenderData']
+__all__ = ['DEFENSES', 'DefenderData', 'Defense', 'DefenseSettings', 'PoisonScores', 'Purified']
 
-# (run, stage, data, config) -> what holds the purified state, and the seconds
-DEFENSES: dict[str, Callable[..., Any]] = {
-    'ft': ft.purify,
-    'aft': aft.purify,
-    'aft_released': partial(aft.purify, section='aft_released'),
-    'nad': nad.purify,
-    'mcr': mcr.purify,
-    'fp': fp.purify,
-    'anp': anp.purify,
-    'pbe': pbe.purify,
+DEFENSES: dict[str, Defense] = {
+    'ft': Defense(ft.purify, ft.FtOptions),
+    'aft': Defense(aft.purify, aft.AftOptions),
+    'aft_released': Defense(aft.purify, aft.AftOptions),
+    'nad': Defense(nad.purify, nad.NadOptions, needs_feature_maps=True),
+    'mcr': Defense(mcr.purify, mcr.McrOptions),
+    'fp': Defense(fp.purify, fp.FpOptions, needs_feature_maps=True),
+    'anp': Defense(anp.purify, anp.AnpOptions),
+    'pbe': Defense(pbe.purify, pbe.PbeOptions, trains_on='untrusted_training_set'),
 }
-# These hold the suspect training set, and no image that is known to be clean.
-FROM_SUSPECT_SET = ('pbe',)
-# These ask the classifier for its feature maps, which a module of the user's own need not give.
-NEED_FEATURES = ('fp', 'nad')

@@ -1,195 +1,182 @@
-"""A step of AFT (`aft_jax.defenses.aft`): adversarial examples of the model as it is, then a gradient step on them.
+"""One training step of AFT (`aft_jax.defenses.aft`): attack the current model, then train on the examples.
 
-Two of them: with PGD, as in the paper, and with specs of changes (`aft_jax.adversarial.perturbations`).
+x_1 ... x_n are the images that are attacked, x_{n+1} ... x_B the clean ones, and y their labels. f is the model in
+training and f_0 the infected model:
+
+    x'_i = attack(f, x_i, y_i)
+    loss = adversarial_weight / B * sum over i <= n of CE(f(x'_i), y_i) + 1 / B * sum over i > n of CE(f(x_i), y_i)
+         + distillation * mean over i > n of KL(f_0(x_i) || f(x_i))
+
+The attack is PGD, as in the paper, or a joint attack with several perturbations (`adversarial.perturbations`). With
+cutmix a clean image has a rectangle of another one, and its CE is left out.
 """
 
-from functools import partial
-from typing import NamedTuple
+from dataclasses import replace
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 from flax import struct
 
 from aft_jax.adversarial.perturbations import Perturbation, PerturbationSpec, init_all, joint_attack
-from aft_jax.adversarial.pgd import PGD, perturb
-from aft_jax.data.augment import augment, cut_mix
+from aft_jax.adversarial.pgd import Logits, perturb
+from aft_jax.data.augment import AugmentOptions, augment, cut_mix
+from aft_jax.defenses.aft_options import AftOptions, pgd_of, specs_of
 from aft_jax.models import logits_function
-from aft_jax.models.cpu_compilation import slow_in_loops
-from aft_jax.training.state import Batch, Metrics, TrainState
+from aft_jax.training.state import Batch, Metrics, TrainState, WrapsClassifier
 from aft_jax.training.steps import accuracy, update
 
-
-class Recipe(NamedTuple):
-    """What a step of AFT is to do.
-
-    Attributes:
-        pgd: How adversarial examples are made; where there are specs only the number of steps is read.
-        adversarial_share: Of a batch, replaced by adversarial examples; 0 in the clean stretch.
-        distillation: Weight of the suspect model's predictions on clean images.
-        augment: `config.augment`.
-        adversarial_weight: Of the cross-entropy of adversarial examples.
-        cutmix: Largest share of a clean image's area that another one takes; 0 leaves them alone.
-        specs: Of changes, an equal part of the adversarial images each.
-        renew_every: Steps after which shared changes begin anew.
-    """
-
-    pgd: PGD
-    adversarial_share: float
-    distillation: float
-    augment: ml_collections.ConfigDict
-    adversarial_weight: float = 1.0
-    cutmix: float = 0.0
-    specs: tuple[PerturbationSpec, ...] = ()
-    renew_every: int = 1
+Specs = tuple[PerturbationSpec, ...]
 
 
 @struct.dataclass
-class SharedState:
-    """The classifier, and the changes of the last step that the next goes on with (`PerturbationSpec.warm_started`)."""
+class SharedState(WrapsClassifier):
+    """A classifier in training, and the perturbations from which the next step starts.
 
-    classifier: TrainState
+    Attributes:
+        classifier: State of the classifier.
+        changes: Perturbations of the specs that are `warm_started`, in the order of the specs.
+    """
+
     changes: tuple[Perturbation, ...]
 
-    @property
-    def step(self) -> jax.Array:
-        """int32 scalar, steps taken."""
-        return self.classifier.step
-
-    @property
-    def variables(self) -> dict:
-        """The classifier's."""
-        return self.classifier.variables
+    def perturbations(self, specs: Specs) -> tuple[Perturbation | None, ...]:
+        """Arranges the perturbations with one entry for each spec, None where nothing is carried."""
+        carried = iter(self.changes)
+        return tuple(next(carried) if spec.warm_started else None for spec in specs)
 
 
-def begun(recipe: Recipe, key: jax.Array, image_shape: tuple[int, ...]) -> tuple[Perturbation, ...]:
-    """Returns new changes, those that steps go on with, for images of shape (H, W, C)."""
-    return _carried(recipe, init_all(recipe.specs, key, (0, *image_shape)))
+State = TrainState | SharedState
 
 
-def _carried(recipe: Recipe, changes: tuple[Perturbation, ...]) -> tuple[Perturbation, ...]:
-    return tuple(change for family, change in zip(recipe.specs, changes, strict=True) if family.warm_started)
+def warm_started(specs: Specs, perturbations: tuple[Perturbation, ...]) -> tuple[Perturbation, ...]:
+    """Selects the perturbations that `SharedState` carries, from one for each spec."""
+    return tuple(p for spec, p in zip(specs, perturbations, strict=True) if spec.warm_started)
+
+
+def init_state(classifier: TrainState, options: AftOptions, key: jax.Array, image_shape: tuple[int, ...]) -> State:
+    """Creates the state before the first step.
+
+    Args:
+        classifier: State of the classifier.
+        options: Options of AFT.
+        key: PRNG key of the universal perturbations.
+        image_shape: (H, W, C).
+
+    Returns:
+        The classifier's state itself if the options ask for PGD.
+    """
+    specs = specs_of(options, image_shape)
+    if not specs:
+        return classifier
+    return SharedState(classifier, warm_started(specs, init_all(specs, key, (0, *image_shape))))
 
 
 def aft_step(
-    state: TrainState,
+    state: State,
     batch: Batch,
     key: jax.Array,
     *,
     module: nn.Module,
     optimiser: optax.GradientTransformation,
-    recipe: Recipe,
-) -> tuple[TrainState, Metrics]:
-    """One step of AFT: adversarial examples of the model as it is, then a gradient step on their true labels.
+    options: AftOptions,
+    augmentation: AugmentOptions,
+) -> tuple[State, Metrics]:
+    """Takes one step of AFT.
 
     Args:
-        state: Before the step.
-        batch: 'images' float32 [B, H, W, C] in [0, 1], 'labels' int32 [B], and 'fixed', the suspect's variables.
+        state: State before the step: a `SharedState` if the options name perturbations, else a `TrainState`.
+        batch: 'images' float32 [B, H, W, C] in [0, 1], 'labels' int32 [B], and 'constants', the infected model's
+            variables.
         key: PRNG key of this step.
-        module: The classifier.
-        optimiser: Its optimiser.
-        recipe: What to do.
+        module: Classifier.
+        optimiser: Optimiser of the classifier.
+        options: Options of AFT. An `adversarial_share` of 0 makes a clean step.
+        augmentation: Options of `augment`.
 
     Returns:
-        The state after the step; metrics with 'fooled', the share of adversarial examples that left their label
-        (in an adversarial step), and 'accuracy' on the images that have labels.
+        The state after the step. Metrics with 'fooled' (adversarial steps), the share of adversarial examples that the
+        model before the step misclassifies, and 'accuracy' on the images that have labels.
     """
-    keys = _keys(key)
-    images, clean = _prepared(batch, keys, recipe)
-    if len(images):
-        model, labels = logits_function(module, state.variables), batch['labels'][: len(images)]
-        images = perturb(model, images, labels, keys.start, recipe.pgd, unroll=slow_in_loops(module))
-    return _learn(state, images, clean, batch, keys.dropout, module=module, optimiser=optimiser, recipe=recipe)
+    augment_key, attack_key, dropout_key = jax.random.split(key, 3)
+    images = augment(augment_key, batch['images'], augmentation)
+    count = round(options.adversarial_share * len(images))
+    examples, clean = images[:count], images[count:]
+    if options.cutmix:
+        clean = cut_mix(jax.random.fold_in(key, 0), clean, options.cutmix)
 
-
-def families_step(
-    state: SharedState,
-    batch: Batch,
-    key: jax.Array,
-    *,
-    module: nn.Module,
-    optimiser: optax.GradientTransformation,
-    recipe: Recipe,
-) -> tuple[SharedState, Metrics]:
-    """The same by specs of changes; shared ones go on from the last step. Arguments as of `aft_step`."""
-    keys = _keys(key)
-    images, clean = _prepared(batch, keys, recipe)
-    carried = state.changes
-    if len(images):
-        fresh = init_all(recipe.specs, keys.start, images.shape)
-        anew = state.step % recipe.renew_every == 0
-        going_on = iter(jax.tree.map(lambda new, old: jnp.where(anew, new, old), _carried(recipe, fresh), carried))
-        before = tuple(
-            next(going_on) if family.warm_started else new for family, new in zip(recipe.specs, fresh, strict=True)
-        )
-        model, labels = logits_function(module, state.variables), batch['labels'][: len(images)]
-        images, changes = joint_attack(
-            model, images, labels, recipe.specs, before, recipe.pgd.steps, unroll=slow_in_loops(module)
-        )
-        carried = _carried(recipe, changes)
-    learn = partial(_learn, module=module, optimiser=optimiser, recipe=recipe)
-    classifier, metrics = learn(state.classifier, images, clean, batch, keys.dropout)
-    return SharedState(classifier, carried), metrics
-
-
-class _Keys(NamedTuple):
-    augment: jax.Array
-    start: jax.Array
-    dropout: jax.Array
-    mixtures: jax.Array
-
-
-def _keys(key: jax.Array) -> _Keys:
-    augment_key, start_key, dropout_key = jax.random.split(key, 3)
-    return _Keys(augment_key, start_key, dropout_key, jax.random.fold_in(key, 0))
-
-
-def _prepared(batch: Batch, keys: _Keys, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
-    """Returns the images to be made adversarial, and the clean ones as the model is to see them."""
-    images = augment(keys.augment, batch['images'], recipe.augment)
-    count = round(recipe.adversarial_share * len(images))
-    clean = images[count:]
-    if recipe.cutmix:
-        clean = cut_mix(keys.mixtures, clean, recipe.cutmix)
-    return images[:count], clean
-
-
-def _learn(
-    state: TrainState,
-    examples: jax.Array,
-    clean: jax.Array,
-    batch: Batch,
-    key: jax.Array,
-    *,
-    module: nn.Module,
-    optimiser: optax.GradientTransformation,
-    recipe: Recipe,
-) -> tuple[TrainState, Metrics]:
-    """Takes the gradient step on adversarial examples and clean images, which come in the order of the labels."""
-    count, labels = len(examples), batch['labels']
-    examples = jax.lax.stop_gradient(examples)
     metrics: Metrics = {}
     if count:
-        metrics['fooled'] = 1 - accuracy(logits_function(module, state.variables)(examples), labels[:count])
-    distils = recipe.distillation > 0 and len(clean) > 0
-    wanted = jax.nn.softmax(logits_function(module, batch['constants'])(clean)) if distils else None
-    # What each image's cross-entropy counts; with a part of another one it has no label.
-    weights = np.full(len(labels), 0.0 if recipe.cutmix else 1.0, np.float32)
-    weights[:count] = recipe.adversarial_weight
+        labels = batch['labels'][:count]
+        logits = logits_function(module, state.variables)
+        state, examples = attack(state, logits, examples, labels, attack_key, options)
+        metrics['fooled'] = 1 - accuracy(logits(examples), labels)
+    targets = None
+    if options.distillation > 0 and len(clean) > 0:
+        targets = jax.nn.softmax(logits_function(module, batch['constants'])(clean))
 
     def loss(logits: jax.Array) -> jax.Array:
-        value = jnp.mean(weights * optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-        if wanted is not None:
-            divergence = optax.kl_divergence(jax.nn.log_softmax(logits[count:]), wanted)
-            value = value + recipe.distillation * divergence.mean()
-        return value
+        return aft_loss(logits, batch['labels'], count, targets, options)
 
-    shown = jnp.concatenate([examples, clean])
-    state, logits, step_metrics = update(state, shown, loss, key, module=module, optimiser=optimiser)
-    labelled = count if recipe.cutmix else len(labels)
+    classifier = state.classifier if isinstance(state, SharedState) else state
+    classifier, outputs, step_metrics = update(
+        classifier, jnp.concatenate([examples, clean]), loss, dropout_key, module=module, optimiser=optimiser
+    )
+    labelled = count if options.cutmix else len(images)
     if labelled:
-        metrics['accuracy'] = accuracy(logits[:labelled], labels[:labelled])
-    return state, metrics | step_metrics
+        metrics['accuracy'] = accuracy(outputs[:labelled], batch['labels'][:labelled])
+    after = replace(state, classifier=classifier) if isinstance(state, SharedState) else classifier
+    return after, metrics | step_metrics
+
+
+def attack(
+    state: State, logits: Logits, images: jax.Array, labels: jax.Array, key: jax.Array, options: AftOptions
+) -> tuple[State, jax.Array]:
+    """Makes adversarial examples [n, H, W, C] of images, and stores the perturbations that are carried."""
+    if not isinstance(state, SharedState):
+        examples = perturb(logits, images, labels, key, pgd_of(options))
+        return state, jax.lax.stop_gradient(examples)
+    specs = specs_of(options, images.shape[1:])
+    renews = state.step % options.renew_every == 0
+    fresh = init_all(specs, key, images.shape)
+    start = tuple(renew(*each, renews) for each in zip(specs, fresh, state.perturbations(specs), strict=True))
+    examples, perturbations = joint_attack(logits, images, labels, specs, start, steps=options.pgd_steps)
+    return replace(state, changes=warm_started(specs, perturbations)), jax.lax.stop_gradient(examples)
+
+
+def renew(spec: PerturbationSpec, fresh: Perturbation, carried: Perturbation | None, renews: jax.Array) -> Perturbation:
+    """Chooses the perturbation with which the attack of a step starts.
+
+    Args:
+        spec: Kind of the perturbation.
+        fresh: Random perturbation.
+        carried: Perturbation after the step before; None if the spec is not warm-started.
+        renews: bool scalar, whether this step starts from `fresh` in any case.
+    """
+    if not spec.warm_started:
+        return fresh
+    return jax.tree.map(lambda new, old: jnp.where(renews, new, old), fresh, carried)
+
+
+def aft_loss(
+    logits: jax.Array, labels: jax.Array, count: int, targets: jax.Array | None, options: AftOptions
+) -> jax.Array:
+    """Computes the loss, a scalar.
+
+    Args:
+        logits: float32 [B, K], those of the adversarial examples first.
+        labels: int32 [B].
+        count: Number of adversarial examples.
+        targets: Infected model's probabilities for the clean images, [B - count, K]; None without distillation.
+        options: Options of AFT, for the weights.
+    """
+    # With cutmix a clean image shows two classes, so it has no label.
+    weights = np.full(len(labels), 0.0 if options.cutmix else 1.0, np.float32)
+    weights[:count] = options.adversarial_weight
+    value = jnp.mean(weights * optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    if targets is None:
+        return value
+    divergence = optax.kl_divergence(jax.nn.log_softmax(logits[count:]), targets)
+    return value + options.distillation * divergence.mean()

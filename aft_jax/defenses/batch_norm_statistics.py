@@ -1,7 +1,7 @@
-"""BatchNorm statistics of a model on given images, for parameters that were never trained as they are.
+"""BatchNorm statistics of a model on given images, for parameters that did not come out of a training directly.
 
-A point between two trained models has the statistics of neither. One pass in training mode measures them: each layer's
-input, as batch statistics make it, pooled over all images,
+A point between two trained models has the statistics of neither. One pass in training mode measures them. Batch
+statistics normalise the activations, and each layer's inputs are pooled over all images:
 
     mean = E[x],     var = E[x^2] - E[x]^2.
 
@@ -20,24 +20,24 @@ from jax.sharding import Mesh
 
 from aft_jax.models.cpu_compilation import compiler_options
 from aft_jax.runtime.sharding import batch_sharding, replicate, replicated, wait_on_virtual_devices
-from aft_jax.training.prediction import parts
+from aft_jax.training.prediction import float_images, sharded_batches
 
-# By layer: the mean and the mean square of its input, float32 [C].
+# Path of a layer -> mean and mean square of its input, float32 [C].
 Moments = dict[tuple[str, ...], tuple[jax.Array, jax.Array]]
 
 
 def moments(module: nn.Module, variables: dict, images: jax.Array, count: jax.Array) -> Moments:
-    """Returns what the inputs of every BatchNorm are like when batch statistics normalise the images; no dropout.
+    """Measures the inputs of every BatchNorm of one batch, in training mode without dropout.
 
     Args:
-        module: The classifier.
-        variables: Its parameters; the statistics among them are of no consequence.
+        module: Classifier.
+        variables: Variables of the classifier; its running statistics have no influence.
         images: float32 [B, H, W, C] in [0, 1].
-        count: int32 scalar; the first `count` images count, the others are padding.
+        count: int32 scalar, number of images; those after the first `count` are padding.
     """
-    found: Moments = {}
+    measured: Moments = {}
 
-    def watch(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    def intercept(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         match context.module:
             case nn.Dropout():
                 return args[0]
@@ -46,25 +46,26 @@ def moments(module: nn.Module, variables: dict, images: jax.Array, count: jax.Ar
                 counts = (jnp.arange(len(x)) < count).reshape(-1, *[1] * (x.ndim - 1))
                 axes = tuple(range(x.ndim - 1))
                 wide = x.astype(jnp.float32)
-                found[context.module.path] = (wide.mean(axes, where=counts), jnp.square(wide).mean(axes, where=counts))
+                means = wide.mean(axes, where=counts), jnp.square(wide).mean(axes, where=counts)
+                measured[context.module.path] = means
                 return call(x, **kwargs, mask=counts)
         return call(*args, **kwargs)
 
-    with nn.intercept_methods(watch):
+    with nn.intercept_methods(intercept):
         module.apply(variables, images, train=True, mutable=['batch_stats'])
-    return found
+    return measured
 
 
 class Statistics:
     """Measures the BatchNorm statistics of models of one architecture."""
 
     def __init__(self, module: nn.Module, mesh: Mesh, batch_size: int):
-        """Measures batch by batch; `batch_size` is rounded up to a multiple of the devices."""
+        """Prepares measurements batch by batch; `batch_size` is rounded up to a multiple of the devices."""
         self._mesh, self._batch_size = mesh, batch_size
         whole = replicated(mesh)
 
         def call(variables, images, count):
-            return moments(module, variables, images.astype(jnp.float32) / 255.0, count)
+            return moments(module, variables, float_images(images), count)
 
         self._call = jax.jit(
             call,
@@ -74,16 +75,21 @@ class Statistics:
         )
 
     def __call__(self, variables: dict, images: np.ndarray) -> dict:
-        """Returns the variables with the statistics, float32, that uint8 images [N, H, W, C] give them."""
-        there = replicate(self._mesh, variables)
-        found, counts = [], []
-        for part, count in parts(self._mesh, images, self._batch_size):
-            found.append(wait_on_virtual_devices(self._mesh, self._call(there, part, np.int32(count))))
+        """Replaces the statistics in a model's variables by those of the images.
+
+        Args:
+            variables: Variables of the model.
+            images: uint8, or float32 in [0, 1], [N, H, W, C].
+        """
+        on_device = replicate(self._mesh, variables)
+        measured, counts = [], []
+        for batch, count in sharded_batches(self._mesh, images, self._batch_size):
+            measured.append(wait_on_virtual_devices(self._mesh, self._call(on_device, batch, np.int32(count))))
             counts.append(count)
         statistics = flatten_dict(variables['batch_stats'])
-        for path in found[0]:
+        for path in measured[0]:
             means, squares = (
-                np.average([np.asarray(part[path][i], np.float64) for part in found], axis=0, weights=counts)
+                np.average([np.asarray(part[path][i], np.float64) for part in measured], axis=0, weights=counts)
                 for i in range(2)
             )
             statistics[*path, 'mean'] = means.astype(np.float32)

@@ -1,143 +1,143 @@
 """FP: fine-pruning (Liu et al., "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks", 2018).
 
-A backdoor is said to live in channels that clean images leave asleep. The channels of the last feature map are pruned,
-the least active first, as long as the held-out clean images allow it; fine-tuning then mends what that broke:
+A backdoor is assumed to use channels that clean images do not activate. The channels of the last feature map are
+pruned, the least active first, as long as the held-out clean images allow it. Fine-tuning then repairs the damage:
 
-    activity(c) = mean over clean images and positions of |what the next dense layer reads of channel c|
+    activity(c) = mean over clean images and positions of |input of the next dense layer from channel c|
 
-For a map that a ReLU made this is the paper's mean activation; our networks also have maps that may be negative, where
-the channel that sleeps is the one near zero, not the one far below it. To prune a channel is to set its rows of the
-layer that reads it to zero, where they stay, so that a BatchNorm in between (`model.final_norm`) cannot wake it again.
-The usual code stops pruning by the accuracy on the test set, which a defender does not have; here the rule is
-`defender.strongest`, and the learning rate of the fine-tuning is chosen by it as well.
+For a map after a ReLU this is the paper's mean activation. Our networks also have maps with negative values; there an
+inactive channel is one near zero. Pruning a channel sets its rows in the kernel of the next dense layer to zero, and
+they stay zero. So a BatchNorm in between (`model.final_norm`) cannot activate the channel again.
 
-Needs: the suspect model and clean images. Costs: as FT, after one prediction of the held-out images for each channel
-from the last feature map on.
+The usual code stops pruning by the accuracy on the test set, which a defender does not have. Here `defender.strongest`
+chooses the number of channels, and also the learning rate of the fine-tuning.
+
+Needs: the infected model and clean images. Costs: those of FT, and one prediction of the held-out images for each
+channel, from the last feature map on.
 """
 
 import time
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
-import optax
 from flax import struct
 
-from aft_jax.data.augment import augment
 from aft_jax.data.order import count_steps
-from aft_jax.defenses.defender import DefenderData, begin, choose, hold_out, strongest
-from aft_jax.models.channel_pruning import head_inputs, masked_logits, reader, without
-from aft_jax.training.loop import Fitted, Phase, Run, TrainingStage, fit
-from aft_jax.training.prediction import Batched
-from aft_jax.training.state import Batch, Metrics, TrainState
-from aft_jax.training.steps import classification_step
+from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified, choose_fitted, hold_out, strongest
+from aft_jax.defenses.ft import fine_tuning_stage
+from aft_jax.models.channel_pruning import first_dense, head_inputs, masked_logits, prune_channels
+from aft_jax.training.loop import Fitted, Phase, Run, fit
+from aft_jax.training.prediction import BatchedFunction
+from aft_jax.training.state import Batch, Metrics, Step, TrainState, WrapsClassifier
 
-# Candidates that are tried in one call; the network below the last feature map runs once for all of them.
+# Candidates in one compiled call. The network up to the last feature map runs once for all of them.
 CANDIDATES_PER_CALL = 32
 
 
-@struct.dataclass
-class PrunedState:
-    """A classifier in training whose pruned channels stay so.
+class FpOptions(NamedTuple):
+    """Section `fp` of the config: the fine-tuning after the pruning.
 
     Attributes:
-        classifier: Its state.
-        kept: float32 [C], 0 for the pruned channels of the last feature map and 1 for the others. It is saved with the
-            rest, so that a resumed run goes on with the same ones.
+        epochs: Length of the fine-tuning.
+        learning_rates: Candidates, from the weakest to the strongest.
+        schedule: 'constant' or 'cosine'.
+        max_grad_norm: Largest norm of a gradient. 0 for no limit.
     """
 
-    classifier: TrainState
+    epochs: float
+    learning_rates: tuple[float, ...]
+    schedule: str
+    max_grad_norm: float
+
+
+@struct.dataclass
+class PrunedState(WrapsClassifier):
+    """A classifier in training whose pruned channels stay pruned.
+
+    Attributes:
+        classifier: State of the classifier.
+        kept: float32 [C], 0 for the pruned channels of the last feature map and 1 for the others. Checkpoints contain
+            it, so that a resumed run has the same pruned channels.
+    """
+
     kept: jax.Array
 
-    @property
-    def step(self) -> jax.Array:
-        """int32 scalar, steps taken."""
-        return self.classifier.step
 
-    @property
-    def variables(self) -> dict:
-        """The classifier's."""
-        return self.classifier.variables
-
-
-def purify(run: Run, stage: str, data: DefenderData, config: ml_collections.ConfigDict) -> Fitted:
-    """Returns the suspect model pruned and fine-tuned on the clean images that are not held out.
+def purify(run: Run, name: str, data: DefenderData, settings: DefenseSettings) -> Purified:
+    """Prunes the infected model, and fine-tunes it on the clean images that are not held out.
 
     Args:
-        run: The experiment.
-        stage: The name of its checkpoints and metrics.
-        data: The defender's.
-        config: The resolved config; `config.fp` has epochs, learning_rates, max_grad_norm and schedule.
+        run: Experiment.
+        name: Name of the defense. The fine-tuning with each learning rate has a name of its own below it.
+        data: Infected model and clean images.
+        settings: Settings with `FpOptions`.
     """
+    options: FpOptions = settings.options
     started = time.monotonic()
-    training, held = hold_out(data, config.tuning.held_out_share, run.seed)
-    name = reader(data.module, data.variables, data.images.shape[1:])
-    candidates = least_active_first(activity(run, training, name))
-    accuracies = held_out_accuracies(run, held, name, candidates)
-    kept = candidates[strongest(accuracies, config.tuning.budget)]
+    training, held = hold_out(data, settings.tuning.held_out_share, run.seed)
+    layer = first_dense(data.module, data.variables, data.images.shape[1:])
+    candidates = least_active_first(activity(run, training, layer))
+    accuracies = held_out_accuracies(run, held, layer, candidates)
+    kept = jnp.asarray(candidates[strongest(accuracies, settings.tuning.budget)])
     pruning_seconds = time.monotonic() - started
+    steps = count_steps(len(training.labels), options.epochs, settings.batch_size)
 
-    def fine_tuned(learning_rate: float) -> Fitted:
-        steps = count_steps(len(training.labels), config.fp.epochs, config.batch_size)
-        before, optimiser = begin(training, config.fp, config.train, steps, learning_rate)
-        pruned = replace(before, params=without(before.params, name, jnp.asarray(kept)))
-        step = partial(
-            fine_tuning_step, name=name, module=data.module, optimiser=optimiser, augmentation=config.augment
-        )
-        begun = PrunedState(pruned, jnp.asarray(kept))
-        name_of_stage = f'{stage}/{float(learning_rate)}'
-        return fit(run, TrainingStage(name_of_stage, begun, [Phase(step, steps)], training.arrays, config.batch_size))
+    def fine_tune_pruned(rate: float) -> Fitted:
+        stage = fine_tuning_stage(f'{name}/{float(rate)}', training, settings, steps=steps, learning_rate=rate)
+        pruned = PrunedState(prune_classifier(stage.state, layer, kept), kept)
+        step = partial(pruned_step, step=stage.phases[0].step, layer=layer)
+        return fit(run, stage._replace(state=pruned, phases=[Phase(step, steps)]))
 
-    fitted = choose(run, held, [fine_tuned(rate) for rate in config.fp.learning_rates], config.tuning)
-    return fitted._replace(seconds=fitted.seconds + pruning_seconds)
+    fitted = [fine_tune_pruned(rate) for rate in options.learning_rates]
+    purified = choose_fitted(run, held, fitted, settings.tuning)
+    return purified._replace(seconds=purified.seconds + pruning_seconds)
 
 
-def activity(run: Run, training: DefenderData, name: str) -> np.ndarray:
-    """Returns how active each channel of the suspect's last feature map is: float64 [C]; see the top of this file.
+def activity(run: Run, training: DefenderData, layer: str) -> np.ndarray:
+    """Measures the activity of each channel of the infected model's last feature map: float64 [C]; see above.
 
     Args:
-        run: The experiment.
-        training: The data that are not held out.
-        name: Of the map's reader.
+        run: Experiment.
+        training: Infected model, and the images that are not held out.
+        layer: Name of the first dense layer.
     """
 
-    def of_images(variables: Any, images: jax.Array) -> jax.Array:
-        return jnp.abs(head_inputs(training.module, name, variables, images)).mean(axis=1)
+    def image_activity(variables: Any, images: jax.Array) -> jax.Array:
+        return jnp.abs(head_inputs(training.module, layer, variables, images)).mean(axis=1)
 
-    measure = Batched(of_images, training.module, run.mesh, run.options.eval_batch_size)
+    measure = BatchedFunction(image_activity, training.module, run.mesh, run.options.eval_batch_size)
     return measure(training.variables, training.images).mean(axis=0, dtype=np.float64)
 
 
 def least_active_first(activities: np.ndarray) -> np.ndarray:
-    """Returns what is kept when 0, 1, ... C - 1 channels are pruned: float32 [C, C], a candidate a row.
+    """Builds the candidates, which prune 0, 1, ... C - 1 channels: float32 [C, C], rows with 1 for kept channels.
 
     Args:
-        activities: [C].
+        activities: Activity of each channel, [C].
     """
     rank = np.argsort(np.argsort(activities, kind='stable'))
     return (rank >= np.arange(len(rank))[:, None]).astype(np.float32)
 
 
-def held_out_accuracies(run: Run, held: DefenderData, name: str, candidates: np.ndarray) -> list[float]:
-    """Returns the clean accuracy of the suspect pruned in each way, without any training.
+def held_out_accuracies(run: Run, held: DefenderData, layer: str, candidates: np.ndarray) -> list[float]:
+    """Measures the clean accuracy of each candidate before fine-tuning.
 
     Args:
-        run: The experiment.
-        held: The held-out part of the data.
-        name: Of the reader of the last feature map.
-        candidates: float32 [n, C], rows of 1 for what is kept and 0 for what is not.
+        run: Experiment.
+        held: Infected model and held-out images.
+        layer: Name of the first dense layer.
+        candidates: float32 [n, C], 1 for kept channels and 0 for pruned ones.
     """
 
-    def classes(given: Any, images: jax.Array) -> jax.Array:
-        logits = partial(masked_logits, held.module, name, given['variables'], images)
-        return jax.vmap(logits, out_axes=1)(given['candidates']).argmax(axis=-1).astype(jnp.int32)
+    def classes(inputs: Any, images: jax.Array) -> jax.Array:
+        logits = partial(masked_logits, held.module, layer, inputs['variables'], images)
+        return jax.vmap(logits, out_axes=1)(inputs['candidates']).argmax(axis=-1).astype(jnp.int32)
 
-    predict = Batched(classes, held.module, run.mesh, run.options.eval_batch_size)
+    predict = BatchedFunction(classes, held.module, run.mesh, run.options.eval_batch_size)
     accuracies = []
     for first in range(0, len(candidates), CANDIDATES_PER_CALL):
         part = candidates[first : first + CANDIDATES_PER_CALL]
@@ -146,37 +146,26 @@ def held_out_accuracies(run: Run, held: DefenderData, name: str, candidates: np.
     return accuracies
 
 
-def fine_tuning_step(
-    state: PrunedState,
-    batch: Batch,
-    key: jax.Array,
-    *,
-    name: str,
-    module: nn.Module,
-    optimiser: optax.GradientTransformation,
-    augmentation: ml_collections.ConfigDict,
+def prune_classifier(classifier: TrainState, layer: str, kept: jax.Array) -> TrainState:
+    """Prunes the channels that `kept` marks with 0."""
+    return replace(classifier, params=prune_channels(classifier.params, layer, kept))
+
+
+def pruned_step(
+    state: PrunedState, batch: Batch, key: jax.Array, *, step: Step, layer: str
 ) -> tuple[PrunedState, Metrics]:
-    """Cross-entropy on an augmented batch, after which pruned channels are set to zero again.
+    """Takes a step of fine-tuning, and prunes the same channels again.
 
     Args:
-        state: Before the step.
-        batch: 'images' float32 [B, H, W, C] in [0, 1] and 'labels' int32 [B].
+        state: State before the step.
+        batch: Batch of `step`.
         key: PRNG key of this step.
-        name: Of the reader of the last feature map.
-        module: The classifier.
-        optimiser: Its optimiser.
-        augmentation: `config.augment`.
+        step: Step of the classifier.
+        layer: Name of the first dense layer.
 
     Returns:
-        The state after the step; metrics with 'pruned_share', that of the last feature map's channels.
+        The state after the step; metrics with 'pruned_share' of the last feature map's channels.
     """
-    classifier, metrics = classification_step(
-        state.classifier,
-        batch,
-        key,
-        module=module,
-        optimiser=optimiser,
-        transform=lambda key, images, labels: (augment(key, images, augmentation), labels),
-    )
-    pruned = replace(classifier, params=without(classifier.params, name, state.kept))
-    return replace(state, classifier=pruned), metrics | {'pruned_share': 1 - state.kept.mean()}
+    classifier, metrics = step(state.classifier, batch, key)
+    pruned = replace(state, classifier=prune_classifier(classifier, layer, state.kept))
+    return pruned, metrics | {'pruned_share': 1 - state.kept.mean()}

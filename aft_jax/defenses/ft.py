@@ -1,67 +1,78 @@
-"""FT: plain fine-tuning on clean images, the baseline without which no purification means anything.
+"""FT: plain fine-tuning on clean images, the baseline for all other defenses.
 
-The learning rate is its dial: a higher one erases more and costs more. `defender.tune` chooses among several.
+A higher learning rate erases more of the backdoor and costs more clean accuracy. `defender.tune` chooses it.
 
-Needs: the suspect model and clean images. Costs: one training step a batch, for each learning rate.
+Needs: the infected model and clean images. Costs: one training step a batch, for each learning rate.
 """
 
 from functools import partial
-
-import ml_collections
+from typing import NamedTuple
 
 from aft_jax.data.augment import augment
 from aft_jax.data.order import count_steps
-from aft_jax.defenses.defender import DefenderData, begin, tune
+from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified, start_training, tune
 from aft_jax.training.loop import Fitted, Phase, Run, TrainingStage, fit
 from aft_jax.training.steps import classification_step
 
 
-def purify(run: Run, stage: str, data: DefenderData, config: ml_collections.ConfigDict) -> Fitted:
-    """Returns the suspect model fine-tuned with cross-entropy on the clean images, augmented as when it was trained.
+class FtOptions(NamedTuple):
+    """Section `ft` of the config.
+
+    Attributes:
+        epochs: Length of the fine-tuning.
+        learning_rates: Candidates, from the weakest to the strongest.
+        schedule: 'constant' or 'cosine'.
+        max_grad_norm: Largest norm of a gradient. 0 for no limit.
+    """
+
+    epochs: float
+    learning_rates: tuple[float, ...]
+    schedule: str
+    max_grad_norm: float
+
+
+def purify(run: Run, name: str, data: DefenderData, settings: DefenseSettings) -> Purified:
+    """Fine-tunes the infected model on the clean images, augmented as in its training.
 
     Args:
-        run: The experiment.
-        stage: The name of its checkpoints and metrics.
-        data: The defender's.
-        config: The resolved config; `config.ft` has epochs, learning_rates, max_grad_norm and schedule.
+        run: Experiment.
+        name: Name of checkpoints and metrics.
+        data: Infected model and clean images.
+        settings: Settings with `FtOptions`.
     """
-    options = config.ft
 
-    def train(name: str, held: DefenderData, learning_rate: float) -> Fitted:
-        return fine_tune(run, name, held, options, options.epochs, config, learning_rate)
+    def train(name: str, kept: DefenderData, learning_rate: float) -> Fitted:
+        return fine_tune(run, name, kept, settings, epochs=settings.options.epochs, learning_rate=learning_rate)
 
-    return tune(run, stage, data, options.learning_rates, train, config.tuning)
+    return tune(run, name, data, train, settings)
 
 
 def fine_tune(
-    run: Run,
-    stage: str,
-    data: DefenderData,
-    options: ml_collections.ConfigDict,
-    epochs: float,
-    config: ml_collections.ConfigDict,
-    learning_rate: float,
+    run: Run, name: str, data: DefenderData, settings: DefenseSettings, *, epochs: float, learning_rate: float
 ) -> Fitted:
-    """Fine-tunes as a part of another defense: its teacher, or an end of its curve.
+    """Fine-tunes the infected model with cross-entropy; also a part of other defenses.
 
     Args:
-        run: The experiment.
-        stage: The name of this part's checkpoints and metrics.
-        data: The defender's.
-        options: The defense's own config: schedule and max_grad_norm.
-        epochs: Of the data' images.
-        config: The resolved config.
-        learning_rate: At the beginning.
-
-    Returns:
-        The suspect model fine-tuned.
+        run: Experiment.
+        name: Name of checkpoints and metrics.
+        data: Infected model and clean images.
+        settings: Settings whose options have `schedule` and `max_grad_norm`.
+        epochs: Passes over the images.
+        learning_rate: Learning rate of the first step.
     """
-    steps = count_steps(len(data.labels), epochs, config.batch_size)
-    before, optimiser = begin(data, options, config.train, steps, learning_rate)
+    steps = count_steps(len(data.labels), epochs, settings.batch_size)
+    return fit(run, fine_tuning_stage(name, data, settings, steps=steps, learning_rate=learning_rate))
+
+
+def fine_tuning_stage(
+    name: str, data: DefenderData, settings: DefenseSettings, *, steps: int, learning_rate: float
+) -> TrainingStage:
+    """Builds a fine-tuning of `steps` steps; arguments as of `fine_tune`."""
+    before, optimiser = start_training(data, settings, steps, learning_rate)
     step = partial(
         classification_step,
         module=data.module,
         optimiser=optimiser,
-        transform=lambda key, images, labels: (augment(key, images, config.augment), labels),
+        transform=lambda key, images, labels: (augment(key, images, settings.augment), labels),
     )
-    return fit(run, TrainingStage(stage, before, [Phase(step, steps)], data.arrays, config.batch_size))
+    return TrainingStage(name, before, [Phase(step, steps)], data.arrays, settings.batch_size)

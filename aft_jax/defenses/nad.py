@@ -1,75 +1,97 @@
 """NAD: neural attention distillation (Li et al., "Neural Attention Distillation", ICLR 2021, arXiv 2101.05930).
 
-A teacher, the suspect fine-tuned for a few epochs on clean images, shows a student, the suspect again, where to look:
+The teacher is the infected model, fine-tuned for a few epochs on clean images. The student is the infected model again,
+and learns the teacher's attention maps:
 
-    loss = CE(student, true labels) + sum over stages of beta_l D(A_l(student), A_l(teacher))
+    loss = CE(student, true labels) + sum over blocks of beta_l D(A_l(student), A_l(teacher))
 
-    A(F) = sum over channels of F^2, divided by its L2 norm over the H x W places of an image
-    D    = mean over images and places of the squared difference, for which the published betas are meant
+    A(F) = sum over channels of F^2, divided by its L2 norm over the H x W positions of an image
+    D    = mean over images and positions of the squared difference, to which the published betas refer
 
-The stages are the last ones of the network, one a beta, or all where it has fewer. The teacher is in evaluation mode.
-The learning rate of both is the dial by which NAD tunes itself (`defender.tune`). The betas are not: without a bound on
-the gradient large ones make a student go astray, and with one they only tie it more closely to its teacher.
+The sum runs over the last blocks of the network, one for each beta, or over all if it has fewer. The teacher is in
+evaluation mode. `defender.tune` chooses the learning rate of both. The betas are not tuned: large ones make a student
+diverge without a limit on its gradients, and with one they only keep it closer to its teacher.
 
-Needs: the suspect model and clean images. Costs: for each learning rate a short fine-tuning, and a training with one
+Needs: the infected model and clean images. Costs: for each learning rate a short fine-tuning, and a training with one
 further forward pass a step.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 
-from aft_jax.data.augment import augment
+from aft_jax.data.augment import AugmentOptions, augment
 from aft_jax.data.order import count_steps
-from aft_jax.defenses.defender import DefenderData, begin, tune
+from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified, start_training, tune
 from aft_jax.defenses.ft import fine_tune
 from aft_jax.training.loop import Fitted, Phase, Run, TrainingStage, fit
 from aft_jax.training.state import Batch, Metrics, TrainState
 from aft_jax.training.steps import accuracy, cross_entropy, update
 
-# Added to a squared norm, so that the gradient of a map that is black everywhere is 0, not NaN.
+# Added to a squared norm, so that the gradient of a map that is zero everywhere is 0, not NaN.
 TINY = 1e-12
 
 
-def purify(run: Run, stage: str, data: DefenderData, config: ml_collections.ConfigDict) -> Fitted:
-    """Returns the student.
+class NadOptions(NamedTuple):
+    """Section `nad` of the config.
+
+    Attributes:
+        teacher_epochs: Length of the teacher's fine-tuning.
+        epochs: Length of the student's training.
+        learning_rates: Candidates, from the weakest to the strongest, for teacher and student.
+        schedule: 'constant' or 'cosine'.
+        max_grad_norm: Largest norm of a gradient. 0 for no limit.
+        betas: Weights of the last blocks' distances; the last beta belongs to the last block.
+    """
+
+    teacher_epochs: float
+    epochs: float
+    learning_rates: tuple[float, ...]
+    schedule: str
+    max_grad_norm: float
+    betas: tuple[float, ...]
+
+
+def purify(run: Run, name: str, data: DefenderData, settings: DefenseSettings) -> Purified:
+    """Trains a teacher and a student for each learning rate, and takes the strongest student.
 
     Args:
-        run: The experiment.
-        stage: The name of the defense; the teacher and each student have stages of their own below it.
-        data: The defender's.
-        config: The resolved config; `config.nad` has teacher_epochs, epochs, learning_rates, schedule, max_grad_norm
-            and betas.
+        run: Experiment.
+        name: Name of the defense. Each teacher and each student has a name of its own below it.
+        data: Infected model and clean images.
+        settings: Settings with `NadOptions`.
     """
-    options = config.nad
+    options: NadOptions = settings.options
 
-    def train(name: str, held: DefenderData, learning_rate: float) -> Fitted:
-        teacher = fine_tune(run, f'{name}/teacher', held, options, options.teacher_epochs, config, learning_rate)
-        steps = count_steps(len(held.labels), options.epochs, config.batch_size)
-        before, optimiser = begin(held, options, config.train, steps, learning_rate)
+    def train(name: str, kept: DefenderData, learning_rate: float) -> Fitted:
+        epochs = options.teacher_epochs
+        teacher = fine_tune(run, f'{name}/teacher', kept, settings, epochs=epochs, learning_rate=learning_rate)
+        steps = count_steps(len(kept.labels), options.epochs, settings.batch_size)
+        before, optimiser = start_training(kept, settings, steps, learning_rate)
         step = partial(
             nad_step,
-            module=held.module,
+            module=kept.module,
             optimiser=optimiser,
-            betas=tuple(options.betas),
-            augmentation=config.augment,
+            betas=options.betas,
+            augmentation=settings.augment,
         )
-        constants = teacher.state.variables
-        student = fit(
-            run,
-            TrainingStage(
-                f'{name}/student', before, [Phase(step, steps)], held.arrays, config.batch_size, constants=constants
-            ),
+        stage = TrainingStage(
+            name=f'{name}/student',
+            state=before,
+            phases=[Phase(step, steps)],
+            arrays=kept.arrays,
+            batch_size=settings.batch_size,
+            constants=teacher.state.variables,
         )
+        student = fit(run, stage)
         return student._replace(seconds=teacher.seconds + student.seconds)
 
-    return tune(run, stage, data, options.learning_rates, train, config.tuning)
+    return tune(run, name, data, train, settings)
 
 
 def nad_step(
@@ -80,18 +102,18 @@ def nad_step(
     module: nn.Module,
     optimiser: optax.GradientTransformation,
     betas: Sequence[float],
-    augmentation: ml_collections.ConfigDict,
+    augmentation: AugmentOptions,
 ) -> tuple[TrainState, Metrics]:
-    """One step of the student.
+    """Takes one step of the student.
 
     Args:
-        state: The student's before the step.
-        batch: 'images' float32 [B, H, W, C] in [0, 1], 'labels' int32 [B], and 'fixed', the teacher's variables.
+        state: State of the student before the step.
+        batch: 'images' float32 [B, H, W, C] in [0, 1], 'labels' int32 [B], and 'constants', the teacher's variables.
         key: PRNG key of this step.
-        module: The classifier, with `features`.
-        optimiser: Its optimiser.
-        betas: Weights of the last stages' distances.
-        augmentation: `config.augment`.
+        module: Classifier that returns feature maps.
+        optimiser: Optimiser of the student.
+        betas: Weights of the last blocks' distances.
+        augmentation: Options of `augment`.
 
     Returns:
         The state after the step; metrics with 'distance', the weighted sum of the distances.
@@ -99,10 +121,10 @@ def nad_step(
     augment_key, dropout_key = jax.random.split(key)
     labels = batch['labels']
     images = augment(augment_key, batch['images'], augmentation)
-    _, wanted = cast(Any, module.apply(batch['constants'], images, features=True))
+    _, teacher_maps = cast(Any, module.apply(batch['constants'], images, features=True))
 
     def distance(maps: Sequence[jax.Array]) -> jax.Array:
-        return attention_distance(maps, wanted, betas)
+        return attention_distance(maps, teacher_maps, betas)
 
     state, (logits, maps), metrics = update(
         state,
@@ -116,23 +138,25 @@ def nad_step(
     return state, metrics | {'accuracy': accuracy(logits, labels), 'distance': distance(maps)}
 
 
-def attention_distance(maps: Sequence[jax.Array], wanted: Sequence[jax.Array], betas: Sequence[float]) -> jax.Array:
-    """Returns the scalar sum of beta * D over the last len(betas) stages, or over all with the last betas.
+def attention_distance(
+    maps: Sequence[jax.Array], teacher_maps: Sequence[jax.Array], betas: Sequence[float]
+) -> jax.Array:
+    """Computes the scalar sum of beta * D over the last len(betas) blocks, or over all blocks with the last betas.
 
     Args:
-        maps: Of a stage each, [B, H, W, C].
-        wanted: The teacher's.
-        betas: For stages in order, the last for the last.
+        maps: Feature map of each block, [B, H, W, C].
+        teacher_maps: Those of the teacher.
+        betas: Weights in the order of the blocks; the last one belongs to the last block.
     """
     count = min(len(maps), len(betas))
     distances = [
         beta * jnp.mean(jnp.square(attention(one) - attention(other)))
-        for one, other, beta in zip(maps[-count:], wanted[-count:], betas[-count:], strict=True)
+        for one, other, beta in zip(maps[-count:], teacher_maps[-count:], betas[-count:], strict=True)
     ]
     return jnp.stack(distances).sum()
 
 
 def attention(features: jax.Array) -> jax.Array:
-    """Returns where a stage looks, float32 [B, H, W] of L2 norm 1 for each image, from its map [B, H, W, C]."""
+    """Computes the attention of a feature map [B, H, W, C]: float32 [B, H, W], of L2 norm 1 for each image."""
     energy = jnp.square(features.astype(jnp.float32)).sum(axis=-1)
     return energy * jax.lax.rsqrt(jnp.square(energy).sum(axis=(1, 2), keepdims=True) + TINY)

@@ -4,15 +4,15 @@ Every module takes float32 images [B, H, W, C] in [0, 1], normalises them itself
 With `features=True` it returns (logits, feature maps of its blocks, first to last).
 """
 
-from collections.abc import Callable
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from aft_jax.models import custom
+from aft_jax.models import cpu_compilation, custom
 from aft_jax.models.mnist_cnn import MnistCNN
 from aft_jax.models.preact_resnet import BLOCKS, PreActResNet
 from aft_jax.models.resnet import ResNet
@@ -66,6 +66,25 @@ def initialise(module: nn.Module, key: jax.Array, image_shape: tuple[int, int, i
     return jax.jit(module.init)(key, jnp.zeros((1, *image_shape), jnp.float32))
 
 
-def logits_function(module: nn.Module, variables: dict) -> Callable[[jax.Array], jax.Array]:
-    """Returns images -> logits in evaluation mode (running BatchNorm statistics, no dropout)."""
-    return lambda images: cast(jax.Array, module.apply(variables, images))
+@dataclass(frozen=True)
+class EvaluationLogits:
+    """Logits of a classifier in evaluation mode (running BatchNorm statistics, no dropout), as a function of images.
+
+    Attributes:
+        module: Classifier.
+        variables: Variables of the classifier.
+        slow_in_loops: Whether its gradients are slow inside a compiled loop, see `cpu_compilation.slow_in_loops`.
+    """
+
+    module: nn.Module
+    variables: Any
+    slow_in_loops: bool
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Computes the logits [B, K] of float32 images [B, H, W, C] in [0, 1]."""
+        return cast(jax.Array, self.module.apply(self.variables, images))
+
+
+def logits_function(module: nn.Module, variables: Any) -> EvaluationLogits:
+    """Binds a classifier to its variables: images -> logits in evaluation mode."""
+    return EvaluationLogits(module, variables, cpu_compilation.slow_in_loops(module))

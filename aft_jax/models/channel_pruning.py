@@ -1,7 +1,7 @@
-"""The layer that reads a classifier's last feature map, what it reads, and how to make it blind to a channel.
+"""The first dense layer of a classifier, its inputs, and how to remove single channels of the last feature map there.
 
-Between the two there may be more than a reshaping (BatchNorm and ReLU, pooling), but the channels of the map stay the
-last axis through all of it. So row r of the reader's kernel belongs to channel r mod C.
+Between the last feature map and this layer there may be more than a reshaping (BatchNorm and ReLU, pooling), but the
+channels stay the last axis. So row r of the layer's kernel belongs to channel r mod C.
 """
 
 from collections.abc import Callable
@@ -11,89 +11,90 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-Change = Callable[[jax.Array], jax.Array]
+InputFunction = Callable[[jax.Array], jax.Array]
 
 
-def reader(module: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> str:
-    """Returns the name of the reader in 'params': the first dense layer, as no classifier here has one any earlier.
+def first_dense(module: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> str:
+    """Finds the name in 'params' of the first dense layer. In all our networks it follows the last feature map.
 
     Args:
-        module: The classifier.
-        variables: Its own.
+        module: Classifier.
+        variables: Variables of the classifier.
         image_shape: (H, W, C').
     """
     names = []
 
-    def watch(call, arguments, options, context):
+    def intercept(call, arguments, options, context):
         if isinstance(context.module, nn.Dense):
             names.append(context.module.path[0])
         return call(*arguments, **options)
 
-    with nn.intercept_methods(watch):
+    with nn.intercept_methods(intercept):
         jax.eval_shape(module.apply, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
     return names[0]
 
 
-def head_inputs(module: nn.Module, name: str, variables: Any, images: jax.Array) -> jax.Array:
-    """Returns what the reader takes in of each channel, the model in evaluation mode.
+def head_inputs(module: nn.Module, layer: str, variables: Any, images: jax.Array) -> jax.Array:
+    """Computes the first dense layer's inputs by channel, the model in evaluation mode.
 
     Args:
-        module: The classifier.
-        name: Of the reader.
-        variables: The classifier's.
+        module: Classifier.
+        layer: Name of the first dense layer.
+        variables: Variables of the classifier.
         images: float32 [B, H, W, C'] in [0, 1].
 
     Returns:
-        float32 [B, P, C] for a last feature map of C channels, read at P positions (1 after an average over them).
+        float32 [B, P, C] for a last feature map of C channels and P positions (1 after an average over positions).
     """
-    seen = []
+    inputs = []
 
-    def keep(x: jax.Array) -> jax.Array:
-        seen.append(x)
+    def record(x: jax.Array) -> jax.Array:
+        inputs.append(x)
         return x
 
-    with nn.intercept_methods(_before(name, keep)):
+    with nn.intercept_methods(_at_input(layer, record)):
         _, maps = cast(Any, module.apply(variables, images, features=True))
-    return seen[0].astype(jnp.float32).reshape(len(images), -1, maps[-1].shape[-1])
+    return inputs[0].astype(jnp.float32).reshape(len(images), -1, maps[-1].shape[-1])
 
 
-def masked_logits(module: nn.Module, name: str, variables: Any, images: jax.Array, kept: jax.Array) -> jax.Array:
-    """Returns the logits [B, K] of the model with its reader blind to some channels, in evaluation mode.
+def masked_logits(module: nn.Module, layer: str, variables: Any, images: jax.Array, kept: jax.Array) -> jax.Array:
+    """Computes logits [B, K] in evaluation mode, with some channels set to zero in the first dense layer's input.
 
-    As `without` on the kernel, but cheap under vmap over `kept`: nothing before the reader depends on it, and the
-    kernel, which may be large, stays one.
+    The logits are those after `prune_channels`, but cheap under vmap over `kept`: the network before the layer runs
+    once, and the kernel, which may be large, is not copied.
 
     Args:
-        module: The classifier.
-        name: Of the reader.
-        variables: The classifier's.
+        module: Classifier.
+        layer: Name of the first dense layer.
+        variables: Variables of the classifier.
         images: float32 [B, H, W, C'] in [0, 1].
-        kept: float32 [C], 1 for a channel that is read and 0 for one that is not.
+        kept: float32 [C], 1 for a channel that is kept and 0 for one that is removed.
     """
 
-    def cover(x: jax.Array) -> jax.Array:
-        return x * _spread(kept, x.shape[-1])[None, :].astype(x.dtype)
+    def mask(x: jax.Array) -> jax.Array:
+        return x * _by_row(kept, x.shape[-1])[None, :].astype(x.dtype)
 
-    with nn.intercept_methods(_before(name, cover)):
+    with nn.intercept_methods(_at_input(layer, mask)):
         return cast(jax.Array, module.apply(variables, images))
 
 
-def without(params: dict, name: str, kept: jax.Array) -> dict:
-    """Returns the parameters with the reader's rows of some channels set to zero; arguments as for `masked_logits`."""
-    kernel = params[name]['kernel']
-    return params | {name: params[name] | {'kernel': kernel * _spread(kept, len(kernel))[:, None]}}
+def prune_channels(params: dict, layer: str, kept: jax.Array) -> dict:
+    """Sets the kernel rows of removed channels to zero; arguments as of `masked_logits`."""
+    kernel = params[layer]['kernel']
+    return params | {layer: params[layer] | {'kernel': kernel * _by_row(kept, len(kernel))[:, None]}}
 
 
-def _spread(kept: jax.Array, rows: int) -> jax.Array:
+def _by_row(kept: jax.Array, rows: int) -> jax.Array:
+    """Repeats the values of channels for each row of the kernel."""
     return jnp.tile(kept, rows // len(kept))
 
 
-def _before(name: str, change: Change) -> Callable:
-    """Returns what Flax calls around each layer: it changes the input of the one with this name."""
+def _at_input(layer: str, function: InputFunction) -> Callable:
+    """Builds an interceptor for Flax that applies a function to the input of a layer."""
 
     def intercept(call, arguments, options, context):
-        if context.module.path == (name,) and context.method_name == '__call__':
-            arguments = (change(arguments[0]), *arguments[1:])
+        if context.module.path == (layer,) and context.method_name == '__call__':
+            arguments = (function(arguments[0]), *arguments[1:])
         return call(*arguments, **options)
 
     return intercept

@@ -1,4 +1,4 @@
-"""SavedRun runs, read back: their data, their attack, and the models that they ended with. Nothing is trained."""
+"""Loads finished runs: their data, their attack and their models. Nothing is trained."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from aft_jax import data, validation
 from aft_jax.config import as_options, default_config, resolve, split_names
 from aft_jax.data.dataset import Dataset
-from aft_jax.defenses import DEFENSES, FROM_SUSPECT_SET
+from aft_jax.defenses import DEFENSES
 from aft_jax.errors import UserError, check_choice
 from aft_jax.pipeline import stages
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
@@ -26,26 +26,26 @@ INFECTED_ONLY = 'none'
 
 
 def read_defenses(text: str) -> list[str] | None:
-    """Returns what a flag --defenses names: None, which is all, for ''; nothing for 'none'.
+    """Parses a flag --defenses: None (all defenses) for '', an empty list for 'none'.
 
     Raises:
-        UserError: It names a defense that does not exist.
+        UserError: The flag names a defense that does not exist.
     """
-    given = split_names(text)
-    for name in given:
+    names = split_names(text)
+    for name in names:
         check_choice('--defenses', name, (*DEFENSES, INFECTED_ONLY))
-    return [name for name in given if name != INFECTED_ONLY] if given else None
+    return [name for name in names if name != INFECTED_ONLY] if names else None
 
 
 class SavedRun(NamedTuple):
-    """A run that has ended.
+    """A finished run.
 
     Attributes:
-        directory: Its work directory.
-        config: Resolved.
-        scenario: What the experiment was about.
-        infected: The infected model, or the benign one.
-        purified: Variables by defense.
+        directory: Work directory.
+        config: Resolved config.
+        scenario: Data, attack and module of the experiment.
+        infected: Infected or benign model.
+        purified: Variables of the purified model of each defense.
     """
 
     directory: Path
@@ -56,14 +56,14 @@ class SavedRun(NamedTuple):
 
 
 class Datasets:
-    """Data sets by their config, each loaded once, with the checksum of its arrays."""
+    """Cache of data sets, with the checksums of their arrays."""
 
     def __init__(self) -> None:
-        """Has loaded nothing yet."""
+        """Creates an empty cache."""
         self._loaded: dict[str, tuple[Dataset, int]] = {}
 
     def load(self, config: ml_collections.ConfigDict) -> tuple[Dataset, int]:
-        """Returns the data set of a run's config, and its checksum."""
+        """Loads the data set of a run's config, or takes it from the cache; returns it with its checksum."""
         name = json.dumps([config.dataset, config.data.to_dict()], sort_keys=True)
         if name not in self._loaded:
             dataset = data.load(config.dataset, config.data)
@@ -72,29 +72,30 @@ class Datasets:
 
 
 def load(directory: Path, mesh: Mesh, datasets: Datasets, defenses: Sequence[str] | None = None) -> SavedRun:
-    """Returns a finished run.
+    """Loads a finished run.
 
-    The experiment's own functions carry it out again; every training finds that it has ended, and is stopped if not.
+    The stages of the experiment are carried out again. Each finds its training finished and loads its last checkpoint;
+    an unfinished training is an error.
 
     Args:
-        directory: Its work directory, which is not changed.
-        mesh: The devices.
-        datasets: Those at hand.
-        defenses: Whose models to read, of those that the run has; None for all.
+        directory: Work directory, which is not changed.
+        mesh: Devices.
+        datasets: Cache of data sets.
+        defenses: Defenses whose models are loaded, if the run has them; None for all.
 
     Raises:
-        UserError: It has not finished, its files are damaged, or its data are not there any more.
+        UserError: The run has not finished, its files are damaged, or its data set has changed.
     """
-    config, kept = read_config(directory)
+    config, recorded_checksum = read_config(directory)
     if config.init_from:
         raise UserError(
-            f'{directory} has purified a model from elsewhere ({config.init_from}); what it ended with is in '
-            f'{RunFiles(directory).export}.'
+            f'{directory} purified the given model {config.init_from}; use its purified models in '
+            f'{RunFiles(directory).export} instead.'
         )
     purified = [name for name in _results(directory) if defenses is None or name in defenses]
-    dataset, found = datasets.load(config)
-    if kept != found:
-        raise UserError(f'the data of {config.dataset} are not those that {directory} was made with; bring them back.')
+    dataset, data_checksum = datasets.load(config)
+    if recorded_checksum != data_checksum:
+        raise UserError(f'the data set {config.dataset} has changed since the run in {directory}; restore the old one.')
     scenario = stages.prepare(config, dataset, mesh)
     run = Run(
         config.seed,
@@ -107,44 +108,38 @@ def load(directory: Path, mesh: Mesh, datasets: Datasets, defenses: Sequence[str
     )
     try:
         infected = stages.infect(run, scenario, config, stages.evaluator_for(run, scenario))
-        variables = {}
-        for name in purified:
-            suspects = (
-                stages.untrusted_training_set(infected.attack, scenario, config) if name in FROM_SUSPECT_SET else None
-            )
-            held_data = stages.defender_data(scenario, infected, suspects)
-            options = stages.defender_config(config, name)
-            variables[name] = DEFENSES[name](run, f'purify/{name}', held_data, options).state.variables
+        variables = {name: stages.purify(run, name, scenario, infected, config).variables for name in purified}
     except NotFinished as error:
         raise UserError(
-            f'the stage {error.stage} of {directory} has not finished (it is at step {error.step}); start the run again.'
+            f'the stage {error.stage} of {directory} has not finished (step {error.step}); start the run again.'
         ) from None
     return SavedRun(directory, config, scenario, infected, variables)
 
 
 def read_config(directory: Path) -> tuple[ml_collections.ConfigDict, int]:
-    """Returns a run's config, with the defaults of fields that are younger than it, and the checksum of its data.
+    """Reads a run's resolved config and the checksum of its data. Fields that the file lacks get their defaults.
 
     Raises:
-        UserError: There is none, or it is damaged or of another version.
+        UserError: The file is missing or damaged, or another version wrote it.
     """
     path = RunFiles(directory).config
     try:
-        kept = json.loads(path.read_text())
-        found = kept.pop('data_checksum')
+        values = json.loads(path.read_text())
+        recorded_checksum = values.pop('data_checksum')
         config = default_config()
         with config.unlocked():
-            _fill(config, kept)
+            _fill(config, values)
     except OSError:
         raise UserError(f'{path} cannot be read: {directory} is not the --workdir of a run.') from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f'{path} is damaged, or was written by another version.') from None
     validation.validate(config)
-    return resolve(config), found
+    return resolve(config), recorded_checksum
 
 
-def _fill(config: ml_collections.ConfigDict, kept: dict[str, Any]) -> None:
-    for name, value in kept.items():
+def _fill(config: ml_collections.ConfigDict, values: dict[str, Any]) -> None:
+    """Sets the fields of a config to plain values."""
+    for name, value in values.items():
         if isinstance(value, dict):
             _fill(config[name], value)
         else:
@@ -152,7 +147,7 @@ def _fill(config: ml_collections.ConfigDict, kept: dict[str, Any]) -> None:
 
 
 def _results(directory: Path) -> list[str]:
-    """Returns the defenses that a run has measured."""
+    """Reads the names of the defenses in a run's results.json."""
     path = RunFiles(directory).results
     try:
         return [name for name in record.read(path).purified if name in DEFENSES]

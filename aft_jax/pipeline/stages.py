@@ -1,4 +1,4 @@
-"""The stages of an experiment up to its models: prepare the scenario, infect, and what a defender is given."""
+"""The stages of an experiment up to its models: prepare the scenario, infect a classifier, purify it."""
 
 import ml_collections
 from jax.sharding import Mesh
@@ -6,17 +6,20 @@ from jax.sharding import Mesh
 from aft_jax import attacks, models, validation
 from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import Poisoned, clean_indices, poison, poisoning_options, published_training_set
-from aft_jax.config import split_names
+from aft_jax.config import as_options, split_names
+from aft_jax.data.augment import AugmentOptions
 from aft_jax.data.dataset import Dataset
-from aft_jax.defenses import NEED_FEATURES, DefenderData
+from aft_jax.defenses import DEFENSES, DefenderData, DefenseSettings, Purified
+from aft_jax.defenses.defender import TuningOptions
 from aft_jax.errors import UserError
 from aft_jax.evaluation.evaluator import Evaluator, test_metrics
 from aft_jax.models.custom import shows_features
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.randomness import key_for
 from aft_jax.runtime.sharding import check_batch_size
-from aft_jax.training import optimiser, state
+from aft_jax.training import state
 from aft_jax.training.loop import EvalHook, EvalPoint, Phase, Run, TrainingStage, fit
+from aft_jax.training.optimiser import TrainOptions, sgd
 
 
 def evaluator_for(run: Run, scenario: Scenario) -> Evaluator:
@@ -25,24 +28,55 @@ def evaluator_for(run: Run, scenario: Scenario) -> Evaluator:
 
 
 def untrusted_training_set(attack: Attack | None, scenario: Scenario, config: ml_collections.ConfigDict) -> Poisoned:
-    """Returns the training set that a defender finds beside the infected model."""
+    """Builds the training set that a defender gets together with the infected model."""
     clean = scenario.dataset.train_images, scenario.dataset.train_labels
     return published_training_set(attack, *clean, scenario.poisoned, poisoning_options(config))
 
 
-def defender_data(scenario: Scenario, infected: InfectedModel, suspects: Poisoned | None) -> DefenderData:
-    """Returns what a defender holds: the suspect training set where it is given, or else the clean share."""
-    if suspects is not None:
-        return DefenderData(scenario.module, infected.variables, suspects.images, suspects.labels)
-    images, labels = scenario.dataset.train_images[scenario.clean], scenario.dataset.train_labels[scenario.clean]
+def defender_data(
+    name: str, scenario: Scenario, infected: InfectedModel, config: ml_collections.ConfigDict
+) -> DefenderData:
+    """Selects what a defender holds: the infected model, and the images that the defense trains on.
+
+    Args:
+        name: Name of the defense.
+        scenario: Data and module.
+        infected: Infected model and its attack.
+        config: Resolved config.
+    """
+    if DEFENSES[name].trains_on == 'untrusted_training_set':
+        untrusted = untrusted_training_set(infected.attack, scenario, config)
+        images, labels = untrusted.images, untrusted.labels
+    else:
+        images, labels = scenario.dataset.train_images[scenario.clean], scenario.dataset.train_labels[scenario.clean]
     return DefenderData(scenario.module, infected.variables, images, labels)
 
 
-def defender_config(config: ml_collections.ConfigDict, defense: str) -> ml_collections.ConfigDict:
-    """Returns what a defender may read of the config: nothing of the attack."""
-    return ml_collections.ConfigDict(
-        {field: config[field] for field in ('batch_size', 'train', 'augment', 'tuning', defense)}
+def defense_settings(name: str, config: ml_collections.ConfigDict) -> DefenseSettings:
+    """Selects the part of the resolved config that a defense may read: nothing of the attack."""
+    return DefenseSettings(
+        options=as_options(DEFENSES[name].options, config[name]),
+        batch_size=config.batch_size,
+        train=as_options(TrainOptions, config.train),
+        augment=as_options(AugmentOptions, config.augment),
+        tuning=as_options(TuningOptions, config.tuning),
     )
+
+
+def purify(
+    run: Run, name: str, scenario: Scenario, infected: InfectedModel, config: ml_collections.ConfigDict
+) -> Purified:
+    """Runs a defense against an infected model.
+
+    Args:
+        run: Experiment.
+        name: Name of the defense.
+        scenario: Data and module.
+        infected: Infected model and its attack.
+        config: Resolved config.
+    """
+    data = defender_data(name, scenario, infected, config)
+    return DEFENSES[name].purify(run, f'purify/{name}', data, defense_settings(name, config))
 
 
 def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh) -> Scenario:
@@ -63,7 +97,7 @@ def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh) -> 
     module = models.build(config, dataset.num_classes)
     if 'purify' in config.stages and not shows_features(module):
         for name in split_names(config.defenses):
-            if name in NEED_FEATURES:
+            if DEFENSES[name].needs_feature_maps:
                 raise UserError(
                     f'the defense {name!r} reads feature maps, but the __call__ of model.factory='
                     f'{config.model.factory} takes no `features`; add it, or leave {name!r} out.'
@@ -88,15 +122,12 @@ def infect(run: Run, scenario: Scenario, config: ml_collections.ConfigDict, eval
         attack, mask_seconds = attacks.train_mask_network(run, attack, arrays, settings)
 
     options, steps = settings.train, settings.steps(settings.train.epochs)
-    sgd = optimiser.sgd(
-        options.learning_rate,
-        options.schedule,
-        steps,
-        momentum=options.momentum,
-        weight_decay=options.weight_decay,
+    optimiser = sgd(
+        options.learning_rate, options.schedule, steps, momentum=options.momentum, weight_decay=options.weight_decay
     )
     variables = models.initialise(scenario.module, key_for(config.seed, 'initialise'), scenario.dataset.image_shape)
-    training = attacks.prepare_training(attack, scenario.module, sgd, state.create(variables, sgd), settings)
+    first = state.create(variables, optimiser)
+    training = attacks.prepare_training(attack, scenario.module, optimiser, first, settings)
 
     def evaluate(point: EvalPoint) -> dict[str, float]:
         return test_metrics(evaluator.evaluate(point.state.variables, training.attack_of(point.state)))

@@ -1,4 +1,4 @@
-"""SGD as the papers use it."""
+"""SGD as the papers use it, and the options of a training."""
 
 from typing import NamedTuple
 
@@ -32,22 +32,21 @@ def sgd(
     learning_rate: float,
     schedule: str,
     steps: int,
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
+    *,
+    momentum: float,
+    weight_decay: float,
     max_grad_norm: float = 0.0,
 ) -> optax.GradientTransformation:
-    """Returns SGD with momentum and coupled weight decay, as torch.optim.SGD computes it.
+    """Builds SGD with momentum and coupled weight decay, as torch.optim.SGD computes it.
 
     Args:
-        learning_rate: At the first step.
+        learning_rate: Learning rate of the first step.
         schedule: 'constant', or 'cosine', which falls to zero over `steps`.
         steps: Length of the training.
         momentum: Share of the last update that is kept.
-        weight_decay: Added to the gradient as weight_decay * parameter, for every parameter.
-        max_grad_norm: A longer gradient, before weight decay, is scaled down to this length; 0 for never.
-
-    Returns:
-        The optimiser.
+        weight_decay: Factor w. The gradient of every parameter p becomes g + w p.
+        max_grad_norm: Largest L2 norm of the whole gradient before weight decay. A longer one is scaled down; 0 for no
+            limit.
     """
     rate: optax.ScalarOrSchedule = learning_rate
     if schedule == 'cosine':

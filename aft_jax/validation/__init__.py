@@ -10,7 +10,7 @@ from aft_jax import data, models
 from aft_jax.config import resolve, split_names
 from aft_jax.config.fields import one_of
 from aft_jax.data.dataset import Dataset
-from aft_jax.defenses import FROM_SUSPECT_SET
+from aft_jax.defenses import DEFENSES
 from aft_jax.errors import UserError
 from aft_jax.models.vgg_bn import SMALLEST_SIDE
 from aft_jax.validation.attack import validate_attack
@@ -67,7 +67,7 @@ def _validate_given_model(config: ml_collections.ConfigDict) -> None:
     if not {'scan', 'purify'} & set(config.stages):
         raise UserError("stages must hold 'scan', 'purify' or both for a model that init_from names.")
     for name in split_names(config.defenses):
-        if name in FROM_SUSPECT_SET:
+        if DEFENSES[name].trains_on == 'untrusted_training_set':
             raise UserError(f'the defense {name!r} needs the untrusted training set, which init_from does not give.')
     if 'purify' in config.stages and not split_names(config.defenses):
         raise UserError("defenses is empty; name one, such as 'aft', or leave 'purify' out of stages.")
