@@ -37,8 +37,8 @@ from aft_jax.runtime import compile_cache, processes
 from aft_jax.runtime.preemption import Watch
 from aft_jax.runtime.sharding import make_mesh
 from aft_jax.training.checkpoint import checksum
-from aft_jax.training.loop import EvalHook, EvalPoint, Run, RunOptions
 from aft_jax.training.metrics import MetricWriter
+from aft_jax.training.stage import EvalHook, EvalPoint, Run, RunOptions
 
 
 class Experiment(NamedTuple):

@@ -46,8 +46,8 @@ from aft_jax.results import table_rows
 from aft_jax.runtime.allocator import keep_freed_memory
 from aft_jax.runtime.preemption import Watch
 from aft_jax.runtime.sharding import make_mesh
-from aft_jax.training.loop import Run, RunOptions
 from aft_jax.training.metrics import MetricWriter
+from aft_jax.training.stage import Run, RunOptions
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

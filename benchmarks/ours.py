@@ -1,6 +1,6 @@
 """Our side: the steps of the package on one device, compiled and fed as in its training loop.
 
-The data are on the device and a call takes indices. One call takes as many steps as in a run (`loop.steps_per_call`).
+The data are on the device and a call takes indices. One call takes as many steps as in a run (`calls.steps_per_call`).
 An epoch fetches its metrics as often as the loop writes them.
 """
 
@@ -21,7 +21,7 @@ from aft_jax.models import logits_function
 from aft_jax.models.cpu_compilation import compiler_options, steps_per_call
 from aft_jax.randomness import key_for
 from aft_jax.runtime import sharding as placement
-from aft_jax.training import loop, state
+from aft_jax.training import calls, state
 from aft_jax.training.data_feed import Feed
 from aft_jax.training.optimiser import sgd
 from benchmarks.task import TRAININGS, Task, first_batch
@@ -123,12 +123,12 @@ class Training:
         """Starts at the state `before`. Every step gets `constants`; a whole training would take `epochs`."""
         options = task.config.run
         self._feed, self._constants, self._log_every = feed, constants, options.log_every
-        self._program = Program(loop.compile_steps(mesh, step, compiler_options(task.module)))
+        self._program = Program(calls.compile_steps(mesh, step, compiler_options(task.module)))
         self._key = placement.replicate(mesh, key_for(task.config.seed, 'benchmarks'))
         self.state = placement.copy(mesh, before)
-        length = loop.steps_per_call(options, steps_per_call(task.module), [epochs * task.steps], [self._log_every])
+        length = calls.steps_per_call(options, steps_per_call(task.module), [epochs * task.steps], [self._log_every])
         # The first epoch is repeated. Its calls end where the loop writes metrics.
-        self._epoch = list(loop.plan_calls(0, [task.steps], [self._log_every], length))
+        self._epoch = list(calls.plan_calls(0, [task.steps], [self._log_every], length))
         self._calls = [(i, i + length) for i in range(0, task.steps - length + 1, length)]
 
     def take(self, spans: Sequence[tuple[int, int]], logs: bool) -> dict[str, jax.Array]:

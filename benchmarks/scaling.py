@@ -32,7 +32,7 @@ from aft_jax.defenses.aft_options import AftOptions, pgd_of
 from aft_jax.defenses.aft_step import aft_step
 from aft_jax.models import build, logits_function
 from aft_jax.runtime.sharding import batch_sharding, make_mesh, replicated
-from aft_jax.training import loop, state
+from aft_jax.training import calls, state
 from aft_jax.training.optimiser import sgd
 from aft_jax.training.state import Step
 
@@ -166,7 +166,7 @@ def compile_step(mesh: Mesh, on: Subject, step: Step, before: Any, batch: int, f
         'labels': jax.ShapeDtypeStruct((TRAIN_IMAGES,), jnp.int32),
     }
     indices = jax.ShapeDtypeStruct((1, 1, batch), jnp.int32)
-    return compiled(loop.compile_steps(mesh, step, None), before, data, fixed, indices, abstract_key())
+    return compiled(calls.compile_steps(mesh, step, None), before, data, fixed, indices, abstract_key())
 
 
 def training(mesh: Mesh, on: Subject, batch: int) -> Programs:

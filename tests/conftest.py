@@ -14,8 +14,8 @@ from aft_jax.config import as_options, default_config
 from aft_jax.data.dataset import Dataset
 from aft_jax.runtime.preemption import Watch
 from aft_jax.runtime.sharding import make_mesh
-from aft_jax.training.loop import Run, RunOptions
 from aft_jax.training.metrics import MetricWriter
+from aft_jax.training.stage import Run, RunOptions
 
 # Set before any backend starts. The environment variable is for the processes that tests start.
 os.environ['JAX_PLATFORMS'] = 'cpu'

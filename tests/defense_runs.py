@@ -11,7 +11,8 @@ import pytest
 from aft_jax.config import resolve
 from aft_jax.defenses import DEFENSES, DefenderData, Purified, aft, anp, defender, fp, ft, mcr, nad
 from aft_jax.pipeline.stages import defense_settings
-from aft_jax.training.loop import Fitted, Run, TrainingStage, fit
+from aft_jax.training.loop import fit
+from aft_jax.training.stage import Fitted, Run, TrainingStage
 
 
 class Trained(NamedTuple):

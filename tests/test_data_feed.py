@@ -15,8 +15,9 @@ from aft_jax.errors import Preempted, UserError
 from aft_jax.runtime.preemption import Watch
 from aft_jax.runtime.sharding import make_mesh
 from aft_jax.training import data_feed, state
-from aft_jax.training.loop import Phase, TrainingStage, fit
+from aft_jax.training.loop import fit
 from aft_jax.training.optimiser import sgd
+from aft_jax.training.stage import Phase, TrainingStage
 
 STEPS = 11
 

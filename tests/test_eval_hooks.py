@@ -11,8 +11,9 @@ from aft_jax import experiment
 from aft_jax.errors import UserError
 from aft_jax.evaluation.scores import score
 from aft_jax.training import loop, state
-from aft_jax.training.loop import EvalHook, EvalPoint, Phase, TrainingStage, fit
+from aft_jax.training.loop import fit
 from aft_jax.training.optimiser import sgd
+from aft_jax.training.stage import EvalHook, EvalPoint, Phase, TrainingStage
 from aft_jax.validation import validate
 
 STEPS = 10

@@ -15,7 +15,8 @@ from aft_jax.attacks.poison import poison, poisoning_options
 from aft_jax.errors import UserError
 from aft_jax.runtime.sharding import batch_sharding, make_mesh, replicated
 from aft_jax.training import state
-from aft_jax.training.loop import Phase, TrainingStage, fit
+from aft_jax.training.loop import fit
+from aft_jax.training.stage import Phase, TrainingStage
 from aft_jax.training.steps import cross_entropy
 
 GENERATOR = np.random.default_rng(0)

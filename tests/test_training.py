@@ -17,10 +17,11 @@ from aft_jax.errors import UserError
 from aft_jax.models.classifier import Classifier
 from aft_jax.models.layers import batch_norm, conv
 from aft_jax.runtime.sharding import check_batch_size, make_mesh, replicate
-from aft_jax.training import loop, state
+from aft_jax.training import calls, state
 from aft_jax.training.checkpoint import Checkpoints, checksum
-from aft_jax.training.loop import EvalHook, Phase, TrainingStage, fit
+from aft_jax.training.loop import fit
 from aft_jax.training.optimiser import sgd
+from aft_jax.training.stage import EvalHook, Phase, TrainingStage
 from aft_jax.training.steps import accuracy, classification_step, cross_entropy
 
 STEPS = 8
@@ -127,15 +128,15 @@ def test_fit_with_several_steps_per_call_equals_one(train, make_run, assert_tree
 
 
 def test_plan_calls_ends_a_call_at_every_mark():
-    calls = list(loop.plan_calls(0, [23, 31], [10, 14], 4))
-    assert [last for _, last in calls] == [4, 8, 9, 10, 14, 18, 19, 20, 21, 22, 23, 27, 28, 29, 30, 31]
-    assert [first for first, _ in calls] == [0, *(last for _, last in calls[:-1])]
+    planned = list(calls.plan_calls(0, [23, 31], [10, 14], 4))
+    assert [last for _, last in planned] == [4, 8, 9, 10, 14, 18, 19, 20, 21, 22, 23, 27, 28, 29, 30, 31]
+    assert [first for first, _ in planned] == [0, *(last for _, last in planned[:-1])]
 
 
 @pytest.mark.parametrize('call', [0, 3, 7, 12])
 def test_plan_calls_of_a_resumed_run_are_the_same(call):
-    calls = list(loop.plan_calls(0, [23, 31], [10, 14], 4))
-    assert list(loop.plan_calls(calls[call][0], [23, 31], [10, 14], 4)) == calls[call:]
+    planned = list(calls.plan_calls(0, [23, 31], [10, 14], 4))
+    assert list(calls.plan_calls(planned[call][0], [23, 31], [10, 14], 4)) == planned[call:]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_plan_calls_of_a_resumed_run_are_the_same(call):
 )
 def test_steps_per_call(make_run, monkeypatch, backend, setting, on_cpu, ends, intervals, expected):
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-    assert loop.steps_per_call(make_run(steps_per_call=setting).options, on_cpu, ends, intervals) == expected
+    assert calls.steps_per_call(make_run(steps_per_call=setting).options, on_cpu, ends, intervals) == expected
 
 
 def test_fit_logs_averages_since_the_last_line(train, make_run):

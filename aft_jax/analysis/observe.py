@@ -16,8 +16,8 @@ from aft_jax.evaluation.evaluator import Evaluator
 from aft_jax.models.custom import shows_features
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.results.record import featured
-from aft_jax.training.loop import Run
 from aft_jax.training.prediction import float_images
+from aft_jax.training.stage import Run
 
 # A sample is enough for the page, and its adversarial examples take only seconds.
 IMAGES = 300

@@ -18,7 +18,8 @@ from aft_jax.evaluation.evaluator import Evaluator
 from aft_jax.pipeline.saved_run import SavedRun
 from aft_jax.pipeline.stages import defense_settings
 from aft_jax.randomness import generator_for
-from aft_jax.training.loop import EvalHook, EvalPoint, Run, fit
+from aft_jax.training.loop import fit
+from aft_jax.training.stage import EvalHook, EvalPoint, Run
 
 COLUMNS = ('run', 'attack', 'label_mode', 'seed', 'model', 'per_class', 'step', 'acc', 'asr')
 

@@ -14,7 +14,8 @@ from aft_jax.attacks.input_aware_networks import networks_for
 from aft_jax.attacks.input_aware_steps import JointState, joint_step, mask_step
 from aft_jax.attacks.training import AttackSettings, AttackTraining
 from aft_jax.training import state
-from aft_jax.training.loop import Phase, Run, TrainingStage, fit
+from aft_jax.training.loop import fit
+from aft_jax.training.stage import Phase, Run, TrainingStage
 from aft_jax.training.state import TrainState
 
 

@@ -38,7 +38,8 @@ from aft_jax.defenses.aft_step import aft_step, init_state
 from aft_jax.defenses.batch_norm_statistics import Statistics
 from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified, start_training
 from aft_jax.randomness import key_for
-from aft_jax.training.loop import Phase, Run, TrainingStage, fit
+from aft_jax.training.loop import fit
+from aft_jax.training.stage import Phase, Run, TrainingStage
 
 __all__ = ['AftOptions', 'purify']
 

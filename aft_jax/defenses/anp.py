@@ -36,8 +36,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from aft_jax.data.augment import AugmentOptions, augment
 from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified, TuningOptions, choose, hold_out
-from aft_jax.training.loop import Phase, Run, TrainingStage, fit
+from aft_jax.training.loop import fit
 from aft_jax.training.optimiser import sgd
+from aft_jax.training.stage import Phase, Run, TrainingStage
 from aft_jax.training.state import Batch, Metrics
 from aft_jax.training.steps import cross_entropy
 

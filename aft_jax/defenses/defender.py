@@ -12,9 +12,9 @@ from aft_jax.data.augment import AugmentOptions
 from aft_jax.errors import UserError
 from aft_jax.randomness import generator_for
 from aft_jax.training import optimiser, state
-from aft_jax.training.loop import Fitted, Run
 from aft_jax.training.optimiser import TrainOptions
 from aft_jax.training.prediction import Predictor
+from aft_jax.training.stage import Fitted, Run
 
 
 class DefenderData(NamedTuple):

@@ -30,8 +30,9 @@ from aft_jax.data.order import count_steps
 from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified, choose_fitted, hold_out, strongest
 from aft_jax.defenses.ft import fine_tuning_stage
 from aft_jax.models.channel_pruning import first_dense, head_inputs, masked_logits, prune_channels
-from aft_jax.training.loop import Fitted, Phase, Run, fit
+from aft_jax.training.loop import fit
 from aft_jax.training.prediction import BatchedFunction
+from aft_jax.training.stage import Fitted, Phase, Run
 from aft_jax.training.state import Batch, Metrics, Step, TrainState, WrapsClassifier
 
 # Candidates in one compiled call. The network up to the last feature map runs once for all of them.

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from aft_jax.data.augment import augment
 from aft_jax.data.order import count_steps
 from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified, start_training, tune
-from aft_jax.training.loop import Fitted, Phase, Run, TrainingStage, fit
+from aft_jax.training.loop import fit
+from aft_jax.training.stage import Fitted, Phase, Run, TrainingStage
 from aft_jax.training.steps import classification_step
 
 

@@ -31,7 +31,8 @@ from aft_jax.defenses.batch_norm_statistics import Statistics
 from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified, choose, hold_out, start_training
 from aft_jax.defenses.ft import fine_tune
 from aft_jax.runtime.sharding import replicate
-from aft_jax.training.loop import Phase, Run, TrainingStage, fit
+from aft_jax.training.loop import fit
+from aft_jax.training.stage import Phase, Run, TrainingStage
 from aft_jax.training.state import Batch, Metrics, TrainState
 from aft_jax.training.steps import accuracy, advance, apply_training, cross_entropy
 

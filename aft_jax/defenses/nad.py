@@ -29,7 +29,8 @@ from aft_jax.data.augment import AugmentOptions, augment
 from aft_jax.data.order import count_steps
 from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified, start_training, tune
 from aft_jax.defenses.ft import fine_tune
-from aft_jax.training.loop import Fitted, Phase, Run, TrainingStage, fit
+from aft_jax.training.loop import fit
+from aft_jax.training.stage import Fitted, Phase, Run, TrainingStage
 from aft_jax.training.state import Batch, Metrics, TrainState
 from aft_jax.training.steps import accuracy, cross_entropy, update
 

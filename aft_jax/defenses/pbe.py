@@ -39,8 +39,8 @@ from aft_jax.defenses.aft_options import AftOptions
 from aft_jax.defenses.defender import DefenderData, DefenseSettings, PoisonScores, Purified
 from aft_jax.models import logits_function
 from aft_jax.randomness import generator_for
-from aft_jax.training.loop import Run
 from aft_jax.training.prediction import BatchedFunction
+from aft_jax.training.stage import Run
 
 
 class PbeOptions(NamedTuple):

@@ -19,8 +19,8 @@ from aft_jax.results import record
 from aft_jax.results.workdir import RunFiles
 from aft_jax.runtime.preemption import Watch
 from aft_jax.training.checkpoint import checksum
-from aft_jax.training.loop import NotFinished, Run, RunOptions
 from aft_jax.training.metrics import MetricWriter
+from aft_jax.training.stage import NotFinished, Run, RunOptions
 
 INFECTED_ONLY = 'none'
 

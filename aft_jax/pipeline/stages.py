@@ -18,8 +18,9 @@ from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.randomness import key_for
 from aft_jax.runtime.sharding import check_batch_size
 from aft_jax.training import state
-from aft_jax.training.loop import EvalHook, EvalPoint, Phase, Run, TrainingStage, fit
+from aft_jax.training.loop import fit
 from aft_jax.training.optimiser import TrainOptions, sgd
+from aft_jax.training.stage import EvalHook, EvalPoint, Phase, Run, TrainingStage
 
 
 def evaluator_for(run: Run, scenario: Scenario) -> Evaluator:

@@ -9,7 +9,7 @@ from aft_jax.report import before_after, page, trigger_gallery
 from aft_jax.report.before_after import Examples
 from aft_jax.results.record import Results
 from aft_jax.results.workdir import RunFiles
-from aft_jax.training.loop import Run
+from aft_jax.training.stage import Run
 
 BEFORE_AFTER, TRIGGERS = 'before_after.png', 'triggers.png'
 # Images in triggers.png.
