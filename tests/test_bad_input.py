@@ -145,7 +145,7 @@ DATA_MISTAKES = {
     '--config.attack.target=4': 'attack.target=4 is not a label .* 4 classes',
     '--config.batch_size=404': 'batch_size=404 is larger than the training set .* 400 images',
     '--config.clean_share=0.1': 'is 40, fewer than a batch .*raise clean_share to at least 0.3200',
-    '--config.clean_share=0.95': 'asks for 380 clean images, but only 360 were not poisoned',
+    '--config.clean_share=0.95': 'needs 380 clean images, but only 360 are not poisoned',
     '--config.attack.poisoned_share=0.0001': 'less than one image',
     '--config.batch_size=130': 'batch_size=130 cannot be divided among 4 devices; 128 or 132 would work',
     '--config.augment.crop=12': 'moves images of 12x12 out of their frame',

@@ -270,7 +270,7 @@ MISTAKES = {
     'unknown network': "Did you mean 'preact_resnet'",
     'an attack too': "set attack.name='none'",
     'to be infected': "stages holds 'infect'",
-    'needs the suspect set': "'pbe' needs the suspect training set",
+    'needs the suspect set': "'pbe' needs the untrusted training set",
     'no run': 'not the --workdir of a run',
     'no model': "or name a model in init_from|'scan' is for a model",
     'no data': "There is no data set ''",

@@ -16,10 +16,10 @@ from aft_jax.analysis import retuning
 from aft_jax.analysis.retuning import Retuning, RetuningOptions, retune
 from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import Poisoned
+from aft_jax.errors import Preempted
 from aft_jax.pipeline.saved_run import SavedRun
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.pipeline.stages import evaluator_for
-from aft_jax.runtime.preemption import Preempted
 
 PATTERN = np.random.default_rng(0).permutation(np.tile([-1.0, 1.0], 32)).astype(np.float32)
 OPTIONS = RetuningOptions(steps=20, every=5, learning_rate=0.1)

@@ -46,7 +46,7 @@ def test_load_finds_the_measured_models_and_writes_nothing(finished):
     results = json.loads((finished / 'results.json').read_text())
     models = {'infected': run.infected.variables, 'anp': run.purified['anp']}
     for scores, variables in ((results['infected'], models['infected']), (results['purified']['anp'], models['anp'])):
-        assert evaluator(variables, run.infected.attack).acc == pytest.approx(scores['acc'], abs=1e-9)
+        assert evaluator.evaluate(variables, run.infected.attack).acc == pytest.approx(scores['acc'], abs=1e-9)
     scales = jax.tree.leaves(models['anp']['params'])
     assert all(np.isfinite(scale).all() for scale in scales)
 

@@ -156,8 +156,8 @@ def _check_same(path: Path, content: dict, open_sections: Iterable[str]) -> None
     if kept.get('data_checksum') != current['data_checksum'] and kept.get('dataset') == current['dataset']:
         model = ', or the model of init_from,' if current['init_from'] else ''
         raise UserError(
-            f'the data of {current["dataset"]}{model} are not those that --workdir={path.parent} was made with; name '
-            'another directory, or bring back the old ones.'
+            f'the data set {current["dataset"]}{model} has changed since the run in --workdir={path.parent}; restore '
+            'the old one, or name another directory.'
         )
     if differing := _differing(kept, current, open_sections):
         shown = ', '.join(
