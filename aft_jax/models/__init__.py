@@ -66,7 +66,7 @@ def initialise(module: nn.Module, key: jax.Array, image_shape: tuple[int, int, i
     return jax.jit(module.init)(key, jnp.zeros((1, *image_shape), jnp.float32))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EvaluationLogits:
     """Logits of a classifier in evaluation mode (running BatchNorm statistics, no dropout), as a function of images.
 
