@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from command import ROOT, run_here
 
 from aft_jax.analysis import observe
+from aft_jax.analysis.probe import ModelProbe
 from aft_jax.report import trigger_gallery
 from aft_jax.results.workdir import RunFiles
 
@@ -17,10 +19,11 @@ NO_REPORT = '--config.stages=("infect","purify")'
 
 @pytest.fixture(autouse=True, scope='module')
 def few_images():
-    """Observes only 16 images at two sizes, to save time."""
+    """Observes only 16 images at two sizes, with short attacks, to save time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(observe, 'IMAGES', 16)
         patch.setattr(observe, 'SWEPT_EPS', (4 / 255, observe.EPS))
+        patch.setattr(observe, 'ModelProbe', partial(ModelProbe, steps=2))
         yield
 
 

@@ -153,7 +153,11 @@ def test_sweep_resumes_after_a_kill(swept):
     assert (root / 'table.png').stat().st_size > 5000 and (root / 'table.svg').exists()
     page = Reader((root / 'index.html').read_text())
     page.check_stands_by_itself()
-    assert 'FT leaves' in page.text and 'badnets, all2one' in page.text and 'blend, all2one' in page.text
+    assert (
+        'FT leaves' in page.visible_text
+        and 'badnets, all2one' in page.visible_text
+        and 'blend, all2one' in page.visible_text
+    )
     assert any(CACHE.iterdir())
 
 

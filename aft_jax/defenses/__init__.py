@@ -4,8 +4,8 @@ Threat model: the defender holds the infected model and a few clean, labelled im
 without knowing which of its images are poisoned. It never sees a trigger, a target label or the test set. Nothing in
 this folder imports aft_jax.attacks.
 
-To add a defense, write its file, add its line to DEFENSES, and add the defaults of its options to `config.py`, in a
-section with the name of the entry.
+To add a defense, write its file, add its line to DEFENSES, and add the defaults of its options to
+`config/defenses.py`, in a section with the name of the entry.
 """
 
 from aft_jax.defenses import aft, anp, fp, ft, mcr, nad, pbe
