@@ -9,7 +9,7 @@ import flax.linen as nn
 import ml_collections
 import optax
 
-from aft_jax.attacks import badnets, blend, input_aware, sig, wanet
+from aft_jax.attacks import badnets, blend, input_aware, random_trigger, sig, wanet
 from aft_jax.attacks.attack import LABEL_MODES, Attack, target_map
 from aft_jax.attacks.input_aware_training import joint_training, train_mask_network
 from aft_jax.attacks.training import AttackSettings, AttackTraining, attack_settings, standard_training
@@ -35,7 +35,7 @@ __all__ = [
 
 # The name of no attack at all: the control experiment.
 BENIGN = 'none'
-NAMES = ('badnets', 'blend', 'sig', 'wanet', 'input_aware', BENIGN)
+NAMES = ('badnets', 'blend', 'sig', 'wanet', 'input_aware', 'random', BENIGN)
 POISONINGS = ('fixed', 'per_batch')
 
 
@@ -65,6 +65,8 @@ def build(config: ml_collections.ConfigDict, image_shape: tuple[int, int, int], 
             return wanet.build(as_options(wanet.WanetOptions, options.wanet), labels, image_shape, seed)
         case 'input_aware':
             return input_aware.build(labels, image_shape, seed)
+        case 'random':
+            return random_trigger.build(as_options(random_trigger.RandomOptions, options.random), labels, image_shape)
     raise ValueError(f'no attack is called {options.name!r}')
 
 

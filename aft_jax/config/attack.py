@@ -33,6 +33,9 @@ ATTACK: dict[str, Any] = {
         'frequency': Field(6.0, 'Periods of the sine wave across the image.'),
         'clean_label': Field(False, 'Whether only images of the target class are poisoned, with their own label.'),
     },
+    'random': {
+        'seed': Field(0, 'Seed of the drawn trigger; the same trigger for every seed of the experiment.', NOT_NEGATIVE),
+    },
     'wanet': {
         'grid': Field(4, 'Control points of the warping field, a side.', at_least(2)),
         'strength': Field(0.5, 'Strength of the warp (s in the paper).', POSITIVE),

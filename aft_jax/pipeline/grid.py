@@ -3,7 +3,8 @@
 A table config holds `experiments` (configs by name, usually an attack's) and
 
     select       experiments to run, comma-separated, in the order of the table
-    label_modes  'all2one,all2all' or one of the two; a benign control is run once
+    label_modes  'all2one,all2all' or one of the two, where a benign control is run once; or 'own', for the label mode
+                 of each experiment's config
     seeds        such as (0, 1, 2)
     stages       as in an experiment's config, such as ('infect',) for the infected models alone
     defenses     as in an experiment's config
@@ -16,9 +17,12 @@ from typing import NamedTuple
 import ml_collections
 
 from aft_jax import validation
+from aft_jax.attacks import BENIGN
 from aft_jax.config import split_names
 from aft_jax.errors import UserError, suggestion
 
+# The value of label_modes that leaves each experiment its own label mode.
+OWN = 'own'
 FIELDS = ('experiments', 'select', 'label_modes', 'seeds', 'stages', 'defenses')
 
 
@@ -50,17 +54,19 @@ def expand(table: ml_collections.ConfigDict) -> list[Experiment]:
     experiments = []
     for seed in dict.fromkeys(table.seeds):
         for name in selected:
-            benign = table.experiments[name].attack.name == 'none'
-            for mode in split_names(table.label_modes)[: 1 if benign else None]:
+            attack = table.experiments[name].attack
+            one_mode = table.label_modes == OWN or attack.name == BENIGN
+            modes = [attack.label_mode] if table.label_modes == OWN else split_names(table.label_modes)
+            for mode in modes[: 1 if one_mode else None]:
                 config = table.experiments[name].copy_and_resolve_references()
                 config.seed = seed
                 config.attack.label_mode = mode
                 config.stages = table.stages
                 config.defenses = table.defenses
                 validation.validate(config)
-                experiments.append(Experiment(f'{name}-{seed}' if benign else f'{name}-{mode}-{seed}', config))
+                experiments.append(Experiment(f'{name}-{seed}' if one_mode else f'{name}-{mode}-{seed}', config))
     if not experiments:
-        raise UserError("label_modes is empty; name 'all2one', 'all2all' or both, comma-separated.")
+        raise UserError("label_modes is empty; name 'all2one', 'all2all' or both, comma-separated, or 'own'.")
     return experiments
 
 

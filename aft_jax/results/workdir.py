@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import ml_collections
 from flax.traverse_util import flatten_dict
 
+from aft_jax.config import default_config
 from aft_jax.errors import UserError
 from aft_jax.files import write_json
 
@@ -137,11 +138,12 @@ def _not_begun(workdir: Path, defenses: Iterable[str]) -> set[str]:
 
 def _differing(kept: dict[str, Any], current: dict[str, Any], open_sections: Iterable[str]) -> list[str]:
     free = {*FREE_FIELDS, 'data_checksum', *open_sections}
-    # A directory may be older than a field. A missing field counts as an empty text.
+    # A directory may be older than a field, which then has its default there.
+    kept = flat(default_config().to_dict()) | kept
     return [
         name
         for name in sorted(kept.keys() | current.keys(), key=lambda n: (n not in current or n not in kept, n))
-        if not {name, name.split('.')[0]} & free and kept.get(name, '') != current.get(name, '')
+        if not {name, name.split('.')[0]} & free and kept.get(name) != current.get(name)
     ]
 
 
