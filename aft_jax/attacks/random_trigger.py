@@ -272,7 +272,7 @@ def _draw_sample_specific(generator: np.random.Generator, image_shape: tuple[int
 
 
 def _global(kind: str, facts: dict[str, Any], arrays: dict[str, np.ndarray], trigger: Trigger) -> Draw:
-    return Draw('global', kind, facts, {name: np.float32(array) for name, array in arrays.items()}, trigger)
+    return Draw('global', kind, facts, {name: np.asarray(array, np.float32) for name, array in arrays.items()}, trigger)
 
 
 def _fill(generator: np.random.Generator, fill: str, image_shape: tuple[int, int, int]) -> np.ndarray:
