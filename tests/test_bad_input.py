@@ -216,7 +216,7 @@ def test_main_reports_an_unwritable_workdir(npz, tmp_path, capsys):
 
 
 def test_main_reports_a_loss_that_is_not_finite(npz, tmp_path, capsys):
-    arguments = [npz, '--config.clean_share=0.5', f'--config.train.learning_rate={HUGE}']
+    arguments = [npz, '--config.clean_share=0.5', f'--config.train.learning_rate={HUGE}', '--config.train.epochs=1']
     status, text = run_here([CONFIG, f'--workdir={tmp_path}/run', *arguments], capsys)
     assert_one_sentence(
         status, text.splitlines()[-1], 'infect stopped .* no longer a finite number; lower its learning rate'

@@ -154,7 +154,7 @@ def test_sweep_resumes_after_a_kill(swept):
     page = Reader((root / 'index.html').read_text())
     page.check_stands_by_itself()
     assert (
-        'FT leaves' in page.visible_text
+        'Under FT,' in page.visible_text
         and 'badnets, all2one' in page.visible_text
         and 'blend, all2one' in page.visible_text
     )
