@@ -8,7 +8,7 @@ import pytest
 from scipy.ndimage import gaussian_filter, shift
 
 from aft_jax import attacks
-from aft_jax.attacks import random_trigger
+from aft_jax.attacks import random_trigger, trigger_functions
 from aft_jax.attacks.attack import triggered
 from aft_jax.attacks.random_trigger import FAMILIES, GEOMETRIC_KINDS, GLOBAL_KINDS, draw
 from aft_jax.attacks.trigger_shapes import SHAPES
@@ -66,10 +66,10 @@ def test_draw_is_repeatable_and_changes_images(seed, shape):
 
 def test_invert_and_gamma_and_quantise_equal_numpy():
     opacity = np.random.default_rng(1).random((12, 16, 1), np.float32)
-    inverted = random_trigger.invert({'opacity': opacity}, IMAGES)
+    inverted = trigger_functions.invert({'opacity': opacity}, IMAGES)
     np.testing.assert_allclose(inverted, (1 - opacity) * IMAGES + opacity * (1 - IMAGES), atol=1e-6)
-    np.testing.assert_allclose(random_trigger.gamma({'gamma': np.float32(2)}, IMAGES), IMAGES**2, atol=1e-6)
-    levels = np.asarray(random_trigger.quantise({'levels': np.float32(3)}, IMAGES))
+    np.testing.assert_allclose(trigger_functions.gamma({'gamma': np.float32(2)}, IMAGES), IMAGES**2, atol=1e-6)
+    levels = np.asarray(trigger_functions.quantise({'levels': np.float32(3)}, IMAGES))
     assert set(np.unique(levels)) == {0, 0.5, 1} and np.abs(levels - IMAGES).max() <= 0.25 + 1e-6
 
 

@@ -6,7 +6,8 @@ from aft_jax.results.record import SHOWN_EPS, Results
 
 UNKNOWN = """
 What cannot be known without the trigger: whether the model had a backdoor, how often the trigger worked (ASR), and
-whether it still does. A high score is evidence of a backdoor, but a low score does not rule one out.
+whether it still does. A high score is evidence of a backdoor, but a low score does not rule one out. After a
+purification a score near 0 does not show that the backdoor is gone: small local triggers have survived it.
 Score: near 0 for most benign models, near the ASR if one perturbation of all images leads to the target label.
 """
 
