@@ -49,6 +49,7 @@ def launch(
         '--config.train.epochs=2',
         '--config.aft.epochs=2',
         '--config.aft.adversarial_epochs=1',
+        '--config.model.factory=tests.toys:small_network',
         '--config.aft.pgd_steps=1',
         '--config.aft.universal=linf,l2',
         '--config.aft.per_image=sparse',

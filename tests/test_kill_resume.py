@@ -27,6 +27,7 @@ def arguments(tmp_path):
         '--config.ft.epochs=4',
         '--config.aft.epochs=4',
         '--config.aft.adversarial_epochs=2',
+        '--config.model.factory=tests.toys:small_network',
         '--config.aft.pgd_steps=1',
         '--config.aft.universal=linf,l2',
         '--config.aft.per_image=sparse',

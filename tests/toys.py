@@ -54,3 +54,21 @@ def save_brightness_dataset(path: Path) -> None:
     labels = np.arange(512) % 4
     images = np.random.default_rng(5).integers(0, 200, (512, 12, 12, 1)) + 14 * labels[:, None, None, None]
     save_dataset(path, images, labels, 448)
+
+
+class SmallNetwork(nn.Module):
+    """A network with BatchNorm and dropout that compiles in little time, for tests that start processes."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False, features: bool = False):
+        x = nn.Dense(32)(images.reshape((len(images), -1)) - 0.5)
+        maps = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        logits = nn.Dense(self.num_classes)(nn.Dropout(0.1, deterministic=not train)(maps))
+        return (logits, (maps[:, None, None],)) if features else logits
+
+
+def small_network(num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> SmallNetwork:
+    """Creates the network, as `config.model.factory` asks for it."""
+    return SmallNetwork(num_classes)

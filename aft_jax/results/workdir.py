@@ -139,11 +139,11 @@ def _not_begun(workdir: Path, defenses: Iterable[str]) -> set[str]:
 def _differing(kept: dict[str, Any], current: dict[str, Any], open_sections: Iterable[str]) -> list[str]:
     free = {*FREE_FIELDS, 'data_checksum', *open_sections}
     # A directory may be older than a field, which then has its default there.
-    kept = flat(default_config().to_dict()) | kept
+    defaults = flat(default_config().to_dict())
     return [
         name
         for name in sorted(kept.keys() | current.keys(), key=lambda n: (n not in current or n not in kept, n))
-        if not {name, name.split('.')[0]} & free and kept.get(name) != current.get(name)
+        if not {name, name.split('.')[0]} & free and kept.get(name, defaults.get(name)) != current.get(name)
     ]
 
 
