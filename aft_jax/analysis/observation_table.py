@@ -13,6 +13,7 @@ from aft_jax.analysis.connection import Measured, MeasuredImages, evaluate, even
 from aft_jax.analysis.infection_score import Scorer
 from aft_jax.analysis.probe import ModelProbe
 from aft_jax.attacks.attack import triggered
+from aft_jax.config import BENIGN, UNPURIFIED
 from aft_jax.errors import UserError
 from aft_jax.evaluation.roc import auc
 from aft_jax.pipeline import saved_run
@@ -86,14 +87,14 @@ def measure(
             'label_mode': run.config.attack.label_mode,
             'seed': run.config.seed,
         }
-        for defense, variables in {'none': run.infected.variables, **run.purified}.items():
+        for defense, variables in {UNPURIFIED: run.infected.variables, **run.purified}.items():
             yield shared | {'defense': defense} | score_row(run, variables, tools.scorer, eps, count)
             measured = observation_rows(
                 run, variables, benign_variables, tools.probe, norms=norms, eps=eps, count=count
             )
             for row in measured:
                 # The control is the same for every model of the run.
-                if defense == 'none' or 'control' not in row:
+                if defense == UNPURIFIED or 'control' not in row:
                     yield shared | {'defense': defense} | row
 
 
@@ -203,10 +204,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     scored = [row for row in rows if row['measured'] == 'score']
     lines = [f'{"":<28}{"defense":<10}{"score":>7}  {"kind":<8} suspected']
     lines += [f'{r["run"]:<28}{r["defense"]:<10}{r["score"]:>7.3f}  {r["kind"]:<8} {r["suspected"]}' for r in scored]
-    before = [row for row in scored if row['defense'] == 'none']
+    before = [row for row in scored if row['defense'] == UNPURIFIED]
     for name in ('score', 'crowding'):
-        infected = np.array([row[name] for row in before if row['attack'] != 'none'])
-        benign = np.array([row[name] for row in before if row['attack'] == 'none'])
+        infected = np.array([row[name] for row in before if row['attack'] != BENIGN])
+        benign = np.array([row[name] for row in before if row['attack'] == BENIGN])
         if len(infected) and len(benign):
             value = f'{auc(infected, benign):.3f} ({len(infected)} infected, {len(benign)} benign models)'
             lines.append(f'ROC AUC of the {name}: {value}')

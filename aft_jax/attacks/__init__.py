@@ -13,7 +13,7 @@ from aft_jax.attacks import badnets, blend, input_aware, random_trigger, sig, wa
 from aft_jax.attacks.attack import LABEL_MODES, Attack, target_map
 from aft_jax.attacks.input_aware_training import joint_training, train_mask_network
 from aft_jax.attacks.training import AttackSettings, AttackTraining, attack_settings, standard_training
-from aft_jax.config import as_options
+from aft_jax.config import BENIGN, as_options
 from aft_jax.training.state import TrainState
 
 __all__ = [
@@ -33,8 +33,6 @@ __all__ = [
     'train_mask_network',
 ]
 
-# The name of no attack at all: the control experiment.
-BENIGN = 'none'
 NAMES = ('badnets', 'blend', 'sig', 'wanet', 'input_aware', 'random', BENIGN)
 POISONINGS = ('fixed', 'per_batch')
 

@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 Options = TypeVar('Options', bound=tuple)
+# The name of the attack of a benign model, and of the defense of a model that was not purified.
+BENIGN = UNPURIFIED = 'none'
 
 
 def default_config() -> ml_collections.ConfigDict:

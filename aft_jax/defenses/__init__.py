@@ -19,7 +19,7 @@ DEFENSES: dict[str, Defense] = {
     'aft_released': Defense(aft.purify, aft.AftOptions),
     'nad': Defense(nad.purify, nad.NadOptions, needs_feature_maps=True),
     'mcr': Defense(mcr.purify, mcr.McrOptions),
-    'fp': Defense(fp.purify, fp.FpOptions, needs_feature_maps=True),
+    'fp': Defense(fp.purify, ft.FtOptions, needs_feature_maps=True),
     'anp': Defense(anp.purify, anp.AnpOptions),
     'pbe': Defense(pbe.purify, pbe.PbeOptions, trains_on='untrusted_training_set'),
 }

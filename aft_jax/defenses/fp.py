@@ -19,7 +19,7 @@ channel, from the last feature map on.
 import time
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from flax import struct
 
 from aft_jax.data.order import count_steps
 from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified, choose_fitted, hold_out, strongest
-from aft_jax.defenses.ft import fine_tuning_stage
+from aft_jax.defenses.ft import FtOptions, fine_tuning_stage
 from aft_jax.models.channel_pruning import first_dense, head_inputs, masked_logits, prune_channels
 from aft_jax.training.loop import fit
 from aft_jax.training.prediction import BatchedFunction
@@ -37,22 +37,6 @@ from aft_jax.training.state import Batch, Metrics, Step, TrainState, WrapsClassi
 
 # Candidates in one compiled call. The network up to the last feature map runs once for all of them.
 CANDIDATES_PER_CALL = 32
-
-
-class FpOptions(NamedTuple):
-    """Section `fp` of the config: the fine-tuning after the pruning.
-
-    Attributes:
-        epochs: Length of the fine-tuning.
-        learning_rates: Candidates, from the weakest to the strongest.
-        schedule: 'constant' or 'cosine'.
-        max_grad_norm: Largest norm of a gradient. 0 for no limit.
-    """
-
-    epochs: float
-    learning_rates: tuple[float, ...]
-    schedule: str
-    max_grad_norm: float
 
 
 @struct.dataclass
@@ -75,9 +59,9 @@ def purify(run: Run, name: str, data: DefenderData, settings: DefenseSettings) -
         run: Experiment.
         name: Name of the defense. The fine-tuning with each learning rate has a name of its own below it.
         data: Infected model and clean images.
-        settings: Settings with `FpOptions`.
+        settings: Settings with `FtOptions`.
     """
-    options: FpOptions = settings.options
+    options: FtOptions = settings.options
     started = time.monotonic()
     training, held = hold_out(data, settings.tuning.held_out_share, run.seed)
     layer = first_dense(data.module, data.variables, data.images.shape[1:])

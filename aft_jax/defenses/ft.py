@@ -17,7 +17,7 @@ from aft_jax.training.steps import classification_step
 
 
 class FtOptions(NamedTuple):
-    """Section `ft` of the config.
+    """Section `ft` of the config, and section `fp`, for the fine-tuning after the pruning.
 
     Attributes:
         epochs: Length of the fine-tuning.

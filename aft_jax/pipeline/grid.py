@@ -17,8 +17,7 @@ from typing import NamedTuple
 import ml_collections
 
 from aft_jax import validation
-from aft_jax.attacks import BENIGN
-from aft_jax.config import split_names
+from aft_jax.config import BENIGN, split_names
 from aft_jax.errors import UserError, suggestion
 
 # The value of label_modes that leaves each experiment its own label mode.

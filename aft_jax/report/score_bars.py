@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from aft_jax.config import BENIGN
 from aft_jax.report.figure import BLUE, COLOURS, FAINT, INK, Panel, panel
 from aft_jax.results.aggregate import Group, Spread
-from aft_jax.results.record import BENIGN, percent
+from aft_jax.results.record import percent
 
 HATCHES = ('', '//', '..', 'xx', '\\\\', '--', '++', 'oo')
 PANELS = {'acc': 'ACC %', 'asr': 'ASR %'}

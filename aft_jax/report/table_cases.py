@@ -4,9 +4,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from aft_jax.config import BENIGN, UNPURIFIED
 from aft_jax.report.verdict import ERASED
 from aft_jax.results.aggregate import Group
-from aft_jax.results.record import BENIGN, UNPURIFIED, featured, percent
+from aft_jax.results.record import featured, percent
 
 # The better end of each score that is compared.
 BEST = {'acc': max, 'asr': min, 'ra': max, 'der': max}

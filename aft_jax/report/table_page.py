@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aft_jax import cli
+from aft_jax.config import BENIGN, UNPURIFIED
 from aft_jax.errors import UserError, user_path
 from aft_jax.files import write_text
 from aft_jax.report import requirements, score_bars, template
@@ -21,7 +22,6 @@ from aft_jax.report.table_cases import Case, best, empty, gather, overall, sente
 from aft_jax.report.verdict import ERASED
 from aft_jax.results import aggregate
 from aft_jax.results.aggregate import Group, Spread
-from aft_jax.results.record import BENIGN, UNPURIFIED
 
 COLUMNS = {'acc': 'ACC', 'asr': 'ASR', 'ra': 'RA', 'der': 'DER', 'seconds': 'seconds'}
 

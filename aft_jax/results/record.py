@@ -12,11 +12,10 @@ from typing import Any, Literal, NamedTuple, Self
 
 import ml_collections
 
+from aft_jax.config import BENIGN
 from aft_jax.evaluation.scores import PoisonDetection, Scores, defense_effectiveness
 
 SCHEMA = 1
-# The name of the attack of a benign model, and of the defense of a model that was not purified.
-BENIGN = UNPURIFIED = 'none'
 # The size of the adversarial examples of a scan that tables and model cards show.
 SHOWN_EPS = 8 / 255
 Kind = Literal['infected', 'benign', 'given']

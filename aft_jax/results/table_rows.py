@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from aft_jax.config import UNPURIFIED
 from aft_jax.errors import UserError
 from aft_jax.results import record
-from aft_jax.results.record import UNPURIFIED, Results
+from aft_jax.results.record import Results
 from aft_jax.results.workdir import RunFiles
 
 Row = dict[str, Any]

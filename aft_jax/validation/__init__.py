@@ -7,7 +7,7 @@ the config and the data.
 import ml_collections
 
 from aft_jax import data, models
-from aft_jax.config import resolve, split_names
+from aft_jax.config import BENIGN, resolve, split_names
 from aft_jax.config.fields import one_of
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES
@@ -54,7 +54,7 @@ def _validate_stages(config: ml_collections.ConfigDict) -> None:
 
 def _validate_given_model(config: ml_collections.ConfigDict) -> None:
     """Checks the fields of a run whose model init_from names."""
-    if config.attack.name != 'none':
+    if config.attack.name != BENIGN:
         raise UserError(
             f'attack.name={config.attack.name!r} infects a model, but init_from={config.init_from} names one that is '
             "there already; set attack.name='none'."
@@ -90,7 +90,7 @@ def validate_against_data(config: ml_collections.ConfigDict, dataset: Dataset) -
         UserError: The target label or the batch size is too large for the data, the images are too small for the
             augmentation or the network, or the normalisation has another number of channels.
     """
-    if config.attack.name != 'none' and config.attack.target >= dataset.num_classes:
+    if config.attack.name != BENIGN and config.attack.target >= dataset.num_classes:
         raise UserError(
             f'attack.target={config.attack.target} is not a label of {config.dataset}, which has '
             f'{dataset.num_classes} classes (0 to {dataset.num_classes - 1}).'
