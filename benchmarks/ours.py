@@ -15,8 +15,8 @@ from aft_jax.adversarial.pgd import perturb
 from aft_jax.attacks.training import attack_settings, standard_training
 from aft_jax.config import as_options
 from aft_jax.data.augment import AugmentOptions
-from aft_jax.defenses.aft_options import AftOptions
-from aft_jax.defenses.aft_step import aft_step
+from aft_jax.defenses.aft_universal_options import UniversalAftOptions
+from aft_jax.defenses.aft_universal_step import aft_step
 from aft_jax.models import logits_function
 from aft_jax.models.cpu_compilation import compiler_options, steps_per_call
 from aft_jax.randomness import key_for
@@ -107,7 +107,7 @@ class Ours:
             aft_step,
             module=task.module,
             optimiser=optimiser,
-            options=as_options(AftOptions, options),
+            options=as_options(UniversalAftOptions, options),
             augmentation=as_options(AugmentOptions, task.config.augment),
         )
         before = state.create(task.variables, optimiser)

@@ -28,8 +28,8 @@ from aft_jax.adversarial.pgd import perturb
 from aft_jax.attacks.training import attack_settings, standard_training
 from aft_jax.config import as_options, default_config, resolve
 from aft_jax.data.augment import AugmentOptions
-from aft_jax.defenses.aft_options import AftOptions, pgd_of
-from aft_jax.defenses.aft_step import aft_step
+from aft_jax.defenses.aft_universal_options import UniversalAftOptions, pgd_of
+from aft_jax.defenses.aft_universal_step import aft_step
 from aft_jax.models import build, logits_function
 from aft_jax.runtime.sharding import batch_sharding, make_mesh, replicated
 from aft_jax.training import calls, state
@@ -186,7 +186,7 @@ def adversarial_tuning(mesh: Mesh, on: Subject, batch: int, **changes: Any) -> P
         aft_step,
         module=on.module,
         optimiser=optimiser,
-        options=as_options(AftOptions, on.config.aft)._replace(**changes),
+        options=as_options(UniversalAftOptions, on.config.aft)._replace(**changes),
         augmentation=as_options(AugmentOptions, on.config.augment),
     )
     return compile_step(mesh, on, step, before, batch, fixed=on.variables)
@@ -197,7 +197,7 @@ def attack(mesh: Mesh, on: Subject, batch: int) -> Programs:
 
     def run(variables, images, labels, key):
         model = logits_function(on.module, variables)
-        return perturb(model, images, labels, key, pgd_of(as_options(AftOptions, on.config.aft)))
+        return perturb(model, images, labels, key, pgd_of(as_options(UniversalAftOptions, on.config.aft)))
 
     whole, cut = replicated(mesh), batch_sharding(mesh, 0)
     images = jax.ShapeDtypeStruct((batch, *on.shape), jnp.float32)

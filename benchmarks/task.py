@@ -17,7 +17,7 @@ from aft_jax.adversarial.pgd import PGD
 from aft_jax.config import as_options, default_config, resolve
 from aft_jax.data import npz, transform
 from aft_jax.data.order import Order, count_steps
-from aft_jax.defenses.aft_options import AftOptions, pgd_of
+from aft_jax.defenses.aft_universal_options import UniversalAftOptions, pgd_of
 from aft_jax.errors import UserError
 from aft_jax.interchange import with_usual_names
 from aft_jax.interchange.architecture import Architecture
@@ -86,7 +86,7 @@ class Task(NamedTuple):
     @property
     def pgd(self) -> PGD:
         """What an adversarial example is: one attack, in the preset."""
-        return pgd_of(as_options(AftOptions, self.config.aft))
+        return pgd_of(as_options(UniversalAftOptions, self.config.aft))
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -1,13 +1,14 @@
-"""The options of adversarial fine-tuning (AFT), each with its value in every preset.
+"""The options of adversarial fine-tuning (AFT): with a reference model, and without one in several presets.
 
 An option stands in one row here, and where the defense uses it.
 """
 
 from typing import Any
 
-from aft_jax.adversarial.perturbations import KINDS
+from aft_jax.adversarial.perturbations import SIZE_RANGES
 from aft_jax.adversarial.pgd import NORMS
 from aft_jax.config.fields import (
+    BELOW_ONE,
     NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_SHARE,
@@ -25,19 +26,55 @@ def _option(doc: str, released: Any, default: Any, small: Any = None, check: Che
     return Field(type(default), doc, check, presets)
 
 
-# The presets:
+AFT_SECTION: dict[str, Field] = {
+    'reference_steps': Field(700, 'Steps of the fine-tuning that makes the reference model.', POSITIVE),
+    'reference_learning_rate': Field(0.1, 'Largest learning rate of the reference model.', POSITIVE),
+    'steps': Field(470, 'Steps of the adversarial fine-tuning.', POSITIVE),
+    'learning_rate': Field(0.03, 'Largest learning rate of the adversarial fine-tuning.', POSITIVE),
+    'universal': Field(
+        'rectangle,region,linf,l2,low_frequency,tone,blur,warp,affine',
+        'Kinds of universal perturbations.',
+        names_of(*SIZE_RANGES),
+    ),
+    'per_image': Field('rectangle,linf', 'Kinds of per-image perturbations.', names_of(*SIZE_RANGES)),
+    'pgd_steps': Field(4, 'Steps of each adversarial attack.', POSITIVE),
+    'adversarial_share': Field(1.0, 'Adversarial examples in a step, a share of its clean images.', POSITIVE_SHARE),
+    'adversarial_weight': Field(
+        1.0, "Weight of the divergence from the reference model's predictions on adversarial examples.", NOT_NEGATIVE
+    ),
+    'cross_entropy': Field(0.2, 'Weight of the cross-entropy of clean images.', NOT_NEGATIVE),
+    'distillation': Field(
+        0.8, "Weight of the divergence from the infected model's predictions on clean images.", NOT_NEGATIVE
+    ),
+    'temperature': Field(2.0, 'Temperature of that divergence.', POSITIVE),
+    'mixture_weight': Field(
+        2.0,
+        'Weight of the divergence, on CutMix images, from what infected and reference model agree on.',
+        NOT_NEGATIVE,
+    ),
+    'averaging': Field(0.98, 'Share of the averaged weights that a step keeps.', BELOW_ONE),
+    'max_grad_norm': Field(1.0, 'Largest norm of a gradient; 0 for no bound.', NOT_NEGATIVE),
+}
+
+# Kinds of perturbations of AFT without a reference model.
+UNIVERSAL_KINDS = ('linf', 'l2', 'sparse', 'warp')
+
+# The presets of AFT without a reference model:
 #   released  the authors' released code: 3 of 20 epochs on adversarial examples, the rest on clean images
 #   default   ours: universal and per-image perturbations, and distillation on clean images with CutMix
 #   small     ours, for a clean set of a few hundred images, where an epoch has one or two steps
-AFT_OPTIONS: dict[str, Field] = {
+UNIVERSAL_OPTIONS: dict[str, Field] = {
     'norm': _option('Norm of the PGD perturbation.', 'linf', 'linf', check=one_of(*NORMS)),
     'eps': _option('Size of PGD and linf perturbations, for pixels in [0, 1].', 6 / 255, 20 / 255, check=POSITIVE),
     'step_size': _option('Size of a PGD step, for pixels in [0, 1].', 6 / 255 / 5, 5 / 255, check=POSITIVE),
     'universal': _option(
-        'Kinds of universal perturbations, in place of PGD.', '', 'linf,l2,sparse,warp', check=names_of(*KINDS)
+        'Kinds of universal perturbations, in place of PGD.',
+        '',
+        'linf,l2,sparse,warp',
+        check=names_of(*UNIVERSAL_KINDS),
     ),
     'per_image': _option(
-        'Kinds of per-image perturbations, in place of PGD.', '', 'linf,l2,sparse', check=names_of(*KINDS)
+        'Kinds of per-image perturbations, in place of PGD.', '', 'linf,l2,sparse', check=names_of(*UNIVERSAL_KINDS)
     ),
     'rms_eps': _option(
         'Size of l2 perturbations: root mean square over the pixels, in [0, 1].', 0.0, 0.11, check=NOT_NEGATIVE
@@ -74,18 +111,21 @@ AFT_OPTIONS: dict[str, Field] = {
     'schedule': _option('Learning rate schedule.', 'constant', 'cosine'),
     'max_grad_norm': _option('Largest norm of a gradient; 0 for no bound.', 0.0, 1.0, check=NOT_NEGATIVE),
 }
-# A field of an AFT section that the config leaves empty takes the preset's value.
+# A field of these sections that the config leaves empty takes the preset's value.
 AFT_PRESETS: dict[str, dict[str, Any]] = {
-    preset: {name: (option.presets or {})[preset] for name, option in AFT_OPTIONS.items()}
+    preset: {name: (option.presets or {})[preset] for name, option in UNIVERSAL_OPTIONS.items()}
     for preset in ('released', 'default', 'small')
 }
-# The sections that are AFT: the configured one, and the authors' own for comparison.
-AFT_SECTIONS = ('aft', 'aft_released')
+# The sections with presets: AFT with universal perturbations, and the authors' own for comparison.
+AFT_SECTIONS = ('aft_universal', 'aft_released')
 
 
-def aft_section(preset: str) -> dict[str, Field]:
-    """Builds the fields of an AFT section, empty but for the preset."""
-    return {'preset': Field(preset, 'Source of the values of all empty fields.', one_of(*AFT_PRESETS)), **AFT_OPTIONS}
+def preset_section(preset: str) -> dict[str, Field]:
+    """Builds the fields of a section of AFT without a reference model, empty but for the preset."""
+    return {
+        'preset': Field(preset, 'Source of the values of all empty fields.', one_of(*AFT_PRESETS)),
+        **UNIVERSAL_OPTIONS,
+    }
 
 
 def filled_section(preset: str, **changed: Any) -> dict[str, Field]:
@@ -96,4 +136,4 @@ def filled_section(preset: str, **changed: Any) -> dict[str, Field]:
         changed: Defaults that differ from the preset's.
     """
     values = AFT_PRESETS[preset] | changed
-    return {name: option._replace(default=values[name], presets=None) for name, option in AFT_OPTIONS.items()}
+    return {name: option._replace(default=values[name], presets=None) for name, option in UNIVERSAL_OPTIONS.items()}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from aft_jax.config.aft import aft_section, filled_section
+from aft_jax.config.aft import AFT_SECTION, filled_section, preset_section
 from aft_jax.config.fields import (
     NOT_NEGATIVE,
     OPEN_SHARE,
@@ -84,7 +84,8 @@ DEFENSES: dict[str, Any] = {
             each(POSITIVE_SHARE),
         ),
     },
-    'aft': aft_section('default'),
-    # A second AFT for the same infected model in a table.
-    'aft_released': aft_section('released'),
+    'aft': AFT_SECTION,
+    # AFT without a reference model, for comparison.
+    'aft_universal': preset_section('default'),
+    'aft_released': preset_section('released'),
 }

@@ -8,7 +8,7 @@ To add a defense, write its file, add its line to DEFENSES, and add the defaults
 `config/defenses.py`, in a section with the name of the entry.
 """
 
-from aft_jax.defenses import aft, anp, fp, ft, mcr, nad, pbe
+from aft_jax.defenses import aft, aft_universal, anp, fp, ft, mcr, nad, pbe
 from aft_jax.defenses.defender import DefenderData, Defense, DefenseSettings, PoisonScores, Purified
 
 __all__ = ['DEFENSES', 'DefenderData', 'Defense', 'DefenseSettings', 'PoisonScores', 'Purified']
@@ -16,7 +16,8 @@ __all__ = ['DEFENSES', 'DefenderData', 'Defense', 'DefenseSettings', 'PoisonScor
 DEFENSES: dict[str, Defense] = {
     'ft': Defense(ft.purify, ft.FtOptions),
     'aft': Defense(aft.purify, aft.AftOptions),
-    'aft_released': Defense(aft.purify, aft.AftOptions),
+    'aft_universal': Defense(aft_universal.purify, aft_universal.UniversalAftOptions),
+    'aft_released': Defense(aft_universal.purify, aft_universal.UniversalAftOptions),
     'nad': Defense(nad.purify, nad.NadOptions, needs_feature_maps=True),
     'mcr': Defense(mcr.purify, mcr.McrOptions),
     'fp': Defense(fp.purify, ft.FtOptions, needs_feature_maps=True),

@@ -1,43 +1,39 @@
-"""AFT: adversarial fine-tuning ("Adversarial Fine-tuning for Backdoor Defense", arXiv 2202.06312).
+"""AFT: adversarial fine-tuning ("Adversarial Fine-tuning for Backdoor Defense", arXiv 2202.06312), with a reference.
 
-Untargeted adversarial examples of an infected model behave like its triggered images. Fine-tuning on them with their
-true labels therefore breaks the backdoor. Two phases:
+Adversarial examples of an infected model behave like its triggered images, so fine-tuning on them breaks the backdoor.
+Most adversarial examples have nothing to do with the backdoor, however. They show weaknesses that every network of this
+kind has, and a small network that unlearns those loses clean accuracy. A reference model (`defenses.reference`) tells
+them apart: AFT trains on examples that fool the current model and not the reference, with the predictions of the
+reference as their labels. Two stages:
 
-    adversarial   a share of each batch is replaced by adversarial examples of the current model
-    clean         clean images alone
+    reference     hard fine-tuning of the infected model, with averaged weights
+    adversarial   from the infected model: clean images, mixtures of clean images, and adversarial examples of several
+                  kinds whose sizes are drawn at random in each step (`defenses.aft_step` has the loss)
 
-On clean images the loss may also keep the model close to the infected model's predictions:
+Nobody knows what a trigger looks like. The perturbations are therefore of many kinds: patterns over the whole image,
+smooth ones, rectangles and regions at any place, distortions. Universal ones are shared by several images of the batch,
+as they would share a trigger. Per-image ones are for sample-specific triggers.
 
-    loss = adversarial_weight * sum over adversarial images of CE / B + sum over clean images of CE / B
-         + distillation * mean over clean images of KL(infected || model)
+Distillation from the infected model preserves what it learned from many more images than the defender has, but it also
+preserves the backdoor. CutMix images carry a local trigger over, since a pasted rectangle looks like one. Their targets
+are therefore what infected and reference model agree on.
 
-Adversarial examples come from PGD, as in the paper, or from several kinds of perturbations
-(`aft_jax.adversarial.perturbations`), each on an equal part of the images. All images of a batch have the same
-`universal` perturbation, as they would have the same trigger. It is carried from step to step, so that it follows the
-model, and starts from a random one every `renew_every` steps. For the same attack success rate, universal perturbations
-cost less clean accuracy than `per_image` ones, which change the model only around one image. Per-image perturbations
-are still needed against sample-specific triggers such as the input-aware attack (docs/results).
+The result is the average of the weights, with BatchNorm statistics measured on the clean images.
 
-With cutmix the clean images contain a rectangle of another image, so they have neither label nor CE. The infected
-model's predictions on such mixtures say more about what it has learned than those on a few thousand images. (Mixtures
-that add two images up, such as mixup, do not work: they are blurred, and on them the infected model's predictions pass
-on WaNet's backdoor.)
+Lengths are in steps, not in epochs: a few hundred images need as many steps as a few thousand.
 
-At the end `recalibrate` measures the BatchNorm statistics on clean images, since those of the training come from
-mixtures.
-
-Needs: the infected model and clean images. Costs: `pgd_steps` further input gradients for each adversarial image.
+Needs: the infected model and clean images. Costs: for each adversarial example `pgd_steps` + 1 input gradients of two
+models, and three predictions.
 """
 
 import time
 from functools import partial
 
-from aft_jax.data.order import count_steps
 from aft_jax.defenses.aft_options import AftOptions
-from aft_jax.defenses.aft_step import aft_step, init_state
+from aft_jax.defenses.aft_step import aft_step
 from aft_jax.defenses.batch_norm_statistics import Statistics
-from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified, start_training
-from aft_jax.randomness import key_for
+from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified
+from aft_jax.defenses.reference import fit_reference, start_averaged
 from aft_jax.training.loop import fit
 from aft_jax.training.stage import Phase, Run, TrainingStage
 
@@ -49,26 +45,25 @@ def purify(run: Run, name: str, data: DefenderData, settings: DefenseSettings) -
 
     Args:
         run: Experiment.
-        name: Name of checkpoints and metrics.
+        name: Name of checkpoints and metrics. The reference model has a name of its own below it.
         data: Infected model, and images with labels.
         settings: Settings with `AftOptions`.
     """
     options: AftOptions = settings.options
-    size, image_shape = len(data.labels), data.images.shape[1:]
-    steps = count_steps(size, options.epochs, settings.batch_size)
-    adversarial_steps = min(steps, count_steps(size, options.adversarial_epochs, settings.batch_size))
-    classifier, optimiser = start_training(data, settings, steps, options.learning_rate)
-    step = partial(aft_step, module=data.module, optimiser=optimiser, augmentation=settings.augment)
-    phases = [
-        Phase(partial(step, options=options), adversarial_steps),
-        Phase(partial(step, options=options._replace(adversarial_share=0.0)), steps),
-    ]
-    state = init_state(classifier, options, key_for(run.seed, name), image_shape)
-    stage = TrainingStage(name, state, phases, data.arrays, settings.batch_size, constants=data.variables)
+    reference = fit_reference(run, f'{name}/reference', data, settings, options.reference)
+    start, optimiser = start_averaged(data, settings, options.steps, options.learning_rate, options.max_grad_norm)
+    step = partial(aft_step, module=data.module, optimiser=optimiser, options=options, augmentation=settings.augment)
+    constants = {'infected': data.variables, 'reference': reference.state.variables}
+    stage = TrainingStage(
+        f'{name}/adversarial',
+        start,
+        [Phase(step, options.steps)],
+        data.arrays,
+        settings.batch_size,
+        constants=constants,
+    )
     fitted = fit(run, stage)
-    if not options.recalibrate:
-        return Purified(fitted.state.variables, fitted.seconds)
     started = time.monotonic()
     statistics = Statistics(data.module, run.mesh, settings.batch_size)
     variables = statistics(fitted.state.variables, data.images)
-    return Purified(variables, fitted.seconds + time.monotonic() - started)
+    return Purified(variables, reference.seconds + fitted.seconds + time.monotonic() - started)

@@ -1,81 +1,36 @@
 """One training step of AFT (`aft_jax.defenses.aft`): attack the current model, then train on the examples.
 
-x_1 ... x_n are the images that are attacked, x_{n+1} ... x_B the clean ones, and y their labels. f is the model in
-training and f_0 the infected model:
+f is the model in training, f_0 the infected model and r the reference model. x are the clean images of a batch, y their
+labels, x' adversarial examples of some of them, and x~ CutMix mixtures of them:
 
-    x'_i = attack(f, x_i, y_i)
-    loss = adversarial_weight / B * sum over i <= n of CE(f(x'_i), y_i) + 1 / B * sum over i > n of CE(f(x_i), y_i)
-         + distillation * mean over i > n of KL(f_0(x_i) || f(x_i))
+    x'   = attack on CE(f(x'), y) - CE(r(x'), y), started from x
+    loss = cross_entropy * CE(f(x), y) + distillation * T^2 KL(f_0(x) || f(x), both at temperature T)
+         + adversarial_weight * KL(r(x') || f(x'))
+         + mixture_weight * KL(q(x~) || f(x~)),     q proportional to min(f_0, r), class by class
 
-The attack is PGD, as in the paper, or a joint attack with several perturbations (`adversarial.perturbations`). With
-cutmix a clean image has a rectangle of another one, and its CE is left out.
+with means over the images.
 """
-
-from dataclasses import replace
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from flax import struct
 
-from aft_jax.adversarial.perturbations import Perturbation, PerturbationSpec, init_all, joint_attack
-from aft_jax.adversarial.pgd import Logits, perturb
+from aft_jax.adversarial.perturbations import Objective, init_all, joint_attack
+from aft_jax.adversarial.pgd import Logits, slow_in_loops
 from aft_jax.data.augment import AugmentOptions, augment, cut_mix
-from aft_jax.defenses.aft_options import AftOptions, pgd_of, specs_of
+from aft_jax.defenses.aft_options import AftOptions, specs_of
 from aft_jax.models import logits_function
-from aft_jax.training.state import Batch, Metrics, TrainState, WrapsClassifier
+from aft_jax.training import averaging
+from aft_jax.training.averaging import AveragedState
+from aft_jax.training.state import Batch, Metrics
 from aft_jax.training.steps import accuracy, update
 
-Specs = tuple[PerturbationSpec, ...]
-
-
-@struct.dataclass
-class SharedState(WrapsClassifier):
-    """A classifier in training, and the perturbations from which the next step starts.
-
-    Attributes:
-        classifier: State of the classifier.
-        changes: Perturbations of the specs that are `warm_started`, in the order of the specs.
-    """
-
-    changes: tuple[Perturbation, ...]
-
-    def perturbations(self, specs: Specs) -> tuple[Perturbation | None, ...]:
-        """Arranges the perturbations with one entry for each spec, None where nothing is carried."""
-        carried = iter(self.changes)
-        return tuple(next(carried) if spec.warm_started else None for spec in specs)
-
-
-State = TrainState | SharedState
-
-
-def warm_started(specs: Specs, perturbations: tuple[Perturbation, ...]) -> tuple[Perturbation, ...]:
-    """Selects the perturbations that `SharedState` carries, from one for each spec."""
-    return tuple(p for spec, p in zip(specs, perturbations, strict=True) if spec.warm_started)
-
-
-def init_state(classifier: TrainState, options: AftOptions, key: jax.Array, image_shape: tuple[int, ...]) -> State:
-    """Creates the state before the first step.
-
-    Args:
-        classifier: State of the classifier.
-        options: Options of AFT.
-        key: PRNG key of the universal perturbations.
-        image_shape: (H, W, C).
-
-    Returns:
-        The classifier's state itself if the options ask for PGD.
-    """
-    specs = specs_of(options, image_shape)
-    if not specs:
-        return classifier
-    return SharedState(classifier, warm_started(specs, init_all(specs, key, (0, *image_shape))))
+LARGEST_CUT = 1.0
 
 
 def aft_step(
-    state: State,
+    state: AveragedState,
     batch: Batch,
     key: jax.Array,
     *,
@@ -83,100 +38,90 @@ def aft_step(
     optimiser: optax.GradientTransformation,
     options: AftOptions,
     augmentation: AugmentOptions,
-) -> tuple[State, Metrics]:
+) -> tuple[AveragedState, Metrics]:
     """Takes one step of AFT.
 
     Args:
-        state: State before the step: a `SharedState` if the options name perturbations, else a `TrainState`.
-        batch: 'images' float32 [B, H, W, C] in [0, 1], 'labels' int32 [B], and 'constants', the infected model's
-            variables.
+        state: State before the step.
+        batch: 'images' float32 [B, H, W, C] in [0, 1], 'labels' int32 [B], and 'constants', a dict with the variables
+            of the 'infected' and of the 'reference' model.
         key: PRNG key of this step.
         module: Classifier.
         optimiser: Optimiser of the classifier.
-        options: Options of AFT. An `adversarial_share` of 0 makes a clean step.
+        options: Options of AFT.
         augmentation: Options of `augment`.
 
     Returns:
-        The state after the step. Metrics with 'fooled' (adversarial steps), the share of adversarial examples that the
-        model before the step misclassifies, and 'accuracy' on the images that have labels.
+        The state after the step. Metrics with 'fooled', the share of adversarial examples that the model before the
+        step misclassifies and the reference model does not, and 'accuracy' on clean images.
     """
-    augment_key, attack_key, dropout_key = jax.random.split(key, 3)
-    images = augment(augment_key, batch['images'], augmentation)
-    count = round(options.adversarial_share * len(images))
-    examples, clean = images[:count], images[count:]
-    if options.cutmix:
-        clean = cut_mix(jax.random.fold_in(key, 0), clean, options.cutmix)
+    augment_key, attack_key, mix_key, dropout_key = jax.random.split(key, 4)
+    images, labels = augment(augment_key, batch['images'], augmentation), batch['labels']
+    infected = logits_function(module, batch['constants']['infected'])
+    reference = logits_function(module, batch['constants']['reference'])
+    current = logits_function(module, state.classifier.variables)
+    size = len(images)
+    count = max(1, round(options.adversarial_share * size))
 
-    metrics: Metrics = {}
-    if count:
-        labels = batch['labels'][:count]
-        logits = logits_function(module, state.variables)
-        state, examples = attack(state, logits, examples, labels, attack_key, options)
-        metrics['fooled'] = 1 - accuracy(logits(examples), labels)
-    targets = None
-    if options.distillation > 0 and len(clean) > 0:
-        targets = jax.nn.softmax(logits_function(module, batch['constants'])(clean))
+    # The batch is in random order, so its first images are as good as any.
+    examples = attack(current, reference, images[:count], labels[:count], attack_key, options)
+    mixtures = cut_mix(mix_key, images, LARGEST_CUT)
+    infected_logits = infected(jnp.concatenate([images, mixtures]))
+    reference_logits = reference(jnp.concatenate([examples, mixtures]))
+    targets = agreement(infected_logits[size:], reference_logits[count:])
 
     def loss(logits: jax.Array) -> jax.Array:
-        return aft_loss(logits, batch['labels'], count, targets, options)
+        clean, adversarial, mixed = jnp.split(logits, (size, size + count))
+        return (
+            options.cross_entropy * optax.softmax_cross_entropy_with_integer_labels(clean, labels).mean()
+            + options.distillation * divergence(infected_logits[:size], clean, options.temperature)
+            + options.adversarial_weight * divergence(reference_logits[:count], adversarial)
+            + options.mixture_weight * optax.kl_divergence(jax.nn.log_softmax(mixed), targets).mean()
+        )
 
-    classifier = state.classifier if isinstance(state, SharedState) else state
-    classifier, outputs, step_metrics = update(
-        classifier, jnp.concatenate([examples, clean]), loss, dropout_key, module=module, optimiser=optimiser
+    fooled = (current(examples).argmax(axis=-1) != labels[:count]) & (
+        reference_logits[:count].argmax(axis=-1) == labels[:count]
     )
-    labelled = count if options.cutmix else len(images)
-    if labelled:
-        metrics['accuracy'] = accuracy(outputs[:labelled], batch['labels'][:labelled])
-    after = replace(state, classifier=classifier) if isinstance(state, SharedState) else classifier
-    return after, metrics | step_metrics
+    inputs = jnp.concatenate([images, examples, mixtures])
+    classifier, logits, metrics = update(
+        state.classifier, inputs, loss, dropout_key, module=module, optimiser=optimiser
+    )
+    metrics |= {'fooled': fooled.mean(dtype=jnp.float32), 'accuracy': accuracy(logits[:size], labels)}
+    return averaging.follow(state, classifier, options.averaging), metrics
 
 
 def attack(
-    state: State, logits: Logits, images: jax.Array, labels: jax.Array, key: jax.Array, options: AftOptions
-) -> tuple[State, jax.Array]:
-    """Makes adversarial examples [n, H, W, C] of images, and stores the perturbations that are carried."""
-    if not isinstance(state, SharedState):
-        examples = perturb(logits, images, labels, key, pgd_of(options))
-        return state, jax.lax.stop_gradient(examples)
-    specs = specs_of(options, images.shape[1:])
-    renews = state.step % options.renew_every == 0
-    fresh = init_all(specs, key, images.shape)
-    start = tuple(renew(*each, renews) for each in zip(specs, fresh, state.perturbations(specs), strict=True))
-    examples, perturbations = joint_attack(logits, images, labels, specs, start, steps=options.pgd_steps)
-    return replace(state, changes=warm_started(specs, perturbations)), jax.lax.stop_gradient(examples)
-
-
-def renew(spec: PerturbationSpec, fresh: Perturbation, carried: Perturbation | None, renews: jax.Array) -> Perturbation:
-    """Chooses the perturbation with which the attack of a step starts.
-
-    Args:
-        spec: Kind of the perturbation.
-        fresh: Random perturbation.
-        carried: Perturbation after the step before; None if the spec is not warm-started.
-        renews: bool scalar, whether this step starts from `fresh` in any case.
-    """
-    if not spec.warm_started:
-        return fresh
-    return jax.tree.map(lambda new, old: jnp.where(renews, new, old), fresh, carried)
-
-
-def aft_loss(
-    logits: jax.Array, labels: jax.Array, count: int, targets: jax.Array | None, options: AftOptions
+    current: Logits, reference: Logits, images: jax.Array, labels: jax.Array, key: jax.Array, options: AftOptions
 ) -> jax.Array:
-    """Computes the loss, a scalar.
+    """Makes adversarial examples [n, H, W, C] of images that fool `current` and not `reference`."""
+    specs = specs_of(options, images.shape[1:])
+    objective = difference(current, reference, labels)
+    start = init_all(specs, key, images, jax.grad(lambda x: objective(x).sum())(images))
+    examples, _ = joint_attack(objective, images, specs, start, steps=options.pgd_steps, unroll=slow_in_loops(current))
+    return jax.lax.stop_gradient(examples)
 
-    Args:
-        logits: float32 [B, K], those of the adversarial examples first.
-        labels: int32 [B].
-        count: Number of adversarial examples.
-        targets: Infected model's probabilities for the clean images, [B - count, K]; None without distillation.
-        options: Options of AFT, for the weights.
+
+def difference(current: Logits, reference: Logits, labels: jax.Array) -> Objective:
+    """Builds the objective CE(current(x), y) - CE(reference(x), y) for images with `labels`, int32 [n]."""
+
+    def objective(images: jax.Array) -> jax.Array:
+        losses = [optax.softmax_cross_entropy_with_integer_labels(f(images), labels) for f in (current, reference)]
+        return losses[0] - losses[1]
+
+    return objective
+
+
+def agreement(infected_logits: jax.Array, reference_logits: jax.Array) -> jax.Array:
+    """Computes the probabilities, [B, K], on which two models agree.
+
+    A class keeps the smaller of its two probabilities. Where only the infected model sees the target label, because a
+    mixture looks like the trigger, the target label has no share in the result.
     """
-    # With cutmix a clean image shows two classes, so it has no label.
-    weights = np.full(len(labels), 0.0 if options.cutmix else 1.0, np.float32)
-    weights[:count] = options.adversarial_weight
-    value = jnp.mean(weights * optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-    if targets is None:
-        return value
-    divergence = optax.kl_divergence(jax.nn.log_softmax(logits[count:]), targets)
-    return value + options.distillation * divergence.mean()
+    least = jnp.minimum(jax.nn.softmax(infected_logits), jax.nn.softmax(reference_logits))
+    return least / least.sum(axis=-1, keepdims=True)
+
+
+def divergence(target_logits: jax.Array, logits: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """Computes the mean of T^2 KL(target || model) over the images, both softened by the temperature T."""
+    targets = jax.nn.softmax(target_logits / temperature)
+    return temperature**2 * optax.kl_divergence(jax.nn.log_softmax(logits / temperature), targets).mean()

@@ -5,7 +5,7 @@
     round r:  score(x) = cos(logits of f_0 at x, logits of f_{r-1} at x)
               S_r = the share keep_r of the training set: equally many images of every label, those with the highest
                     scores
-              f_r = AFT (`aft_jax.defenses.aft`) of f_0 on S_r
+              f_r = AFT (`aft_jax.defenses.aft_universal`) of f_0 on S_r
 
 The prediction on an image with the trigger changes when the backdoor is erased, so its score falls. Each round's subset
 therefore has fewer poisoned images than the one before. f_r of the last round is the purified model.
@@ -34,8 +34,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from aft_jax.defenses import aft
-from aft_jax.defenses.aft_options import AftOptions
+from aft_jax.defenses import aft_universal
+from aft_jax.defenses.aft_universal_options import UniversalAftOptions
 from aft_jax.defenses.defender import DefenderData, DefenseSettings, PoisonScores, Purified
 from aft_jax.models import logits_function
 from aft_jax.randomness import generator_for
@@ -54,7 +54,7 @@ class PbeOptions(NamedTuple):
         keep: Share of the training set in each further round.
     """
 
-    aft: AftOptions
+    aft: UniversalAftOptions
     first_share: float
     first_epochs: float
     first_learning_rate: float
@@ -83,7 +83,7 @@ def purify(run: Run, name: str, data: DefenderData, settings: DefenseSettings) -
     for number, keep in enumerate((*options.keep, None), start=1):
         part = data._replace(images=data.images[subset], labels=data.labels[subset])
         round_options = first_round(options) if number == 1 else options.aft
-        purified = aft.purify(run, f'{name}/round{number}', part, settings._replace(options=round_options))
+        purified = aft_universal.purify(run, f'{name}/round{number}', part, settings._replace(options=round_options))
         started = time.monotonic()
         scores.append(consistency(logits_before, logits(purified.variables, data.images)))
         seconds += purified.seconds + time.monotonic() - started
@@ -93,7 +93,7 @@ def purify(run: Run, name: str, data: DefenderData, settings: DefenseSettings) -
     return Purified(purified.variables, seconds, PoisonScores(tuple(subsets), tuple(scores)))
 
 
-def first_round(options: PbeOptions) -> AftOptions:
+def first_round(options: PbeOptions) -> UniversalAftOptions:
     """Selects the options of the first round, which trains on adversarial examples alone.
 
     Distillation would pass on the backdoor: many of its images are still poisoned.

@@ -5,7 +5,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import optax
 
-SCHEDULES = ('constant', 'cosine')
+SCHEDULES = ('constant', 'cosine', 'one_cycle')
+# Of a cycle: the share of the steps in which the learning rate rises, and the share of its peak with which it starts.
+WARM_UP, CYCLE_START = 0.3, 0.1
 
 
 class TrainOptions(NamedTuple):
@@ -16,7 +18,7 @@ class TrainOptions(NamedTuple):
     Attributes:
         epochs: Passes over the training set.
         learning_rate: Learning rate of the first step.
-        schedule: 'constant' or 'cosine'.
+        schedule: One of SCHEDULES.
         momentum: Share of the last update that is kept.
         weight_decay: Factor of the parameters that is added to their gradient.
     """
@@ -40,8 +42,9 @@ def sgd(
     """Builds SGD with momentum and coupled weight decay, as torch.optim.SGD computes it.
 
     Args:
-        learning_rate: Learning rate of the first step.
-        schedule: 'constant', or 'cosine', which falls to zero over `steps`.
+        learning_rate: Learning rate of the first step; with 'one_cycle' the largest one.
+        schedule: 'constant'; 'cosine', which falls to zero over `steps`; or 'one_cycle', which rises first (Smith and
+            Topin, "Super-Convergence", 2019).
         steps: Length of the training.
         momentum: Share of the last update that is kept.
         weight_decay: Factor w. The gradient of every parameter p becomes g + w p.
@@ -49,9 +52,25 @@ def sgd(
             limit.
     """
     rate: optax.ScalarOrSchedule = learning_rate
-    if schedule == 'cosine':
-        cosine = optax.cosine_decay_schedule(learning_rate, steps)
+    if schedule != 'constant':
+        decay = (
+            optax.cosine_decay_schedule(learning_rate, steps)
+            if schedule == 'cosine'
+            else one_cycle(learning_rate, steps)
+        )
         # Optax divides the integer count, which strict dtype promotion forbids.
-        rate = lambda count: cosine(jnp.asarray(count, jnp.float32))  # noqa: E731
+        rate = lambda count: decay(jnp.asarray(count, jnp.float32))  # noqa: E731
     clip = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
     return optax.chain(*clip, optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=momentum))
+
+
+def one_cycle(peak: float, steps: int) -> optax.Schedule:
+    """Builds a learning rate that rises linearly from a tenth of the peak, and then falls along a cosine to zero."""
+    rising = round(WARM_UP * steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(CYCLE_START * peak, peak, max(1, rising)),
+            optax.cosine_decay_schedule(peak, max(1, steps - rising)),
+        ],
+        [rising],
+    )

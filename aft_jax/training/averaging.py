@@ -1,0 +1,49 @@
+"""An exponential moving average of a model's weights beside the model in training.
+
+The average of the last steps is better than the last step alone, since it lies in the middle of the region in which SGD
+moves about.
+
+Source: Polyak and Juditsky, "Acceleration of stochastic approximation by averaging" (1992); Izmailov et al., "Averaging
+Weights Leads to Wider Optima" (2018), for networks.
+"""
+
+from typing import Any
+
+import jax
+from flax import struct
+
+from aft_jax.training.state import TrainState, WrapsClassifier
+
+
+@struct.dataclass
+class AveragedState(WrapsClassifier):
+    """A classifier in training and the average of its variables.
+
+    Attributes:
+        classifier: State of the classifier.
+        average: Averaged variables: parameters and BatchNorm statistics, float32.
+    """
+
+    average: Any
+
+    @property
+    def variables(self) -> dict:
+        """Averaged variables, which are the result of the training."""
+        return self.average
+
+
+def init(classifier: TrainState) -> AveragedState:
+    """Creates the state before the first step, whose average is the model itself."""
+    return AveragedState(classifier, jax.tree.map(lambda x: x, classifier.variables))
+
+
+def follow(state: AveragedState, classifier: TrainState, decay: float) -> AveragedState:
+    """Stores the classifier after a step, and moves the average towards it.
+
+    Args:
+        state: State before the step.
+        classifier: Classifier after the step.
+        decay: Share of the average that stays.
+    """
+    average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.average, classifier.variables)
+    return AveragedState(classifier, average)
