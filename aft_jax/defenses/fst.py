@@ -15,6 +15,11 @@ The paper trains for 10 epochs in batches of 128, with SGD at .01 (cosine, momen
 CIFAR-10. Its alpha is .1 in the README of the released code and .2 in the code, and smaller for data sets of many
 classes. Here `defender.tune` chooses the learning rate. Momentum and weight decay are those of the other defenses.
 
+Alpha trades accuracy against what is left of the backdoor. It was tried on three networks `mnist_cnn` with triggers of
+the attack `random` (Fashion-MNIST, 3,000 clean images, one seed, ASR 92 to 96 % before). With .1, each of the three
+learning rates cost 4.2 to 5.4 points of accuracy and left an ASR of at most 1 %. On the first network 20 or 40 epochs
+were no better. There .01 cost 2.6 to 3.7 points and left 3 to 14 %, and 0 cost 2.2 to 3.1 points and left 24 to 29 %.
+
 Needs: the infected model and clean images. Costs: one training step a batch, for each learning rate.
 """
 
