@@ -102,6 +102,7 @@ def test_names_of_explains_the_first_wrong_name():
         *[('seed', value) for value in (-1, 2**32)],
         *[('data.size', value) for value in (-1, 4097)],
         *[('attack.sig.delta', value) for value in (0.0, 1.01)],
+        ('fst.alpha', -1e-9),
         ('attack.wanet.grid', 1),
         ('batch_size', 0),
         ('train.momentum', 1.0),

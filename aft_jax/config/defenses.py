@@ -38,6 +38,13 @@ DEFENSES: dict[str, Any] = {
         'schedule': _SCHEDULE,
         'max_grad_norm': _MAX_GRAD_NORM,
     },
+    'fst': {
+        'alpha': Field(0.1, 'Weight of the penalty on a head like the infected one.', NOT_NEGATIVE),
+        'epochs': _epochs(10),
+        'learning_rates': _LEARNING_RATES,
+        'schedule': _SCHEDULE,
+        'max_grad_norm': _MAX_GRAD_NORM,
+    },
     'nad': {
         'teacher_epochs': _epochs(10, 'Epochs of the teacher.'),
         'epochs': _epochs(40, 'Epochs of the student.'),

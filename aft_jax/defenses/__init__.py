@@ -8,13 +8,14 @@ To add a defense, write its file, add its line to DEFENSES, and add the defaults
 `config/defenses.py`, in a section with the name of the entry.
 """
 
-from aft_jax.defenses import aft, aft_universal, anp, fp, ft, mcr, nad, pbe
+from aft_jax.defenses import aft, aft_universal, anp, fp, fst, ft, mcr, nad, pbe
 from aft_jax.defenses.defender import DefenderData, Defense, DefenseSettings, PoisonScores, Purified
 
 __all__ = ['DEFENSES', 'DefenderData', 'Defense', 'DefenseSettings', 'PoisonScores', 'Purified']
 
 DEFENSES: dict[str, Defense] = {
     'ft': Defense(ft.purify, ft.FtOptions),
+    'fst': Defense(fst.purify, fst.FstOptions, needs_head=True),
     'aft': Defense(aft.purify, aft.AftOptions),
     'aft_universal': Defense(aft_universal.purify, aft_universal.UniversalAftOptions),
     'aft_released': Defense(aft_universal.purify, aft_universal.UniversalAftOptions),

@@ -10,6 +10,7 @@ import optax
 
 from aft_jax.data.augment import AugmentOptions
 from aft_jax.errors import UserError
+from aft_jax.models.head import HeadPath, find_head
 from aft_jax.randomness import generator_for
 from aft_jax.training import optimiser, state
 from aft_jax.training.optimiser import TrainOptions
@@ -102,12 +103,34 @@ class Defense(NamedTuple):
         options: NamedTuple with the fields of the defense's config section.
         trains_on: Images that the defender holds.
         needs_feature_maps: Whether the classifier must return feature maps, which a user's own module need not.
+        needs_head: Whether the classifier must end with a dense layer, which a user's own module need not.
     """
 
     purify: Callable[[Run, str, DefenderData, DefenseSettings], Purified]
     options: type
     trains_on: Literal['clean_images', 'untrusted_training_set'] = 'clean_images'
     needs_feature_maps: bool = False
+    needs_head: bool = False
+
+
+def require_head(name: str, module: nn.Module, image_shape: tuple[int, ...]) -> HeadPath:
+    """Finds the head of a classifier for a defense that replaces it.
+
+    Args:
+        name: Name of the defense.
+        module: Classifier.
+        image_shape: (H, W, C).
+
+    Raises:
+        UserError: The classifier does not end with a dense layer.
+    """
+    head = find_head(module, image_shape)
+    if head is None:
+        raise UserError(
+            f'the defense {name!r} replaces the last nn.Dense of a network, but that of {type(module).__name__} does '
+            f'not give the logits; end the network with an nn.Dense, or leave {name!r} out.'
+        )
+    return head
 
 
 def start_training(

@@ -10,7 +10,7 @@ from aft_jax.config import as_options, split_names
 from aft_jax.data.augment import AugmentOptions
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES, DefenderData, DefenseSettings, Purified
-from aft_jax.defenses.defender import TuningOptions
+from aft_jax.defenses.defender import TuningOptions, require_head
 from aft_jax.errors import UserError
 from aft_jax.evaluation.evaluator import Evaluator, test_metrics
 from aft_jax.models.custom import shows_features
@@ -96,13 +96,14 @@ def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh) -> 
     attack = attacks.build(config, dataset.image_shape, dataset.num_classes)
     poisoned = poison(attack, dataset.train_images, dataset.train_labels, poisoning_options(config))
     module = models.build(config, dataset.num_classes)
-    if 'purify' in config.stages and not shows_features(module):
-        for name in split_names(config.defenses):
-            if DEFENSES[name].needs_feature_maps:
-                raise UserError(
-                    f'the defense {name!r} reads feature maps, but the __call__ of model.factory='
-                    f'{config.model.factory} takes no `features`; add it, or leave {name!r} out.'
-                )
+    for name in split_names(config.defenses) if 'purify' in config.stages else ():
+        if DEFENSES[name].needs_feature_maps and not shows_features(module):
+            raise UserError(
+                f'the defense {name!r} reads feature maps, but the __call__ of model.factory='
+                f'{config.model.factory} takes no `features`; add it, or leave {name!r} out.'
+            )
+        if DEFENSES[name].needs_head:
+            require_head(name, module, dataset.image_shape)
     clean = clean_indices(poisoned, config.clean_share, config.batch_size, config.seed)
     return Scenario(dataset, attack, poisoned, clean, module)
 
