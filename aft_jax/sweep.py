@@ -27,6 +27,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from aft_jax import cli
+from aft_jax.config import table_config
 from aft_jax.errors import Preempted, UserError, user_path
 from aft_jax.runtime.allocator import keep_freed_memory
 
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _command(arguments: list[str]) -> int:
-    cli.parse(arguments, FLAGS)
+    cli.parse(arguments, FLAGS, table_config({}), 'the config of a table')
     keep_freed_memory()
     from aft_jax.pipeline import grid
 
