@@ -66,13 +66,20 @@ def _say(sentence: str) -> None:
     print(f'aft_jax: {sentence}', file=sys.stderr)
 
 
-def parse(arguments: list[str], values: flags.FlagValues, fields: ml_collections.ConfigDict | None = None) -> None:
+def parse(
+    arguments: list[str],
+    values: flags.FlagValues,
+    fields: ml_collections.ConfigDict | None = None,
+    title: str = 'config',
+) -> None:
     """Parses flags into absl's values.
 
     Args:
         arguments: Arguments like sys.argv, the program's name first.
         values: The defined flags, `config` and `workdir` among them.
-        fields: Config with all fields that --config.FIELD may name, to suggest the nearest one.
+        fields: Config with all fields that --config.FIELD may name, to suggest the nearest one. An empty section stands
+            for one whose fields only the config file knows.
+        title: Name of the config in messages.
 
     Raises:
         UserError: The command line is wrong, or --config or --workdir is missing.
@@ -86,7 +93,7 @@ def parse(arguments: list[str], values: flags.FlagValues, fields: ml_collections
         rest = values(arguments)
     except Exception as error:  # absl and ml_collections raise errors of many kinds, all about the command line.
         if fields is not None:
-            _explain_unknown_field(arguments, fields)
+            _explain_unknown_field(arguments, fields, title)
         text = str(error.args[0] if error.args else error)
         # ml_collections hands on the whole traceback of a config file that fails.
         text = _last_line(error) if 'Traceback' in text else ' '.join(text.split())
@@ -113,7 +120,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f'the command line cannot be understood: {message}.')
 
 
-def _explain_unknown_field(arguments: list[str], fields: ml_collections.ConfigDict) -> None:
+def _explain_unknown_field(arguments: list[str], fields: ml_collections.ConfigDict, title: str) -> None:
     """Raises a UserError for the first --config.FIELD that does not exist."""
     for argument in arguments[1:]:
         flag = argument.lstrip('-').partition('=')[0]
@@ -123,11 +130,14 @@ def _explain_unknown_field(arguments: list[str], fields: ml_collections.ConfigDi
         for depth, part in enumerate(names := flag.split('.')[1:]):
             if not isinstance(node, ml_collections.ConfigDict):
                 raise UserError(f'--{flag}: config.{".".join(names[:depth])} is a value and has no fields.')
+            if not node:
+                break
             if part not in node:
                 known = sorted(node.keys())
+                where = '.'.join(['config', *names[:depth]]) if depth else title
                 raise UserError(
-                    f'--{flag}: there is no field {part!r} in {".".join(["config", *names[:depth]])}; it has '
-                    f'{", ".join(known)}.{suggestion(part, known)}'
+                    f'--{flag}: there is no field {part!r} in {where}; it has {", ".join(known)}.'
+                    f'{suggestion(part, known)}'
                 )
             node = node[part]
 

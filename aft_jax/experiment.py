@@ -30,6 +30,7 @@ from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.report import requirements
 from aft_jax.report.experiment_report import show_in_tensorboard, write_report
 from aft_jax.results import record, workdir
+from aft_jax.results.drawn_trigger import DrawnTrigger
 from aft_jax.results.environment import environment
 from aft_jax.results.record import GivenFacts, ModelScores, PurifiedScores, Results, Setting
 from aft_jax.results.workdir import RunFiles
@@ -173,7 +174,8 @@ def begin_results(
     facts = GivenFacts(config.init_from, scenario.dataset.class_names, given.warning) if given is not None else None
     scan = scanner.scan(infected.variables) if scanner else None
     initial = ModelScores.of(scores, infected.seconds if given is None else None, scan=scan)
-    results = Results(Setting.of(config), environment(run.mesh), initial, facts)
+    trigger = DrawnTrigger.of(config, scenario.dataset.image_shape)
+    results = Results(Setting.of(config), environment(run.mesh), initial, facts, trigger=trigger)
     with contextlib.suppress(OSError, ValueError):  # missing or damaged: nothing to keep
         results.keep_earlier(record.read(RunFiles(run.workdir).results))
     return results

@@ -8,8 +8,9 @@
     --config.FIELD    such as --config.select=sig,wanet --config.seeds="(0,)" --config.defenses=ft,aft
 
 WORKDIR holds table.csv, table.md, infected.csv, table.png and index.html, a page that shows the table. If a defense
-detects poisoned images, detection.csv is there too. The tables are written after each run, from all finished runs of
-the table.
+detects poisoned images, detection.csv is there too. If the table has random triggers, WORKDIR also holds
+distribution.csv and distribution.png, which show the ASR that each defense leaves on them, and draws.csv with every
+trigger and its scores. The tables are written after each run, from all finished runs of the table.
 
 The same command again skips what is finished, resumes what was interrupted and tries again what failed.
 
@@ -27,11 +28,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from aft_jax import cli
+from aft_jax.config import table_config
 from aft_jax.errors import Preempted, UserError, user_path
 from aft_jax.runtime.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
     from aft_jax.pipeline.grid import Experiment
+    from aft_jax.results.distribution import Distribution
 
 FLAGS = flags.FlagValues()
 config_flags.DEFINE_config_file('config', None, 'A file of configs/tables/.', flag_values=FLAGS)
@@ -45,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _command(arguments: list[str]) -> int:
-    cli.parse(arguments, FLAGS)
+    cli.parse(arguments, FLAGS, table_config({}), 'the config of a table')
     keep_freed_memory()
     from aft_jax.pipeline import grid
 
@@ -147,16 +150,14 @@ def gather(root: Path, experiments: 'Sequence[Experiment]') -> None:
     """Writes the tables of all finished runs, and their figure and page if the libraries for these are installed."""
     from aft_jax import files
     from aft_jax.pipeline import grid
-    from aft_jax.report import requirements, score_bars, table_page
-    from aft_jax.results import aggregate, table_rows
+    from aft_jax.report import distribution_figure, requirements, score_bars, table_page
+    from aft_jax.results import aggregate, distribution, table_rows
 
     directories = [(grid.directory_of(root, experiment), experiment) for experiment in experiments]
-    finished = [
-        directory for directory, experiment in directories if measured_defenses(directory, experiment) is not None
-    ]
+    finished = [pair for pair in directories if measured_defenses(*pair) is not None]
     if not finished:
         return
-    rows = table_rows.read(finished)
+    rows = table_rows.read(directory for directory, _ in finished)
     groups = aggregate.summarise(rows)
     files.write_text(root / 'table.csv', table_rows.to_csv(rows))
     infected = (row for row in rows if row['defense'] == 'none')
@@ -164,11 +165,37 @@ def gather(root: Path, experiments: 'Sequence[Experiment]') -> None:
     detections = list(table_rows.detection_rows(rows))
     if detections:
         files.write_text(root / 'detection.csv', table_rows.to_csv(detections, table_rows.DETECTION_COLUMNS))
-    files.write_text(root / 'table.md', aggregate.to_markdown(groups))
+    distributions = gather_random_triggers(root, finished)
+    tables = aggregate.to_markdown(groups) + distribution.to_markdown(distributions)
+    files.write_text(root / 'table.md', tables)
     if requirements.available():
         score_bars.write_bars(root / 'table.png', groups)
+        distribution_figure.draw(root, distributions)
     if not requirements.missing('matplotlib', 'jinja2'):
-        table_page.write_table_page(root / 'index.html', groups)
+        table_page.write_table_page(root / 'index.html', groups, distributions)
+
+
+def gather_random_triggers(root: Path, finished: 'Sequence[tuple[Path, Experiment]]') -> 'list[Distribution]':
+    """Writes draws.csv and distribution.csv, if the table has random triggers.
+
+    Args:
+        root: Work directory of the table.
+        finished: Work directory and experiment of each finished run.
+
+    Returns:
+        The content of distribution.csv; empty without random triggers.
+    """
+    from aft_jax import files
+    from aft_jax.attacks import random_trigger
+    from aft_jax.results import distribution, trigger_rows
+
+    configs = [(directory, experiment.config) for directory, experiment in finished]
+    rows = trigger_rows.read(pair for pair in configs if pair[1].attack.name == random_trigger.NAME)
+    distributions = distribution.summarise(rows)
+    if distributions:
+        files.write_text(root / 'draws.csv', trigger_rows.draws_csv(rows))
+        files.write_text(root / 'distribution.csv', distribution.to_csv(distributions))
+    return distributions
 
 
 if __name__ == '__main__':

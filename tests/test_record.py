@@ -1,5 +1,6 @@
 """Results as a value: conversion from and to results.json, and what a later start keeps."""
 
+import dataclasses
 import json
 import math
 
@@ -9,6 +10,7 @@ from experiment_results import results, scores
 
 from aft_jax.evaluation.scores import PoisonDetection, Scores
 from aft_jax.results import record
+from aft_jax.results.drawn_trigger import DrawnTrigger
 from aft_jax.results.record import ModelScores, PurifiedScores, Results
 
 PER_CLASS = {'acc': [0.5, 1.0], 'asr': [None, 0.9], 'ra': [None, 0.1]}
@@ -26,6 +28,7 @@ def test_results_from_json_to_json_is_the_same():
     connection = {'fooled': 0.5, 'purified': {}}
     for expected in (
         results(WHOLE, connection=connection, aft=WHOLE | {'der': 0.5}, pbe=WHOLE | {'der': 0.6} | detection),
+        dataclasses.replace(results(WHOLE), trigger=DrawnTrigger(7, 'local', 'local bar')),
         results(WHOLE | {'scan': SCAN}, given=True, aft=WHOLE | {'der': None, 'scan': SCAN}),
     ):
         fields = json.loads(json.dumps(expected.to_json()))

@@ -272,6 +272,7 @@ def test_share_refuses_a_wrong_shard(shard):
         ('defenses', 'prayer', 'prayer'),
         ('stages', ('infect', 'hope'), 'hope'),
         ('seeds', (-1,), 'seed'),
+        ('seeds', ('a',), 'must be whole numbers'),
     ],
 )
 def test_expand_refuses_a_wrong_table(field, value, match):
@@ -288,6 +289,15 @@ def test_expand_refuses_a_wrong_table(field, value, match):
         (['--config=configs/quickstart.py', '--workdir=x'], 'table_config'),
         (['--config=configs/tables/fashion_mnist.py', '--workdir=x', '--shard=3/2'], '--shard=3/2'),
         (['--config=configs/tables/fashion_mnist.py'], '--workdir is missing'),
+        (
+            ['--config=configs/tables/random_triggers.py', '--workdir=x', '--config.run.checkpoint_every=5'],
+            "no field 'run' in the config of a table; it has defenses, experiments, label_modes, seeds, select, ",
+        ),
+        # The fields of an experiment are those of its config, not of a table.
+        (
+            ['--config=configs/tables/random_triggers.py', '--workdir=x', '--config.experiments.none.runn=5'],
+            'runn',
+        ),
     ],
 )
 def test_main_explains_a_mistake_in_one_sentence(arguments, message, capsys, monkeypatch):

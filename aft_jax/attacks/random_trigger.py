@@ -37,6 +37,7 @@ from aft_jax.attacks.trigger_functions import (
 from aft_jax.attacks.trigger_shapes import SHAPES
 from aft_jax.randomness import generator_for
 
+NAME = 'random'
 # Probability of each family.
 FAMILIES = {'local': 0.45, 'global': 0.3, 'geometric': 0.1, 'sample_specific': 0.15}
 AREAS = 0.005, 0.15
@@ -89,7 +90,7 @@ def build(options: RandomOptions, target_map: np.ndarray, image_shape: tuple[int
         image_shape: (H, W, C).
     """
     drawn = draw(options.seed, image_shape)
-    return Attack('random', target_map, drawn.arrays, drawn.trigger)
+    return Attack(NAME, target_map, drawn.arrays, drawn.trigger)
 
 
 def draw(seed: int, image_shape: tuple[int, int, int]) -> Draw:

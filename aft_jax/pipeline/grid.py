@@ -50,6 +50,8 @@ def expand(table: ml_collections.ConfigDict) -> list[Experiment]:
             )
     if not table.seeds or not selected:
         raise UserError('the table has no experiment: seeds and select must name at least one each.')
+    if not all(isinstance(seed, int) for seed in table.seeds):
+        raise UserError(f'seeds={table.seeds!r} must be whole numbers, such as --config.seeds="(0,1)".')
     experiments = []
     for seed in dict.fromkeys(table.seeds):
         for name in selected:

@@ -17,34 +17,41 @@ from aft_jax import cli
 from aft_jax.config import BENIGN, UNPURIFIED
 from aft_jax.errors import UserError, user_path
 from aft_jax.files import write_text
-from aft_jax.report import requirements, score_bars, template
+from aft_jax.report import distribution_section, requirements, score_bars, template
 from aft_jax.report.table_cases import Case, best, empty, gather, overall, sentence
 from aft_jax.report.verdict import ERASED
 from aft_jax.results import aggregate
 from aft_jax.results.aggregate import Group, Spread
+from aft_jax.results.distribution import Distribution
 
 COLUMNS = {'acc': 'ACC', 'asr': 'ASR', 'ra': 'RA', 'der': 'DER', 'seconds': 'seconds'}
 
 
-def write_table_page(path: Path, groups: Sequence[Group]) -> None:
+def write_table_page(path: Path, groups: Sequence[Group], distributions: Sequence[Distribution] = ()) -> None:
     """Writes the page.
 
     Args:
         path: Path of the page.
         groups: Groups of runs, as `aggregate.summarise` returns them; at least one.
+        distributions: Distributions over random triggers, as `distribution.summarise` returns them.
     """
     cases = gather(groups)
     attacks, modes = (
         list(dict.fromkeys(names)) for names in zip(*((c.attack, c.label_mode) for c in cases), strict=True)
     )
     modes = [mode for mode in modes if mode]
+    # Means over cases say little about random triggers. Their section takes the place of these.
+    only_random = bool(distributions) and all(group.random for group in groups if group.case['attack'] != BENIGN)
+    noun = 'model' if any(group.random for group in groups) else 'seed'
     content = {
         'datasets': list(dict.fromkeys(case.dataset for case in cases)),
         'models': list(dict.fromkeys(case.model for case in cases)),
-        'sentence': sentence(cases),
+        'sentence': distribution_section.sentence(distributions) if only_random else sentence(cases),
         'seeds': max(len(group.seeds) for group in groups),
+        'noun': noun,
+        'random': distribution_section.content(distributions),
         'columns': {name: COLUMNS[name] for name in measured(group.scores for group in groups)},
-        'overall': overall(cases),
+        'overall': [] if only_random else overall(cases),
         'cases': [_shown(number, case, attacks, modes, cases) for number, case in enumerate(cases)],
         'attacks': [_attack(name) for name in attacks],
         'modes': modes,
@@ -77,7 +84,7 @@ def _shown(number: int, case: Case, attacks: list[str], modes: list[str], cases:
             {
                 'name': name,
                 'first': name in first,
-                'seeds': len(case.rows[name].seeds),
+                'only': _only(case.rows[name], case, cases),
                 'cells': {
                     score: _cell(score, scores[score], name in marked.get(score, ())) if score in scores else None
                     for score in COLUMNS
@@ -88,6 +95,17 @@ def _shown(number: int, case: Case, attacks: list[str], modes: list[str], cases:
         'columns': measured(rows.values()),
         'panel': score_bars.case(f'case{number}', rows, first),
     }
+
+
+def _only(group: Group, case: Case, cases: Sequence[Case]) -> str:
+    """Formats the number of runs of a row if others have more, such as '1 seed only'; otherwise ''.
+
+    Cases with random triggers have different numbers of runs, so that rows are compared within a case.
+    """
+    groups = [row for c in cases for row in c.rows.values()]
+    random = any(row.random for row in groups)
+    count, most = len(group.seeds), max(len(row.seeds) for row in (case.rows.values() if random else groups))
+    return f'{count} {"model" if random else "seed"}{"s" if count > 1 else ""} only' if count < most else ''
 
 
 def _cell(score: str, spread: Spread, is_best: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aft_jax.attacks import random_trigger
 from aft_jax.errors import UserError
 from aft_jax.results.table_rows import COLUMNS
 
@@ -24,11 +25,19 @@ class Spread(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Runs of one case: its fields by name, its seeds, and the spread of each measured score."""
+    """Runs of one case: its fields by name, its seeds, and the spread of each measured score.
+
+    Runs with different random triggers are one case. Their seeds may be the same.
+    """
 
     case: dict[str, Any]
     seeds: tuple[int, ...]
     scores: dict[str, Spread]
+
+    @property
+    def random(self) -> bool:
+        """Whether these are runs with random triggers."""
+        return self.case['attack'] == random_trigger.NAME
 
 
 def summarise(rows: Iterable[dict[str, Any]]) -> list[Group]:
@@ -72,7 +81,8 @@ def read(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise UserError(f'{path}, row {number}: {error}.') from None
         identity = tuple(row[field] for field in (*CASE, 'seed'))
-        if identity in seen:
+        # Many random triggers may be planted with one seed.
+        if identity in seen and row['attack'] != random_trigger.NAME:
             raise UserError(f'{path}, row {number}: an earlier row has the same run and defense; delete one of them.')
         seen.add(identity)
         rows.append(row)
@@ -108,7 +118,8 @@ def to_markdown(groups: Sequence[Group]) -> str:
     shown = [score for score in SCORES if any(score in group.scores for group in groups)]
     varying = [field for field in CASE if field in ('attack', 'label_mode', 'defense')]
     varying += [field for field in CASE if field not in varying and len({str(g.case[field]) for g in groups}) > 1]
-    heading = [*varying, 'seeds', *(HEADINGS.get(score, score) for score in shown)]
+    runs = 'models' if any(group.random for group in groups) else 'seeds'
+    heading = [*varying, runs, *(HEADINGS.get(score, score) for score in shown)]
     lines = [_line(heading), _line(['---'] * len(varying) + ['---:'] * (len(heading) - len(varying)))]
     for group in groups:
         cells = [str(group.case[field]) for field in varying]

@@ -14,6 +14,7 @@ import ml_collections
 
 from aft_jax.config import BENIGN
 from aft_jax.evaluation.scores import PoisonDetection, Scores, defense_effectiveness
+from aft_jax.results.drawn_trigger import DrawnTrigger
 
 SCHEMA = 1
 # The size of the adversarial examples of a scan that tables and model cards show.
@@ -173,6 +174,7 @@ class Results:
         purified: Scores by defense, in the order in which the defenses were first measured.
         observation: Measurements on adversarial examples of the first model, and in 'purified' those of each defense.
             None without a report or a known trigger.
+        trigger: Random trigger; None for other attacks, and in files of older versions.
     """
 
     setting: Setting
@@ -181,6 +183,7 @@ class Results:
     given: GivenFacts | None = None
     purified: dict[str, PurifiedScores] = dataclasses.field(default_factory=dict)
     observation: dict[str, Any] | None = None
+    trigger: DrawnTrigger | None = None
 
     @property
     def kind(self) -> Kind:
@@ -234,6 +237,7 @@ class Results:
             facts = None
             if given is not None:
                 facts, first = GivenFacts(given['init_from'], tuple(given['class_names']), given['warning']), given
+            trigger = fields.get('trigger')
             return cls(
                 setting,
                 fields['environment'],
@@ -241,6 +245,7 @@ class Results:
                 facts,
                 {name: PurifiedScores.from_json(row) for name, row in fields['purified'].items()},
                 fields.get('connection'),
+                None if trigger is None else DrawnTrigger(**trigger),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f'no results of an experiment: {error!r}') from error
@@ -248,6 +253,8 @@ class Results:
     def to_json(self) -> dict[str, Any]:
         """Converts the results to the content of results.json. 'infected' is empty for a given model."""
         fields: dict[str, Any] = {'schema': SCHEMA, **self.setting._asdict()}
+        if self.trigger is not None:
+            fields['trigger'] = self.trigger._asdict()
         fields['infected'] = self.initial.to_json() if self.given is None else {}
         fields['purified'] = {name: scores.to_json() for name, scores in self.purified.items()}
         fields['environment'] = self.environment

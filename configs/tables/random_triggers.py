@@ -7,6 +7,9 @@ The first command uses the draws 1000 to 1059. The second one uses the draws 0 t
 recipes. Each draw has a trigger (`aft_jax.attacks.random_trigger`), and also a poisoning rate of 1 to 10 %, a target
 label, and all-to-all target labels in one of five cases. A model whose ASR is below 80 % before any defense does not
 count. A benign control is part of either table.
+
+Beside the tables of every sweep there are distribution.csv and distribution.png, with the ASR that is left: its median,
+90th percentile and worst, by family of triggers. draws.csv has a row for each trigger.
 """
 
 import math
