@@ -27,8 +27,11 @@ def _option(doc: str, released: Any, default: Any, small: Any = None, check: Che
 
 
 AFT_SECTION: dict[str, Field] = {
-    'reference_steps': Field(700, 'Steps of the fine-tuning that makes the reference model.', POSITIVE),
+    'reference_steps': Field(700, 'Steps of the training of the reference model.', POSITIVE),
     'reference_learning_rate': Field(0.1, 'Largest learning rate of the reference model.', POSITIVE),
+    'reference_penalty': Field(
+        0.1, 'Weight of the penalty that keeps the head of the reference unlike the infected one.', NOT_NEGATIVE
+    ),
     'steps': Field(470, 'Steps of the adversarial fine-tuning.', POSITIVE),
     'learning_rate': Field(0.03, 'Largest learning rate of the adversarial fine-tuning.', POSITIVE),
     'universal': Field(
@@ -37,6 +40,7 @@ AFT_SECTION: dict[str, Field] = {
         names_of(*SIZE_RANGES),
     ),
     'per_image': Field('rectangle,linf', 'Kinds of per-image perturbations.', names_of(*SIZE_RANGES)),
+    'renew_every': Field(20, 'Steps after which a universal perturbation starts again.', POSITIVE),
     'pgd_steps': Field(4, 'Steps of each adversarial attack.', POSITIVE),
     'adversarial_share': Field(1.0, 'Adversarial examples in a step, a share of its clean images.', POSITIVE_SHARE),
     'adversarial_weight': Field(

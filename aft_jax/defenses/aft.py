@@ -6,7 +6,7 @@ kind has, and a small network that unlearns those loses clean accuracy. A refere
 them apart: AFT trains on examples that fool the current model and not the reference, with the predictions of the
 reference as their labels. Two stages:
 
-    reference     hard fine-tuning of the infected model, with averaged weights
+    reference     FST of the infected model, with averaged weights
     adversarial   from the infected model: clean images, mixtures of clean images, and adversarial examples of several
                   kinds whose sizes are drawn at random in each step (`defenses.aft_step` has the loss)
 
@@ -30,7 +30,7 @@ import time
 from functools import partial
 
 from aft_jax.defenses.aft_options import AftOptions
-from aft_jax.defenses.aft_step import aft_step
+from aft_jax.defenses.aft_step import aft_step, init_state
 from aft_jax.defenses.batch_norm_statistics import Statistics
 from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified
 from aft_jax.defenses.reference import fit_reference, start_averaged
@@ -56,7 +56,7 @@ def purify(run: Run, name: str, data: DefenderData, settings: DefenseSettings) -
     constants = {'infected': data.variables, 'reference': reference.state.variables}
     stage = TrainingStage(
         f'{name}/adversarial',
-        start,
+        init_state(start, options, data.images.shape[1:]),
         [Phase(step, options.steps)],
         data.arrays,
         settings.batch_size,

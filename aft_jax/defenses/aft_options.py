@@ -17,6 +17,7 @@ class AftOptions(NamedTuple):
         learning_rate: Largest learning rate.
         universal: Kinds of universal perturbations, comma-separated.
         per_image: Kinds of per-image perturbations, comma-separated.
+        renew_every: Steps after which a universal perturbation starts again.
         pgd_steps: Steps of the attack.
         adversarial_share: Adversarial examples of a step, a share of its clean images.
         adversarial_weight: Weight of the divergence from the reference model on adversarial examples.
@@ -33,6 +34,7 @@ class AftOptions(NamedTuple):
     learning_rate: float
     universal: str
     per_image: str
+    renew_every: int
     pgd_steps: int
     adversarial_share: float
     adversarial_weight: float

@@ -3,20 +3,28 @@
 f is the model in training, f_0 the infected model and r the reference model. x are the clean images of a batch, y their
 labels, x' adversarial examples of some of them, and x~ CutMix mixtures of them:
 
-    x'   = attack on CE(f(x'), y) - CE(r(x'), y), started from x
+    x'   = attack on CE(f(x'), y) - CE(r(x'), y)
     loss = cross_entropy * CE(f(x), y) + distillation * T^2 KL(f_0(x) || f(x), both at temperature T)
          + adversarial_weight * KL(r(x') || f(x'))
          + mixture_weight * KL(q(x~) || f(x~)),     q proportional to min(f_0, r), class by class
 
 with means over the images.
+
+A universal perturbation goes on from the one of the step before, so that it follows the model and becomes stronger than
+`pgd_steps` steps make it. After `renew_every` steps it starts again, at another place and of another size. The kinds
+take turns in starting again.
 """
+
+from dataclasses import replace
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
-from aft_jax.adversarial.perturbations import Objective, init_all, joint_attack
+from aft_jax.adversarial.kinds import Perturbation
+from aft_jax.adversarial.perturbations import Objective, PerturbationSpec, init, init_all, joint_attack
 from aft_jax.adversarial.pgd import Logits, slow_in_loops
 from aft_jax.data.augment import AugmentOptions, augment, cut_mix
 from aft_jax.defenses.aft_options import AftOptions, specs_of
@@ -29,8 +37,27 @@ from aft_jax.training.steps import accuracy, update
 LARGEST_CUT = 1.0
 
 
+@struct.dataclass
+class AftState(AveragedState):
+    """A classifier in training, its average, and the universal perturbations from which the next step starts.
+
+    Attributes:
+        changes: Perturbation of each universal spec, in the order of the specs.
+    """
+
+    changes: tuple[Perturbation, ...]
+
+
+def init_state(averaged: AveragedState, options: AftOptions, image_shape: tuple[int, ...]) -> AftState:
+    """Creates the state before the first step, which starts all perturbations again; `image_shape` is (H, W, C)."""
+    images = jnp.zeros((1, *image_shape))
+    specs = [spec for spec in specs_of(options, image_shape) if spec.universal]
+    changes = tuple(init(spec, jax.random.key(0), images, images) for spec in specs)
+    return AftState(averaged.classifier, averaged.average, changes)
+
+
 def aft_step(
-    state: AveragedState,
+    state: AftState,
     batch: Batch,
     key: jax.Array,
     *,
@@ -38,7 +65,7 @@ def aft_step(
     optimiser: optax.GradientTransformation,
     options: AftOptions,
     augmentation: AugmentOptions,
-) -> tuple[AveragedState, Metrics]:
+) -> tuple[AftState, Metrics]:
     """Takes one step of AFT.
 
     Args:
@@ -64,7 +91,7 @@ def aft_step(
     count = max(1, round(options.adversarial_share * size))
 
     # The batch is in random order, so its first images are as good as any.
-    examples = attack(current, reference, images[:count], labels[:count], attack_key, options)
+    examples, changes = attack(state, reference, images[:count], labels[:count], attack_key, module, options)
     mixtures = cut_mix(mix_key, images, LARGEST_CUT)
     infected_logits = infected(jnp.concatenate([images, mixtures]))
     reference_logits = reference(jnp.concatenate([examples, mixtures]))
@@ -87,18 +114,67 @@ def aft_step(
         state.classifier, inputs, loss, dropout_key, module=module, optimiser=optimiser
     )
     metrics |= {'fooled': fooled.mean(dtype=jnp.float32), 'accuracy': accuracy(logits[:size], labels)}
-    return averaging.follow(state, classifier, options.averaging), metrics
+    after = averaging.follow(state, classifier, options.averaging)
+    return replace(after, changes=changes), metrics
 
 
 def attack(
-    current: Logits, reference: Logits, images: jax.Array, labels: jax.Array, key: jax.Array, options: AftOptions
-) -> jax.Array:
-    """Makes adversarial examples [n, H, W, C] of images that fool `current` and not `reference`."""
+    state: AftState,
+    reference: Logits,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+    module: nn.Module,
+    options: AftOptions,
+) -> tuple[jax.Array, tuple[Perturbation, ...]]:
+    """Makes adversarial examples that fool the current model and not the reference.
+
+    Args:
+        state: State before the step.
+        reference: Reference model.
+        images: Images to be attacked, float32 [n, H, W, C].
+        labels: int32 [n].
+        key: PRNG key.
+        module: Classifier.
+        options: Options of AFT.
+
+    Returns:
+        The examples, float32 [n, H, W, C], and the universal perturbations.
+    """
+    current = logits_function(module, state.classifier.variables)
     specs = specs_of(options, images.shape[1:])
     objective = difference(current, reference, labels)
-    start = init_all(specs, key, images, jax.grad(lambda x: objective(x).sum())(images))
-    examples, _ = joint_attack(objective, images, specs, start, steps=options.pgd_steps, unroll=slow_in_loops(current))
-    return jax.lax.stop_gradient(examples)
+    fresh = init_all(specs, key, images, jax.grad(lambda x: objective(x).sum())(images))
+    start = resume(specs, fresh, state.changes, state.step, options.renew_every)
+    examples, perturbations = joint_attack(
+        objective, images, specs, start, steps=options.pgd_steps, unroll=slow_in_loops(current)
+    )
+    changes = tuple(p for spec, p in zip(specs, perturbations, strict=True) if spec.universal)
+    return jax.lax.stop_gradient(examples), changes
+
+
+def resume(
+    specs: tuple[PerturbationSpec, ...],
+    fresh: tuple[Perturbation, ...],
+    carried: tuple[Perturbation, ...],
+    step: jax.Array,
+    renew_every: int,
+) -> tuple[Perturbation, ...]:
+    """Chooses the perturbations with which the attack of a step starts.
+
+    Args:
+        specs: Kinds and sizes.
+        fresh: Random perturbation of each spec.
+        carried: Perturbation of each universal spec after the step before.
+        step: int32 scalar, steps taken. At step 0 all perturbations are fresh.
+        renew_every: Steps after which a universal perturbation is fresh again.
+    """
+    universal = [i for i, spec in enumerate(specs) if spec.universal]
+    start = list(fresh)
+    for turn, (i, old) in enumerate(zip(universal, carried, strict=True)):
+        renews = (step == 0) | ((step + turn * renew_every // len(universal)) % renew_every == 0)
+        start[i] = jax.tree.map(lambda new, old, renews=renews: jnp.where(renews, new, old), fresh[i], old)
+    return tuple(start)
 
 
 def difference(current: Logits, reference: Logits, labels: jax.Array) -> Objective:

@@ -7,12 +7,13 @@ Source: Polyak and Juditsky, "Acceleration of stochastic approximation by averag
 Weights Leads to Wider Optima" (2018), for networks.
 """
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import jax
 from flax import struct
 
-from aft_jax.training.state import TrainState, WrapsClassifier
+from aft_jax.training.state import Batch, Metrics, Step, TrainState, WrapsClassifier
 
 
 @struct.dataclass
@@ -32,12 +33,15 @@ class AveragedState(WrapsClassifier):
         return self.average
 
 
+Averaged = TypeVar('Averaged', bound=AveragedState)
+
+
 def init(classifier: TrainState) -> AveragedState:
     """Creates the state before the first step, whose average is the model itself."""
     return AveragedState(classifier, jax.tree.map(lambda x: x, classifier.variables))
 
 
-def follow(state: AveragedState, classifier: TrainState, decay: float) -> AveragedState:
+def follow(state: Averaged, classifier: TrainState, decay: float) -> Averaged:
     """Stores the classifier after a step, and moves the average towards it.
 
     Args:
@@ -46,4 +50,14 @@ def follow(state: AveragedState, classifier: TrainState, decay: float) -> Averag
         decay: Share of the average that stays.
     """
     average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.average, classifier.variables)
-    return AveragedState(classifier, average)
+    return replace(state, classifier=classifier, average=average)
+
+
+def averaged(step: Step, decay: float) -> Step:
+    """Builds a step of an `AveragedState` from one of a `TrainState`; `decay` is as in `follow`."""
+
+    def averaged_step(state: AveragedState, batch: Batch, key: jax.Array) -> tuple[AveragedState, Metrics]:
+        classifier, metrics = step(state.classifier, batch, key)
+        return follow(state, classifier, decay), metrics
+
+    return averaged_step
