@@ -137,6 +137,9 @@ def test_agreement_keeps_the_smaller_probability_of_each_class():
     # The infected model alone sees the target label 0.
     infected, reference = np.array([[9.0, 2.0, 0.0]], np.float32), np.array([[-9.0, 2.0, 0.0]], np.float32)
     assert softmax(infected)[0, 0] > 0.99 and aft_step.agreement(infected, reference)[0, 0] < 0.02
+    # Two models that are certain of different classes.
+    certain = np.array([[120.0, 0.0]], np.float32)
+    np.testing.assert_allclose(aft_step.agreement(certain, certain[:, ::-1]), [[0.5, 0.5]], atol=1e-6)
 
 
 @pytest.mark.parametrize('temperature', [1.0, 3.0])
