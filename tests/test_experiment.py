@@ -155,17 +155,17 @@ def test_claim_lets_a_later_start_add_a_defense_with_its_options(npz, tmp_path, 
     run(npz, tmp_path / 'run', capsys, *released, '--config.stages=("infect",)', '--config.clean_share=0.1')
     first = run(npz, tmp_path / 'run', capsys, *released, '--config.defenses=aft_released', NO_REPORT)
     assert first['clean_share'] == 0.25
-    other = (*released, '--config.aft.averaging=0.5')
-    both = run(npz, tmp_path / 'run', capsys, *other, '--config.defenses=aft_released,aft', NO_REPORT)
-    assert both['purified'].keys() == {'aft_released', 'aft'}
+    other = (*released, '--config.ft.max_grad_norm=0.5')
+    both = run(npz, tmp_path / 'run', capsys, *other, '--config.defenses=aft_released,ft', NO_REPORT)
+    assert both['purified'].keys() == {'aft_released', 'ft'}
     assert both['purified']['aft_released'] == first['purified']['aft_released']
     assert both['infected'] == first['infected']
     kept = json.loads((tmp_path / 'run' / 'config.json').read_text())
-    assert kept['aft']['averaging'] == 0.5 and kept['aft_released']['eps'] == 6 / 255
+    assert kept['ft']['max_grad_norm'] == 0.5 and kept['aft_released']['eps'] == 6 / 255
     # A later start keeps what was measured. The options of a measured defense are fixed.
     assert run(npz, tmp_path / 'run', capsys, *other, '--config.stages=("infect",)') == both
-    status, text = run_here([*arguments_of(npz, tmp_path / 'run'), *released, '--config.aft.averaging=0.75'], capsys)
-    assert status == 2 and 'aft.averaging is 0.5 there and 0.75 here' in text and len(text.splitlines()) == 1
+    status, text = run_here([*arguments_of(npz, tmp_path / 'run'), *released, '--config.ft.max_grad_norm=0.75'], capsys)
+    assert status == 2 and 'ft.max_grad_norm is 0.5 there and 0.75 here' in text and len(text.splitlines()) == 1
     status, text = run_here([*arguments_of(npz, tmp_path / 'run'), *other, '--config.clean_share=0.2'], capsys)
     assert status == 2 and 'clean_share is 0.25 there and 0.2 here' in text
 
