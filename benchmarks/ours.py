@@ -95,7 +95,7 @@ class Ours:
         return Training(task, self._mesh, self._feed, training.step, before, epochs=options.epochs)
 
     def _fine_tuning(self) -> 'Training':
-        task, options, train = self.task, self.task.config.aft, self.task.config.train
+        task, options, train = self.task, self.task.config.aft_released, self.task.config.train
         optimiser = sgd(
             options.learning_rate,
             options.schedule,

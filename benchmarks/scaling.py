@@ -140,9 +140,8 @@ def subject(width: int = 64, dtype: str = 'bfloat16', side: int = SIDE) -> Subje
     """Builds PreActResNet18 as in configs/cifar10.py, optionally narrower."""
     config = default_config()
     # Half of each batch has per-image perturbations, the other half is distilled from the infected model.
-    config.aft.preset = 'released'
-    config.aft.update({'adversarial_share': 0.5, 'distillation': 1.0, 'random_start': True, 'clip': True})
-    config.aft.max_grad_norm = 1.0
+    config.aft_released.update({'adversarial_share': 0.5, 'distillation': 1.0, 'random_start': True, 'clip': True})
+    config.aft_released.max_grad_norm = 1.0
     config.model.name, config.model.width, config.dtype = 'preact_resnet', width, dtype
     config.augment.crop, config.augment.flip = 4, True
     config = resolve(config)
@@ -180,13 +179,14 @@ def training(mesh: Mesh, on: Subject, batch: int) -> Programs:
 
 def adversarial_tuning(mesh: Mesh, on: Subject, batch: int, **changes: Any) -> Programs:
     """Compiles an adversarial step of AFT, perhaps with other options."""
-    optimiser = sgd(0.03, 'cosine', 1000, momentum=0.9, weight_decay=5e-4, max_grad_norm=on.config.aft.max_grad_norm)
+    section = on.config.aft_released
+    optimiser = sgd(0.03, 'cosine', 1000, momentum=0.9, weight_decay=5e-4, max_grad_norm=section.max_grad_norm)
     before = jax.eval_shape(lambda v: state.create(v, optimiser), on.variables)
     step = partial(
         aft_step,
         module=on.module,
         optimiser=optimiser,
-        options=as_options(UniversalAftOptions, on.config.aft)._replace(**changes),
+        options=as_options(UniversalAftOptions, section)._replace(**changes),
         augmentation=as_options(AugmentOptions, on.config.augment),
     )
     return compile_step(mesh, on, step, before, batch, fixed=on.variables)
@@ -197,7 +197,7 @@ def attack(mesh: Mesh, on: Subject, batch: int) -> Programs:
 
     def run(variables, images, labels, key):
         model = logits_function(on.module, variables)
-        return perturb(model, images, labels, key, pgd_of(as_options(UniversalAftOptions, on.config.aft)))
+        return perturb(model, images, labels, key, pgd_of(as_options(UniversalAftOptions, on.config.aft_released)))
 
     whole, cut = replicated(mesh), batch_sharding(mesh, 0)
     images = jax.ShapeDtypeStruct((batch, *on.shape), jnp.float32)
@@ -259,7 +259,7 @@ class Work(NamedTuple):
 def work(network: Network, config: ml_collections.ConfigDict) -> dict[str, Work]:
     """Computes the work of the two steps. A backward pass costs two forward passes, one of them for its input."""
     step = Work(3 * network.forward - network.first, 3)  # training does not compute the gradient of the images
-    o = config.aft
+    o = config.aft_released
     share = o.adversarial_share
     # PGD; a forward pass on its examples; the infected model's predictions on the rest.
     further = share * (2 * o.pgd_steps + 1) + (1 - share) * (o.distillation > 0)

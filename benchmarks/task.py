@@ -1,7 +1,7 @@
 """The task that all sides get: a classifier with its weights, the images and their order, and the settings of a step.
 
-A step is that of the preset 'released': PGD of 7 steps on the whole batch, eps 6/255, no random start, no clipping to
-[0, 1]; SGD with momentum 0.9 and weight decay 5e-4; no augmentation.
+A step of AFT is that of the defense `aft_released`: PGD of 7 steps on the whole batch, eps 6/255, no random start, no
+clipping to [0, 1]; SGD with momentum 0.9 and weight decay 5e-4; no augmentation.
 """
 
 from typing import NamedTuple
@@ -85,8 +85,8 @@ class Task(NamedTuple):
 
     @property
     def pgd(self) -> PGD:
-        """What an adversarial example is: one attack, in the preset."""
-        return pgd_of(as_options(UniversalAftOptions, self.config.aft))
+        """The attack that makes adversarial examples."""
+        return pgd_of(as_options(UniversalAftOptions, self.config.aft_released))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -118,7 +118,7 @@ def make(name: str, images: Images, batch: int, dtype: str, **options: float) ->
         **options: Further fields of `config.model`.
     """
     config = default_config()
-    config.aft.preset, config.model.name = 'released', name
+    config.model.name = name
     config.model.update(options)
     config.batch_size, config.dtype = batch, dtype
     config = resolve(config)

@@ -60,7 +60,7 @@ class Reference:
         self.task, self.device = task, torch.device(device)
         self.model = classifier(task).to(self.device)
         self._order = task.order
-        self._optimisers = {'infect': self._sgd(task.config.train), 'aft': self._sgd(task.config.aft)}
+        self._optimisers = {'infect': self._sgd(task.config.train), 'aft': self._sgd(task.config.aft_released)}
 
     def _sgd(self, options: Any, **further: Any) -> torch.optim.SGD:
         train = self.task.config.train

@@ -9,9 +9,11 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from defense_runs import as_numpy, lines, run_defense
 
 from aft_jax.config import as_options, default_config
 from aft_jax.data.dataset import Dataset
+from aft_jax.defenses import DefenderData
 from aft_jax.runtime.preemption import Watch
 from aft_jax.runtime.sharding import make_mesh
 from aft_jax.training.metrics import MetricWriter
@@ -124,6 +126,31 @@ def make_run(tmp_path: Path, config: ml_collections.ConfigDict):
     yield make
     for writer in writers:
         writer.close()
+
+
+@pytest.fixture
+def held_data(dataset: Dataset, tiny_net: nn.Module, tiny_variables: dict) -> DefenderData:
+    """24 clean images and a fresh network as the infected model."""
+    return DefenderData(tiny_net, tiny_variables, dataset.train_images[:24], dataset.train_labels[:24])
+
+
+@pytest.fixture
+def purify(make_run, config: ml_collections.ConfigDict, held_data: DefenderData):
+    """A function that purifies with options of a defense, and returns the variables and the lines of metrics.
+
+    It checks that the infected model stays as it was, and that the purified model differs from it.
+    """
+
+    def call(defense: str, name: str = 'run', devices: int = 4, **options):
+        config[defense].update(options)
+        run, infected = make_run(name, devices=devices), as_numpy(held_data.variables)
+        purified = as_numpy(run_defense(defense, run, held_data, config).variables)
+        jax.tree.map(np.testing.assert_array_equal, as_numpy(held_data.variables), infected)
+        for kind, layer, leaf in (('params', 'Dense_0', 'kernel'), ('batch_stats', 'BatchNorm_0', 'mean')):
+            assert not np.allclose(purified[kind][layer][leaf], infected[kind][layer][leaf])
+        return purified, lines(run)
+
+    return call
 
 
 @pytest.fixture(scope='session')

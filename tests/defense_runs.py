@@ -9,7 +9,21 @@ import numpy as np
 import pytest
 
 from aft_jax.config import resolve
-from aft_jax.defenses import DEFENSES, DefenderData, Purified, aft, anp, defender, fp, fst, ft, mcr, nad
+from aft_jax.defenses import (
+    DEFENSES,
+    DefenderData,
+    Purified,
+    aft,
+    aft_universal,
+    anp,
+    defender,
+    fp,
+    fst,
+    ft,
+    mcr,
+    nad,
+    reference,
+)
 from aft_jax.pipeline.stages import defense_settings
 from aft_jax.training.loop import fit
 from aft_jax.training.stage import Fitted, Run, TrainingStage
@@ -39,7 +53,7 @@ def record_stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Trained]:
         recorded[stage.name] = Trained(stage, fit(run, stage))
         return recorded[stage.name].fitted
 
-    for module in (aft, anp, fp, fst, ft, mcr, nad):
+    for module in (aft, aft_universal, anp, fp, fst, ft, mcr, nad, reference):
         monkeypatch.setattr(module, 'fit', recording_fit)
     return recorded
 

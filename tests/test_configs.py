@@ -29,21 +29,18 @@ def test_validate_accepts_every_config_file(name):
         config = module.get_config(attack)
         validation.validate(config)
         assert config.attack.name == attack
-        config.aft.preset = 'released'
-        assert resolve(config).aft.to_dict() == {'preset': 'released'} | AFT_PRESETS['released']
+        assert resolve(config).aft_released.to_dict() == {'preset': 'released'} | AFT_PRESETS['released']
 
 
 def test_resolve_fills_empty_fields_from_the_preset():
     config = default_config()
-    config.aft.preset = 'released'
-    config.aft.eps = 0.5
-    resolved = resolve(config)
-    assert resolved.aft.eps == 0.5 and resolved.aft.adversarial_epochs == 3.0 and resolved.aft.clip is False
-    assert config.aft.clip is None and default_config().aft.eps is None
-    assert all(value is not None for value in resolved.aft.to_dict().values())
+    config.aft_universal.update({'preset': 'released', 'eps': 0.5})
+    options = resolve(config).aft_universal
+    assert options.to_dict() == {'preset': 'released'} | AFT_PRESETS['released'] | {'eps': 0.5}
+    assert config.aft_universal.clip is None and default_config().aft_universal.eps is None
+    assert all(value is not None for value in options.to_dict().values())
     assert all(preset.keys() == AFT_PRESETS['default'].keys() for preset in AFT_PRESETS.values())
-    assert set(default_config().aft.keys()) == {'preset', *AFT_PRESETS['default']}
-    assert resolve(default_config()).aft_released.to_dict() == {'preset': 'released'} | AFT_PRESETS['released']
+    assert set(default_config().aft_universal.keys()) == {'preset', *AFT_PRESETS['default']}
 
 
 def test_validate_accepts_the_defaults_and_every_preset():
@@ -55,9 +52,9 @@ def test_validate_accepts_the_defaults_and_every_preset():
             config[section].preset = preset
         config = resolve(config)
         validation.validate(config)
-        assert {name: type(value) for name, value in config.aft.items()} == {
+        assert {name: type(value) for name, value in config.aft_universal.items()} == {
             'preset': str,
-            **{name: ALL_FIELDS[f'aft.{name}'].default for name in AFT_PRESETS[preset]},
+            **{name: ALL_FIELDS[f'aft_universal.{name}'].default for name in AFT_PRESETS[preset]},
         }
 
 
@@ -76,7 +73,7 @@ def test_help_config_prints_every_field(capsys, monkeypatch):
     for choice in (*BUILTIN, *DEFENSES, *attacks.NAMES, *SCHEDULES, *AFT_PRESETS):
         assert choice in words
     assert 'data.size = 0\n    Side in pixels' in text
-    assert 'aft.pgd_steps = 7 (released), 4 (default), 4 (small)\n' in text
+    assert 'aft_universal.pgd_steps = 7 (released), 4 (default), 4 (small)\n' in text
 
 
 def test_split_names_gives_each_name_once():

@@ -21,7 +21,7 @@ from aft_jax.cli import EXIT_PREEMPTED, EXIT_USER_ERROR
 
 LONGEST = 240
 NO_PICTURES = "--config.stages=('infect', 'purify')"
-STAGES = ('infect', 'purify/aft')
+STAGES = ('infect', 'purify/aft/reference', 'purify/aft/adversarial')
 
 
 @pytest.fixture(scope='module')
@@ -47,12 +47,12 @@ def launch(
         '--config.batch_size=16',
         '--config.clean_share=0.2',
         '--config.train.epochs=2',
-        '--config.aft.epochs=2',
-        '--config.aft.adversarial_epochs=1',
         '--config.model.factory=tests.toys:small_network',
+        '--config.aft.reference_steps=8',
+        '--config.aft.steps=8',
         '--config.aft.pgd_steps=1',
-        '--config.aft.universal=linf,l2',
-        '--config.aft.per_image=sparse',
+        '--config.aft.universal=linf,rectangle',
+        '--config.aft.per_image=linf',
         '--config.run.log_every=3',
         '--config.run.checkpoint_every=6',
         *more,

@@ -58,11 +58,11 @@ def arguments_of(npz, workdir):
         '--config.augment.crop=0',
         '--config.train.epochs=6',
         '--config.ft.epochs=2',
-        '--config.aft.epochs=2',
-        '--config.aft.adversarial_epochs=1',
-        '--config.aft.pgd_steps=2',
-        '--config.aft.universal=linf,l2',
-        '--config.aft.per_image=sparse',
+        '--config.aft.reference_steps=8',
+        '--config.aft.steps=8',
+        '--config.aft.pgd_steps=1',
+        '--config.aft.universal=linf,rectangle',
+        '--config.aft.per_image=linf',
     ]
 
 
@@ -101,9 +101,10 @@ def test_run_experiment_writes_the_results(npz, badnets_run):
 def test_run_experiment_writes_its_files_where_run_files_names_them(badnets_run):
     run_files = RunFiles(badnets_run)
     stages = {json.loads(line)['stage'] for line in run_files.metrics.read_text().splitlines()}
-    assert stages == {'infect', 'purify/ft', 'purify/aft'}
+    assert stages == {'infect', 'purify/ft', 'purify/aft/reference', 'purify/aft/adversarial'}
     assert all(run_files.checkpoints(stage).is_dir() for stage in stages)
-    assert json.loads(run_files.config.read_text())['aft']['eps'] == pytest.approx(20 / 255)
+    config = json.loads(run_files.config.read_text())
+    assert config['aft']['steps'] == 8 and config['aft_universal']['eps'] == pytest.approx(20 / 255)
     assert 'of triggered images are still classified as' in (run_files.report / 'index.html').read_text()
     assert trigger_gallery.read(run_files.report / 'triggers.png').std() > 0
     assert trigger_gallery.read(run_files.report / 'before_after.png').std() > 0
@@ -154,17 +155,17 @@ def test_claim_lets_a_later_start_add_a_defense_with_its_options(npz, tmp_path, 
     run(npz, tmp_path / 'run', capsys, *released, '--config.stages=("infect",)', '--config.clean_share=0.1')
     first = run(npz, tmp_path / 'run', capsys, *released, '--config.defenses=aft_released', NO_REPORT)
     assert first['clean_share'] == 0.25
-    other = (*released, '--config.aft.eps=0.02')
-    both = run(npz, tmp_path / 'run', capsys, *other, '--config.defenses=aft_released,aft', NO_REPORT)
-    assert both['purified'].keys() == {'aft_released', 'aft'}
+    other = (*released, '--config.ft.max_grad_norm=0.5')
+    both = run(npz, tmp_path / 'run', capsys, *other, '--config.defenses=aft_released,ft', NO_REPORT)
+    assert both['purified'].keys() == {'aft_released', 'ft'}
     assert both['purified']['aft_released'] == first['purified']['aft_released']
     assert both['infected'] == first['infected']
     kept = json.loads((tmp_path / 'run' / 'config.json').read_text())
-    assert kept['aft']['eps'] == 0.02 and kept['aft_released']['eps'] == 6 / 255
+    assert kept['ft']['max_grad_norm'] == 0.5 and kept['aft_released']['eps'] == 6 / 255
     # A later start keeps what was measured. The options of a measured defense are fixed.
     assert run(npz, tmp_path / 'run', capsys, *other, '--config.stages=("infect",)') == both
-    status, text = run_here([*arguments_of(npz, tmp_path / 'run'), *released, '--config.aft.eps=0.03'], capsys)
-    assert status == 2 and 'aft.eps is 0.02 there and 0.03 here' in text and len(text.splitlines()) == 1
+    status, text = run_here([*arguments_of(npz, tmp_path / 'run'), *released, '--config.ft.max_grad_norm=0.75'], capsys)
+    assert status == 2 and 'ft.max_grad_norm is 0.5 there and 0.75 here' in text and len(text.splitlines()) == 1
     status, text = run_here([*arguments_of(npz, tmp_path / 'run'), *other, '--config.clean_share=0.2'], capsys)
     assert status == 2 and 'clean_share is 0.25 there and 0.2 here' in text
 

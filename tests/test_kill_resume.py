@@ -11,7 +11,8 @@ from checkpoint_files import final_arrays
 from command import ROOT, start
 from toys import save_brightness_dataset
 
-KILLS = 2
+# One kill is in each of these parts of the work.
+PARTS = (('infect', 'purify/ft'), ('purify/aft/reference',), ('purify/aft/adversarial',))
 LONGEST = 180
 
 
@@ -25,12 +26,12 @@ def arguments(tmp_path):
         '--config.clean_share=0.2',
         '--config.train.epochs=3',
         '--config.ft.epochs=4',
-        '--config.aft.epochs=4',
-        '--config.aft.adversarial_epochs=2',
         '--config.model.factory=tests.toys:small_network',
+        '--config.aft.reference_steps=25',
+        '--config.aft.steps=25',
         '--config.aft.pgd_steps=1',
-        '--config.aft.universal=linf,l2',
-        '--config.aft.per_image=sparse',
+        '--config.aft.universal=linf,rectangle',
+        '--config.aft.per_image=linf',
         "--config.stages=('infect', 'purify')",
         '--config.run.log_every=5',
         '--config.run.checkpoint_every=10',
@@ -70,11 +71,10 @@ def without_times(results: dict) -> dict:
 def test_main_killed_at_random_moments_resumes_exactly(arguments, tmp_path):
     whole, broken = tmp_path / 'whole', tmp_path / 'broken'
     finish(arguments, whole, tmp_path / 'whole.log')
-    total = count_lines(whole)
-    # One moment in each half of the work.
+    stages = [json.loads(line)['stage'] for line in (whole / 'metrics.jsonl').read_text().splitlines()]
     generator = np.random.default_rng(1)
-    for part in range(KILLS):
-        moment = int(generator.uniform(part, part + 1) / KILLS * (total - 1)) + 1
+    for part in PARTS:
+        moment = generator.choice([count for count, stage in enumerate(stages, start=1) if stage in part])
         kill_after(moment, arguments, broken, tmp_path / 'broken.log')
     assert not (broken / 'results.json').exists()
     finish(arguments, broken, tmp_path / 'broken.log')
@@ -82,7 +82,7 @@ def test_main_killed_at_random_moments_resumes_exactly(arguments, tmp_path):
     read = [without_times(json.loads((d / 'results.json').read_text())) for d in (whole, broken)]
     assert read[0] == read[1]
     assert read[0]['purified'].keys() == {'ft', 'aft'}
-    for stage in ('infect', 'purify/ft', 'purify/aft'):
+    for stage in sum(PARTS, ()):
         expected, actual = (final_arrays(d / 'checkpoints' / stage) for d in (whole, broken))
         assert expected.keys() == actual.keys() and any('kernel' in name for name in expected)
         for name, array in expected.items():

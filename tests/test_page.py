@@ -82,7 +82,7 @@ def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp('run')
     empty = np.zeros((0, 6, 6, 1), np.uint8)
     write_manifest(directory / 'poison.npz', None, Poisoned(empty, NO_INDICES, np.arange(7), NO_INDICES), np.arange(5))
-    (directory / 'config.json').write_text(json.dumps({'seed': 3, 'aft': {'eps': 0.125, 'preset': ''}}))
+    (directory / 'config.json').write_text(json.dumps({'seed': 3, 'aft': {'averaging': 0.125, 'universal': ''}}))
     (directory / 'metrics.jsonl').write_text(
         ''.join(json.dumps(line) + '\n' for line in metric_lines()) + '{"step": 9, "sta'
     )
@@ -142,7 +142,7 @@ def test_write_page_shows_the_numbers(whole):
     assert 'model ACC ASR RA DER seconds infected 95.0 % 99.0 % 1.0 % – 1.5 ft 94.0 %' in text
     assert '80.0 % → –' in text  # no adversarial example fools the purified model
     assert 'infected 25.0 % 80.0 % 70.0 % to 90.0 % 2.50 2.00 to 3.00 50.0 % – aft 25.0 % –' in text
-    assert 'Training images with the trigger stored in them 7' in text and 'aft.eps 0.125 aft.preset –' in text
+    assert 'Training images with the trigger stored in them 7' in text and 'aft.averaging 0.125 aft.universal –' in text
 
 
 def test_write_page_of_a_benign_model_has_no_word_of_a_trigger(tmp_path):

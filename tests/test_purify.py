@@ -30,7 +30,8 @@ from torch_models import MnistCNN, nchw  # noqa: E402
 CLASSES, SIDE, TARGET = 4, 16, 1
 NORMALISED = ['--config.model.mean=(0.5,)', '--config.model.std=(0.5,)']
 BRIEF = [
-    *('--config.aft.epochs=16', '--config.aft.adversarial_epochs=14', '--config.aft.pgd_steps=4'),
+    *('--config.aft.reference_steps=40', '--config.aft.steps=60', '--config.aft.pgd_steps=3'),
+    *('--config.aft.universal=linf', '--config.aft.per_image=linf', '--config.aft.averaging=0.9'),
     *('--config.batch_size=32', '--config.run.eval_batch_size=80', '--config.stages=("scan","purify")'),
 ]
 

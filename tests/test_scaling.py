@@ -61,9 +61,10 @@ def test_training_sends_only_gradients_and_batch_statistics(mesh, norms, config,
 @pytest.mark.parametrize('backend', ['cpu', 'tpu'])
 def test_attack_sends_nothing(mesh, config, tiny_net, monkeypatch, backend):
     monkeypatch.setattr(pgd.jax, 'default_backend', lambda: backend)  # PGD is a loop except on a CPU
+    config.aft_released.update({'pgd_steps': 2, 'random_start': True, 'clip': True})
     on = scaling.describe(resolve(config), tiny_net, (8, 8, 1))
     programs = scaling.attack(mesh, on, BATCH)
-    copies = on.config.aft.pgd_steps if backend == 'cpu' else 1
+    copies = on.config.aft_released.pgd_steps if backend == 'cpu' else 1
     assert programs.partitioned.count(' dot(') == 4 * copies  # two dense layers, forward and back
     assert not scaling.collectives(programs.partitioned)
     assert not scaling.collectives(programs.optimised)

@@ -20,7 +20,7 @@ from aft_jax.runtime.sharding import check_batch_size, make_mesh, replicate
 from aft_jax.training import calls, state
 from aft_jax.training.checkpoint import Checkpoints, checksum
 from aft_jax.training.loop import fit
-from aft_jax.training.optimiser import sgd
+from aft_jax.training.optimiser import SCHEDULES, one_cycle, sgd
 from aft_jax.training.stage import EvalHook, Phase, TrainingStage
 from aft_jax.training.steps import accuracy, classification_step, cross_entropy
 
@@ -68,7 +68,23 @@ def hook_that_fails_at(step, every_steps):
     return EvalHook(evaluate, every_steps=every_steps)
 
 
-@pytest.mark.parametrize('schedule', ['constant', 'cosine'])
+def rate_of(schedule, peak, step, steps):
+    """Computes the learning rate of a step."""
+    rising = round(0.3 * steps) if schedule == 'one_cycle' else 0
+    if schedule == 'constant':
+        return peak
+    if step < rising:
+        return peak * (0.1 + 0.9 * step / rising)
+    return peak * (1 + np.cos(np.pi * (step - rising) / (steps - rising))) / 2
+
+
+@pytest.mark.parametrize('steps', [1, 2, 3, 10, 25])
+def test_one_cycle_rises_and_falls(steps):
+    rates = [float(one_cycle(0.2, steps)(jnp.float32(step))) for step in range(steps)]
+    np.testing.assert_allclose(rates, [rate_of('one_cycle', 0.2, step, steps) for step in range(steps)], atol=1e-6)
+
+
+@pytest.mark.parametrize('schedule', SCHEDULES)
 @pytest.mark.parametrize('max_grad_norm', [0.0, 1.0])
 def test_sgd_equals_torch_in_numpy(schedule, max_grad_norm):
     """buffer = momentum * buffer + (gradient + decay * p); p -= rate(t) * buffer, on a quadratic bowl."""
@@ -86,8 +102,7 @@ def test_sgd_equals_torch_in_numpy(schedule, max_grad_norm):
         if max_grad_norm and length > max_grad_norm:
             gradient, clipped = gradient * max_grad_norm / length, clipped + 1
         buffer = momentum * buffer + gradient + decay * expected
-        now = rate * (1 + np.cos(np.pi * t / steps)) / 2 if schedule == 'cosine' else rate
-        expected = expected - now * buffer
+        expected = expected - rate_of(schedule, rate, t, steps) * buffer
         updates, carried = update({'w': jnp.asarray(curvature, jnp.float32) * params['w']}, carried, params)
         params = jax.tree.map(jnp.add, params, updates)
         np.testing.assert_allclose(params['w'], expected, atol=1e-5)

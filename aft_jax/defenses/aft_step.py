@@ -193,8 +193,9 @@ def agreement(infected_logits: jax.Array, reference_logits: jax.Array) -> jax.Ar
     A class keeps the smaller of its two probabilities. Where only the infected model sees the target label, because a
     mixture looks like the trigger, the target label has no share in the result.
     """
-    least = jnp.minimum(jax.nn.softmax(infected_logits), jax.nn.softmax(reference_logits))
-    return least / least.sum(axis=-1, keepdims=True)
+    # Logarithms, because the smaller probabilities of all classes may be too small for float32.
+    least = jnp.minimum(jax.nn.log_softmax(infected_logits), jax.nn.log_softmax(reference_logits))
+    return jax.nn.softmax(least)
 
 
 def divergence(target_logits: jax.Array, logits: jax.Array, temperature: float = 1.0) -> jax.Array:

@@ -19,6 +19,8 @@ def validate_defenses(config: ml_collections.ConfigDict) -> None:
     Raises:
         UserError: The first rule that is broken.
     """
+    if not split_names(f'{config.aft.universal},{config.aft.per_image}'):
+        raise UserError('aft.universal and aft.per_image are both empty; name a kind of perturbation, such as linf.')
     for section in (*AFT_SECTIONS, 'pbe'):
         _validate_sizes(config[section], section)
         _validate_aft(config, section)
