@@ -74,6 +74,11 @@ def attacked(images, labels, key):
     return examples
 
 
+def start(model, optimiser):
+    averaged = averaging.init(state.create(jax.tree.map(jnp.asarray, model), optimiser))
+    return aft_step.init_state(averaged, OPTIONS, (4, 4, 1))
+
+
 def test_aft_step_equals_numpy():
     """Loss, gradient, metrics and average of one step, with four adversarial examples of eight images."""
     step = jax.jit(
@@ -88,7 +93,7 @@ def test_aft_step_equals_numpy():
     constants = {'infected': INFECTED, 'reference': REFERENCE}
     batch = {'images': jnp.asarray(IMAGES), 'labels': jnp.asarray(LABELS), 'constants': constants}
     optimiser = sgd(RATE, 'constant', 10, momentum=0.9, weight_decay=0.0)
-    before = averaging.init(state.create(jax.tree.map(jnp.asarray, MODEL), optimiser))
+    before = start(MODEL, optimiser)
     after, metrics = step(before, batch, jax.random.key(0))
     assert metrics.keys() == {'loss', 'grad_norm', 'fooled', 'accuracy'} and int(after.step) == 1
 
@@ -171,16 +176,21 @@ def test_attack_fools_the_model_and_not_the_reference():
         for name in ('model', 'reference')
     )
     labels, options = np.zeros(8, np.int32), OPTIONS._replace(pgd_steps=8)
-    examples = np.asarray(
-        aft_step.attack(
-            *(logits_function(Linear(), each) for each in (current, reference)),
-            jnp.asarray(IMAGES),
-            jnp.asarray(labels),
-            jax.random.key(0),
-            options,
-        )
+    optimiser = sgd(RATE, 'constant', 10, momentum=0.9, weight_decay=0.0)
+    examples, carried = aft_step.attack(
+        start(current | {'batch_stats': {}}, optimiser),
+        logits_function(Linear(), reference),
+        jnp.asarray(IMAGES),
+        jnp.asarray(labels),
+        jax.random.key(0),
+        Linear(),
+        options,
     )
+    examples = np.asarray(examples)
     change = examples - IMAGES
+    # The universal perturbation is carried to the next step, the others are not.
+    assert len(carried) == 1
+    np.testing.assert_allclose(carried[0].values, change[:1], atol=1e-6)
     # Eight steps of a quarter of the size cross the whole range.
     size = np.abs(change).max(axis=(1, 2, 3), keepdims=True)
     assert (size >= 0.03).all() and (size <= 0.161).all() and size.std() > 0.01
@@ -190,6 +200,26 @@ def test_attack_fools_the_model_and_not_the_reference():
         return cross_entropies(logits(model, examples), labels) - cross_entropies(logits(model, IMAGES), labels)
 
     assert (gain(current) > 0.02).all() and (gain(reference) < -0.02).all()
+
+
+def test_resume_renews_universal_perturbations_in_turn():
+    specs = specs_of(OPTIONS._replace(universal='linf,warp', per_image='linf'), (4, 4, 1))
+    fresh, carried = (init_all(specs, jax.random.key(seed), jnp.asarray(IMAGES)) for seed in (0, 1))
+    renewed = []
+    for step in range(8):
+        resumed = aft_step.resume(specs, fresh, carried[:2], jnp.int32(step), 4)
+        sources = []
+        for i, perturbation in enumerate(resumed):
+            is_fresh = np.array_equal(perturbation.values, fresh[i].values)
+            assert is_fresh or np.array_equal(perturbation.values, carried[i].values)
+            sources.append(is_fresh)
+        renewed.append(sources)
+    assert [row[:2] for row in renewed] == [
+        [True, True],
+        *([False, False], [False, True], [False, False], [True, False]),
+        *([False, False], [False, True], [False, False]),
+    ]
+    assert all(row[2] for row in renewed)
 
 
 def test_follow_averages_the_variables_of_every_step():
@@ -237,8 +267,12 @@ def test_purify_trains_a_reference_and_then_the_model(config, make_run, held_dat
     assert list(recorded) == ['purify/aft/reference', 'purify/aft/adversarial']
     reference, adversarial = recorded.values()
     for stage, _ in (reference, adversarial):
-        jax.tree.map(np.testing.assert_array_equal, as_numpy(stage.state.variables), infected)
         np.testing.assert_array_equal(stage.arrays['images'], held_data.images)
+    jax.tree.map(np.testing.assert_array_equal, as_numpy(adversarial.stage.state.variables), infected)
+    # The reference starts from the infected model with a new head.
+    before = as_numpy(reference.stage.state.variables)['params']
+    np.testing.assert_array_equal(before['Dense_0']['kernel'], infected['params']['Dense_0']['kernel'])
+    assert not np.allclose(before['Dense_1']['kernel'], infected['params']['Dense_1']['kernel'], atol=1e-2)
     constants = as_numpy(adversarial.stage.constants)
     averaged = as_numpy(reference.fitted.state.variables)
     jax.tree.map(np.testing.assert_array_equal, constants, {'infected': infected, 'reference': averaged})
@@ -251,7 +285,7 @@ def test_purify_trains_a_reference_and_then_the_model(config, make_run, held_dat
         *(('purify/aft/adversarial', step) for step in range(1, 7)),
     ]
     shared = {'stage', 'step', 'epoch', 'loss', 'grad_norm', 'accuracy'}
-    assert [line.keys() - shared for line in record] == [set()] * 4 + [{'fooled'}] * 6
+    assert [line.keys() - shared for line in record] == [{'head_cosine'}] * 4 + [{'fooled'}] * 6
     assert all({'loss', 'grad_norm', 'accuracy'} <= line.keys() for line in record)
 
     # The averaged parameters, with the statistics of the clean images.
