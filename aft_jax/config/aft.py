@@ -34,6 +34,11 @@ AFT_SECTION: dict[str, Field] = {
     ),
     'steps': Field(470, 'Steps of the adversarial fine-tuning.', POSITIVE),
     'learning_rate': Field(0.03, 'Largest learning rate of the adversarial fine-tuning.', POSITIVE),
+    'shift': Field(
+        0.07,
+        "Largest shift of augmented images, a share of the image's side. A larger one of `augment.crop` has priority.",
+        BELOW_ONE,
+    ),
     'universal': Field(
         'rectangle,region,linf,l2,low_frequency,tone,blur,warp,affine',
         'Kinds of universal perturbations.',

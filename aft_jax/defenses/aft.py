@@ -18,6 +18,10 @@ Distillation from the infected model preserves what it learned from many more im
 preserves the backdoor. CutMix images carry a local trigger over, since a pasted rectangle looks like one. Their targets
 are therefore what infected and reference model agree on.
 
+The images are shifted at random, even if the infected model was trained without that. Shifted images retain more
+accuracy, and a trigger no longer lies at the place that the features were trained for: under FST and under fine-tuning,
+shifts by two pixels lower what is left of some backdoors from 37 to 1 %.
+
 The result is the average of the weights, with BatchNorm statistics measured on the clean images.
 
 Lengths are in steps, not in epochs: a few hundred images need as many steps as a few thousand.
@@ -29,6 +33,7 @@ models, and three predictions.
 import time
 from functools import partial
 
+from aft_jax.data.augment import AugmentOptions
 from aft_jax.defenses.aft_options import AftOptions
 from aft_jax.defenses.aft_step import aft_step, init_state
 from aft_jax.defenses.batch_norm_statistics import Statistics
@@ -50,6 +55,7 @@ def purify(run: Run, name: str, data: DefenderData, settings: DefenseSettings) -
         settings: Settings with `AftOptions`.
     """
     options: AftOptions = settings.options
+    settings = settings._replace(augment=with_shift(settings.augment, options.shift, min(data.images.shape[1:3])))
     reference = fit_reference(run, f'{name}/reference', data, settings, options.reference)
     start, optimiser = start_averaged(data, settings, options.steps, options.learning_rate, options.max_grad_norm)
     step = partial(aft_step, module=data.module, optimiser=optimiser, options=options, augmentation=settings.augment)
@@ -67,3 +73,8 @@ def purify(run: Run, name: str, data: DefenderData, settings: DefenseSettings) -
     statistics = Statistics(data.module, run.mesh, settings.batch_size)
     variables = statistics(fitted.state.variables, data.images)
     return Purified(variables, reference.seconds + fitted.seconds + time.monotonic() - started)
+
+
+def with_shift(augmentation: AugmentOptions, share: float, side: int) -> AugmentOptions:
+    """Raises the shift of the augmentation to a share of the image's side in pixels; a larger shift stays as it is."""
+    return augmentation._replace(crop=max(augmentation.crop, round(share * side)))

@@ -15,6 +15,7 @@ class AftOptions(NamedTuple):
         reference: Options of the reference model, from the same section.
         steps: Length of the adversarial fine-tuning in steps.
         learning_rate: Largest learning rate.
+        shift: Largest shift of augmented images, a share of the image's side.
         universal: Kinds of universal perturbations, comma-separated.
         per_image: Kinds of per-image perturbations, comma-separated.
         renew_every: Steps after which a universal perturbation starts again.
@@ -32,6 +33,7 @@ class AftOptions(NamedTuple):
     reference: ReferenceOptions
     steps: int
     learning_rate: float
+    shift: float
     universal: str
     per_image: str
     renew_every: int
