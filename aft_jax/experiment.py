@@ -14,11 +14,12 @@ import ml_collections
 from jax.sharding import Mesh
 
 from aft_jax import data, files, validation
-from aft_jax.analysis.backdoor_scan import Scanner, choose_scan_images
+from aft_jax.analysis import scan_stage
+from aft_jax.analysis.backdoor_scan import Scan
 from aft_jax.analysis.observe import observe
 from aft_jax.attacks.attack import Attack
 from aft_jax.attacks.poison import write_manifest
-from aft_jax.config import as_options, resolve, split_names
+from aft_jax.config import UNPURIFIED, as_options, resolve, split_names
 from aft_jax.defenses import DEFENSES
 from aft_jax.evaluation.evaluator import Evaluator, test_metrics
 from aft_jax.evaluation.scores import PoisonDetection, Scores, poison_detection
@@ -117,17 +118,17 @@ def run_stages(run: Run, experiment: Experiment) -> Results:
     run_files = RunFiles(run.workdir)
     evaluator = stages.evaluator_for(run, scenario)
     infected = obtain_model(run, experiment, evaluator)
-    scanner = None
-    if 'scan' in config.stages:
-        images = choose_scan_images(scenario.dataset, scenario.clean, run.seed)
-        scanner = Scanner(scenario.module, run.mesh, images, run.options.eval_batch_size)
+    scanner = scan_stage.prepare(run, scenario, infected, config) if 'scan' in config.stages else None
+    scans = {UNPURIFIED: scanner.scan(infected.variables, purified=False)} if scanner else {}
     before = evaluator.evaluate(infected.variables, infected.attack)
-    results = begin_results(run, experiment, infected, before, scanner)
+    results = begin_results(run, experiment, infected, before, scans.get(UNPURIFIED))
     purified = {}
     for name in split_names(config.defenses) if 'purify' in config.stages else ():
         variables, seconds, detection = purify(run, name, experiment, infected, evaluator)
         after = evaluator.evaluate(variables, infected.attack)
-        scan = scanner.scan(variables) if scanner else None
+        if scanner:
+            scans[name] = scanner.scan(variables, purified=True)
+        scan = scans[name].fields if scanner else None
         scores = PurifiedScores.compared(before, after, seconds, detection=detection, scan=scan)
         results.add_purified(name, scores)
         purified[name] = variables
@@ -159,7 +160,7 @@ def obtain_model(run: Run, experiment: Experiment, evaluator: Evaluator) -> Infe
 
 
 def begin_results(
-    run: Run, experiment: Experiment, infected: InfectedModel, scores: Scores, scanner: Scanner | None
+    run: Run, experiment: Experiment, infected: InfectedModel, scores: Scores, scan: Scan | None
 ) -> Results:
     """Makes the results with the first model, and with what an earlier start recorded.
 
@@ -168,12 +169,12 @@ def begin_results(
         experiment: Experiment.
         infected: First model.
         scores: Its scores.
-        scanner: Scanner; None without the stage 'scan'.
+        scan: Its scan; None without the stage 'scan'.
     """
     config, scenario, given = experiment
     facts = GivenFacts(config.init_from, scenario.dataset.class_names, given.warning) if given is not None else None
-    scan = scanner.scan(infected.variables) if scanner else None
-    initial = ModelScores.of(scores, infected.seconds if given is None else None, scan=scan)
+    seconds = infected.seconds if given is None else None
+    initial = ModelScores.of(scores, seconds, scan=scan.fields if scan else None)
     trigger = DrawnTrigger.of(config, scenario.dataset.image_shape)
     results = Results(Setting.of(config), environment(run.mesh), initial, facts, trigger=trigger)
     with contextlib.suppress(OSError, ValueError):  # missing or damaged: nothing to keep

@@ -1,5 +1,9 @@
-"""Scans models for a backdoor with clean images alone: the infection score, and the landing of adversarial examples."""
+"""Scans models for a backdoor with clean images alone.
 
+A scan has three parts: the infection score, the landing of adversarial examples, and a search for triggers.
+"""
+
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -8,13 +12,18 @@ from jax.sharding import Mesh
 
 from aft_jax.analysis.infection_score import ONE, InfectionScore, Scorer
 from aft_jax.analysis.probe import ModelProbe
+from aft_jax.analysis.trigger_search import FoundChange, SearchOptions, TriggerSearch
 from aft_jax.data.dataset import Dataset
-from aft_jax.randomness import generator_for
+from aft_jax.randomness import generator_for, key_for
 
 # Images per class that a meaningful score needs.
 MIN_IMAGES_PER_CLASS = 20
 # More images per class only cost time.
 MAX_IMAGES_PER_CLASS = 50
+# Excess of a found change above which a model counts as backdoored, and a purified model as not purified. Benign models
+# stay below them (docs/results/random_triggers).
+INFECTED_ABOVE, NOT_ERASED_ABOVE = 0.5, 0.2
+INFECTED, NOT_ERASED, NOTHING_FOUND = 'infected', 'not erased', 'nothing found'
 
 
 class ScanImages(NamedTuple):
@@ -55,10 +64,32 @@ def choose_scan_images(dataset: Dataset, clean: np.ndarray, seed: int) -> ScanIm
     return ScanImages(images[chosen], labels[chosen], dataset.num_classes, held_out)
 
 
+class Scan(NamedTuple):
+    """Result of a scan.
+
+    Attributes:
+        fields: Plain values for results.json: those of `scan_fields`, and 'search' with those of `search_fields`.
+        changes: Changes that the search found, for pictures.
+    """
+
+    fields: dict[str, Any]
+    changes: tuple[FoundChange, ...]
+
+
 class Scanner:
     """Scans models of one architecture on the same images. It knows no attack."""
 
-    def __init__(self, module: nn.Module, mesh: Mesh, images: ScanImages, batch_size: int):
+    def __init__(
+        self,
+        module: nn.Module,
+        mesh: Mesh,
+        images: ScanImages,
+        batch_size: int,
+        *,
+        reference: dict,
+        options: SearchOptions,
+        seed: int,
+    ):
         """Creates a scanner for one architecture.
 
         Args:
@@ -66,16 +97,29 @@ class Scanner:
             mesh: Devices.
             images: Images that all models are scanned on.
             batch_size: Largest number of images per call.
+            reference: Variables of the reference model, for the search.
+            options: Options of the search.
+            seed: Seed of the experiment.
         """
-        self._images = images
+        self._images, self._reference, self._options, self._seed = images, reference, options, seed
         batch_size = min(batch_size, len(images.labels))
         self._scorer = Scorer(ModelProbe(module, mesh, batch_size), module, mesh, batch_size)
+        self._search = TriggerSearch(module, mesh, images.images.shape[1:], images.num_classes, options)
 
-    def scan(self, variables: dict) -> dict[str, Any]:
-        """Scans a model, and returns the fields of `scan_fields`."""
+    def scan(self, variables: dict, purified: bool) -> Scan:
+        """Scans a model.
+
+        Args:
+            variables: Variables of the model.
+            purified: Whether the model was purified, which makes the verdict stricter.
+        """
         images, labels, num_classes, held_out = self._images
         result = self._scorer.score(variables, images, labels, num_classes)
-        return {'images': len(labels), 'held_out': held_out} | scan_fields(result, len(labels))
+        # Models are searched with the same random numbers, which no training has used.
+        key = key_for(self._seed, 'scan/search')
+        changes = self._search.search(variables, self._reference, images, labels, key)
+        fields = {'images': len(labels), 'held_out': held_out} | scan_fields(result, len(labels))
+        return Scan(fields | {'search': search_fields(changes, self._options, purified)}, changes)
 
 
 def scan_fields(result: InfectionScore, num_images: int) -> dict[str, Any]:
@@ -99,4 +143,38 @@ def scan_fields(result: InfectionScore, num_images: int) -> dict[str, Any]:
         'suspected_label': int(suspected[0]) if result.hypothesis.kind == ONE else None,
         'fooled': [round(float(n) / num_images, 6) for n in fooled],
         'largest_landing': [round(float(a / b), 6) if b else None for a, b in zip(largest, fooled, strict=True)],
+    }
+
+
+def search_fields(changes: Sequence[FoundChange], options: SearchOptions, purified: bool) -> dict[str, Any]:
+    """Converts the result of a search to plain values for results.json, with the verdict.
+
+    Args:
+        changes: Best change of each kind, the largest excess first.
+        options: Options of the search.
+        purified: Whether the model was purified.
+
+    Returns:
+        'verdict', one of INFECTED, NOT_ERASED and NOTHING_FOUND; 'threshold', the excess above which it is one of the
+        first two; 'steps' and 'factor' of the options; and 'changes', a dict for each kind. 'label' is the label that
+        the change leads to, None for an all2all backdoor.
+    """
+    threshold = NOT_ERASED_ABOVE if purified else INFECTED_ABOVE
+    found = changes[0].hypothesis.score > threshold
+    return {
+        'verdict': (NOT_ERASED if purified else INFECTED) if found else NOTHING_FOUND,
+        'threshold': threshold,
+        'steps': options.steps,
+        'factor': options.factor,
+        'changes': [
+            {
+                'kind': change.kind,
+                'backdoor': change.hypothesis.kind,
+                'label': int(change.hypothesis.target_map[0]) if change.hypothesis.kind == ONE else None,
+                'excess': round(change.hypothesis.score, 6),
+                'share': round(change.share, 6),
+                'reference_share': round(change.reference_share, 6),
+            }
+            for change in changes
+        ],
     }

@@ -161,15 +161,15 @@ class TriggerSearch:
     def _measure(self, models: Any, state: _State, images: np.ndarray, labels: np.ndarray) -> tuple[FoundChange, ...]:
         """Measures all changes on the images, and selects the best of each kind."""
         size = self._options.images
-        plain, moved, examples = [], [], []
+        plain, moved, examples = [], [], None
         for first in range(0, len(images), size):
             part = images[first : first + size]
             padded = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), np.float32)])
             predictions, changed, unchanged = jax.device_get(self._move(models, state, replicate(self._mesh, padded)))
             moved.append(predictions[..., : len(part)])
             plain.append(unchanged[: len(part)])
-            if not first:
-                examples = changed
+            examples = changed if examples is None else examples
+        assert examples is not None
         predictions, right = np.concatenate(moved, axis=-1), np.concatenate(plain) == labels
         found: dict[str, FoundChange] = {}
         names = [*KINDS, *['mask'] * len(MASK_AREAS)]
@@ -187,8 +187,10 @@ class TriggerSearch:
         hypothesis = classify_confusions(share_moved(labels, own, self._classes))
         targets = hypothesis.target_map[labels]
         movable = targets != labels
-        shares = [float(np.mean(p[movable] == targets[movable])) if movable.any() else 0.0 for p in predictions]
-        return FoundChange(kind, hypothesis, *shares, examples)
+        share, reference_share = (
+            float(np.mean(p[movable] == targets[movable])) if movable.any() else 0.0 for p in predictions
+        )
+        return FoundChange(kind, hypothesis, share, reference_share, examples)
 
 
 def _init(

@@ -66,6 +66,11 @@ TUNING = {
     'held_out_share': Field(0.2, "Share of the defender's clean images that is held out.", OPEN_SHARE),
     'budget': Field(0.02, 'Accuracy on the held-out images that a candidate may lose.', NOT_NEGATIVE),
 }
+SCAN = {
+    'steps': Field(120, 'Steps of the search for triggers.', POSITIVE),
+    'factor': Field(2.0, 'Largest sizes of its changes, in multiples of those that AFT trains with.', POSITIVE),
+    'images': Field(16, 'Images of a step, for each change.', POSITIVE),
+}
 # None of these changes a result. They may differ when a run is resumed.
 RUN = {
     'placement': Field('auto', "Place of the training data; 'auto' is the devices if it fits on them."),
@@ -104,5 +109,6 @@ FIELDS: dict[str, Any] = {
     # Every defense with candidates chooses by one rule: the strongest within the budget.
     'tuning': TUNING,
     **DEFENSES,
+    'scan': SCAN,
     'run': RUN,
 }

@@ -55,7 +55,7 @@ def purify(run: Run, name: str, data: DefenderData, settings: DefenseSettings) -
         settings: Settings with `AftOptions`.
     """
     options: AftOptions = settings.options
-    settings = settings._replace(augment=with_shift(settings.augment, options.shift, min(data.images.shape[1:3])))
+    settings = settings._replace(augment=with_shift(settings.augment, options.shift, data.images.shape[1:3]))
     reference = fit_reference(run, f'{name}/reference', data, settings, options.reference)
     start, optimiser = start_averaged(data, settings, options.steps, options.learning_rate, options.max_grad_norm)
     step = partial(aft_step, module=data.module, optimiser=optimiser, options=options, augmentation=settings.augment)
@@ -75,6 +75,6 @@ def purify(run: Run, name: str, data: DefenderData, settings: DefenseSettings) -
     return Purified(variables, reference.seconds + fitted.seconds + time.monotonic() - started)
 
 
-def with_shift(augmentation: AugmentOptions, share: float, side: int) -> AugmentOptions:
-    """Raises the shift of the augmentation to a share of the image's side in pixels; a larger shift stays as it is."""
-    return augmentation._replace(crop=max(augmentation.crop, round(share * side)))
+def with_shift(augmentation: AugmentOptions, share: float, sides: tuple[int, ...]) -> AugmentOptions:
+    """Raises the shift of the augmentation to a share of the shorter side of images; a larger shift stays as it is."""
+    return augmentation._replace(crop=max(augmentation.crop, round(share * min(sides))))

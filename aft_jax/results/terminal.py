@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from aft_jax.results import search_text
 from aft_jax.results.record import SHOWN_EPS, Results
 
 UNKNOWN = """
@@ -32,7 +33,7 @@ def table(results: Results) -> str:
         'ACC: clean images classified correctly; RA: triggered images classified correctly;',
         'ASR: triggered images classified as the target label',
     ]
-    return '\n'.join(lines)
+    return '\n'.join(lines + _search_lines(results))
 
 
 def _given_table(results: Results) -> str:
@@ -62,7 +63,16 @@ def _given_table(results: Results) -> str:
         ]
     if given.warning:
         lines += ['', f'Warning: {given.warning}']
-    return '\n'.join(lines) + '\n' + UNKNOWN.rstrip()
+    return '\n'.join([*lines, UNKNOWN.rstrip(), *_search_lines(results)])
+
+
+def _search_lines(results: Results) -> list[str]:
+    """Formats what the search for triggers found, with the verdict as the last line; empty without a search."""
+    found = search_text.found_lines(results)
+    if not found:
+        return []
+    heading = 'Changes found by the search: share of the images that go to a label (under the reference model)'
+    return ['', heading, *found, '', search_text.verdict_line(results)]
 
 
 def _scan_cells(scan: dict[str, Any] | None, class_names: tuple[str, ...]) -> str:
