@@ -254,7 +254,9 @@ def _step(
         jax.vmap(lambda p, g, spec=spec: RULES[spec.kind].advance(p, g, images))(p, g)
         for spec, p, g in zip(specs, state.perturbations, gradients, strict=True)
     )
-    updates, moments = adam.update(jax.tree.map(jnp.negative, mask_gradient), state.moments)
+    # Optax's Adam mixes an int32 count with floats.
+    with jax.numpy_dtype_promotion('standard'):
+        updates, moments = adam.update(jax.tree.map(jnp.negative, mask_gradient), state.moments)
     return _State(perturbations, optax.apply_updates(state.mask, updates), moments)
 
 
@@ -266,7 +268,8 @@ def changed_images(
         jax.vmap(lambda p, spec=spec: apply(spec, p, images))(perturbation)
         for spec, perturbation in zip(specs, perturbations, strict=True)
     ]
-    masked = images + jax.nn.sigmoid(mask.opacity) * (jax.nn.sigmoid(mask.pattern) - images)
+    plain = images[None, None]
+    masked = plain + jax.nn.sigmoid(mask.opacity) * (jax.nn.sigmoid(mask.pattern) - plain)
     return jnp.concatenate([jnp.stack(parts), masked])
 
 
@@ -285,7 +288,7 @@ def objective(logits: jax.Array, reference_logits: jax.Array, labels: jax.Array,
     label = jnp.where(targets[:, None] < 0, labels[None], targets[:, None])
     sign = jnp.where(targets < 0, -1.0, 1.0)[:, None]
     p, q = (jnp.take_along_axis(z, label[None, ..., None], axis=-1)[..., 0] for z in (model, reference))
-    q = jnp.where(targets[:, None] < 0, q, jnp.maximum(q, FLOOR))
+    q = jnp.where(targets[None, :, None] < 0, q, jnp.maximum(q, FLOOR))
     counted = (labels[None] != targets[:, None]).astype(jnp.float32)
     values = sign[None] * (p - q) * counted[None]
     return (values.sum(axis=-1) / jnp.maximum(counted.sum(axis=-1), 1.0)[None]).sum()
