@@ -137,7 +137,7 @@ def run_stages(run: Run, experiment: Experiment) -> Results:
         if given is not None and purified:
             export.write(run_files.export, given, purified, config, results)
     if 'report' in config.stages:
-        report(run, experiment, evaluator, infected, purified=purified, results=results)
+        report(run, experiment, evaluator, infected, purified=purified, results=results, scans=scans)
     return results
 
 
@@ -216,6 +216,7 @@ def report(
     *,
     purified: dict[str, dict],
     results: Results,
+    scans: dict[str, Scan],
 ) -> None:
     """Observes the models, adds the observation to the results, and writes the report.
 
@@ -226,6 +227,7 @@ def report(
         infected: First model.
         purified: Variables by defense.
         results: Results; the observation is added.
+        scans: Scans of this start by defense, and by UNPURIFIED for the first model; empty without the stage 'scan'.
     """
     run_files, first = RunFiles(run.workdir), results.first_model
     observation = observe(run, experiment.scenario, infected, purified, evaluator, first)
@@ -234,7 +236,9 @@ def report(
         if _writes():
             files.write_json(run_files.results, results.to_json())
     models = {first: infected.variables} | purified
-    write_report(run_files, results, observation, evaluator=evaluator, models=models, attack=infected.attack)
+    write_report(
+        run_files, results, observation, evaluator=evaluator, models=models, attack=infected.attack, scans=scans
+    )
     show_in_tensorboard(run, observation)
 
 

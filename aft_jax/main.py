@@ -65,8 +65,9 @@ def _run() -> int:
     workdir = user_path(str(_WORKDIR.value), '--workdir')
     outcome = run_experiment(_CONFIG.value, workdir)
     if jax.process_index() == 0:
+        print(f'Results, pictures and checkpoints are in {workdir}\n')
+        # The last line is the verdict of the search for triggers, if there was one.
         print(terminal.table(outcome))
-        print(f'\nResults, pictures and checkpoints are in {workdir}')
     return 0
 
 

@@ -14,6 +14,7 @@ from aft_jax.interchange import state_file
 from aft_jax.interchange.architecture import Architecture
 from aft_jax.interchange.card import write_card
 from aft_jax.pipeline.given_model import FromCustomModule, FromFile, FromRun, GivenModel
+from aft_jax.results import search_text
 from aft_jax.results.record import SHOWN_EPS, Results
 
 UNKNOWN = (
@@ -94,6 +95,17 @@ def facts(name: str, config: ml_collections.ConfigDict, results: Results, copies
             when: scan['fooled'][place] for when, scan in scans.items()
         }
         figures['suspected label'] = {when: _label(scan, class_names) for when, scan in scans.items()}
+    searches = search_text.searches(results)
+    verdict = {}
+    if results.first_model in searches and name in searches:
+        verdict = {'verdict of the search for triggers': search_text.verdict(results, name)}
+        found = {'before': searches[results.first_model], 'after': searches[name]}
+        best = {when: search['changes'][0] for when, search in found.items()}
+        figures['search for triggers'] = {when: search['verdict'] for when, search in found.items()}
+        figures['largest excess of a change'] = {when: change['excess'] for when, change in best.items()}
+        figures['change with the largest excess'] = {
+            when: search_text.describe(change, class_names) for when, change in best.items()
+        }
     return {
         'title': f'{config.init_from}, purified by {name}',
         'defense': name,
@@ -103,6 +115,7 @@ def facts(name: str, config: ml_collections.ConfigDict, results: Results, copies
         'model': results.setting.model,
         'normalisation': f'mean {list(config.model.mean)}, std {list(config.model.std)}, of pixels in [0, 1]',
         'seconds': after.seconds,
+        **verdict,
         'not known': UNKNOWN,
         'figures': figures,
         'options of the defense': config[name].to_dict(),

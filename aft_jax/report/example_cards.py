@@ -33,7 +33,7 @@ def trigger(observation: Observation, i: int, class_names: tuple[str, ...]) -> d
             f'The difference, magnified {MAGNIFICATION} times about grey: the trigger {summary}.',
         ),
     ]
-    shown = [{'kind': kind, 'source': _png(image), 'alt': alt, 'answers': []} for kind, image, alt in pictures]
+    shown = [{'kind': kind, 'source': encode_png(image), 'alt': alt, 'answers': []} for kind, image, alt in pictures]
     return {'name': name, 'pictures': shown}
 
 
@@ -55,11 +55,11 @@ def example(observation: Observation, i: int, models: Sequence[str], class_names
             answers.append({'model': model, 'prediction': class_names[prediction], 'mark': mark})
         predictions = ', '.join(f'{a["model"]} predicts {a["prediction"]}' for a in answers)
         alt = f'{kind.capitalize()} image of class {class_names[label]}: {predictions}.'
-        pictures.append({'kind': kind, 'source': _png(images[i]), 'alt': alt, 'answers': answers})
+        pictures.append({'kind': kind, 'source': encode_png(images[i]), 'alt': alt, 'answers': answers})
     return {'name': class_names[label], 'pictures': pictures}
 
 
-def _png(image: np.ndarray) -> str:
+def encode_png(image: np.ndarray) -> str:
     """Encodes an image, uint8 [H, W, C], as a data: address."""
     from PIL import Image
 

@@ -2,6 +2,7 @@
 
 import jax
 
+from aft_jax.analysis.backdoor_scan import Scan
 from aft_jax.analysis.observation import CLEAN, TRIGGERED, Observation
 from aft_jax.attacks.attack import Attack
 from aft_jax.evaluation.evaluator import Evaluator
@@ -24,6 +25,7 @@ def write_report(
     evaluator: Evaluator,
     models: dict[str, dict],
     attack: Attack | None,
+    scans: dict[str, Scan],
 ) -> None:
     """Writes the pictures and the page. All processes take part in the predictions, and process 0 writes.
 
@@ -34,6 +36,7 @@ def write_report(
         evaluator: Evaluator of the test set.
         models: Variables by model, the first model first.
         attack: Attack on the first model; None for a benign or given one.
+        scans: Scans of this start, for the pictures of `found_changes.content`.
     """
     examples = predict_examples(evaluator, models, attack)
     if jax.process_index() != 0:
@@ -42,7 +45,7 @@ def write_report(
     if attack is not None and TRIGGERED in examples.images:
         clean, triggered = (examples.images[kind][:TRIGGER_IMAGES] for kind in (CLEAN, TRIGGERED))
         trigger_gallery.write_gallery(files.report / TRIGGERS, {attack.name: (clean, triggered)})
-    page.write_page(files, results, observation, examples.class_names)
+    page.write_page(files, results, observation, examples.class_names, scans)
 
 
 def predict_examples(evaluator: Evaluator, models: dict[str, dict], attack: Attack | None) -> Examples:

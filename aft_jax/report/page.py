@@ -1,14 +1,25 @@
 """report/index.html: the experiment on one self-contained page."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from aft_jax.analysis.backdoor_scan import Scan
 from aft_jax.analysis.observation import ADVERSARIAL, TRIGGERED, Observation
 from aft_jax.files import write_text
-from aft_jax.report import example_cards, observation_figures, purification_curves, run_facts, template, verdict
+from aft_jax.report import (
+    example_cards,
+    found_changes,
+    observation_figures,
+    purification_curves,
+    run_facts,
+    template,
+    verdict,
+)
 from aft_jax.report.before_after import choose
 from aft_jax.report.trigger_gallery import MAGNIFICATION
+from aft_jax.results import search_text
 from aft_jax.results.record import ModelScores, Results, featured, percent
 from aft_jax.results.workdir import RunFiles
 
@@ -17,7 +28,11 @@ Format = Callable[[float | None], str]
 
 
 def write_page(
-    files: RunFiles, results: Results, observation: Observation | None, class_names: tuple[str, ...]
+    files: RunFiles,
+    results: Results,
+    observation: Observation | None,
+    class_names: tuple[str, ...],
+    scans: Mapping[str, Scan] = MappingProxyType({}),
 ) -> None:
     """Writes index.html, and its figures as PNG and SVG files beside it.
 
@@ -27,6 +42,7 @@ def write_page(
         results: Results of the experiment.
         observation: Observation of the models. Without one, the page has only numbers.
         class_names: Names of the K classes.
+        scans: Scans of this start, for the pictures of `found_changes.content`.
     """
     curves = purification_curves.read(files.metrics, results.purified)
     content = {
@@ -38,6 +54,7 @@ def write_page(
         'keys': key_figures(results),
         'columns': columns(results),
         'scanned': results.initial.scan is not None,
+        'search': found_changes.content(results, scans, class_names),
         'purification': purification_curves.draw(files.report, curves, results.initial),
         'connection': connection_rows(results),
         'marks': example_cards.MARKS,
@@ -55,10 +72,13 @@ def key_figures(results: Results) -> list[dict[str, str]]:
     defense = featured(results.purified) if results.purified else ''
     before, after = results.initial, results.purified.get(defense)
     scores = [_infection_score(before), _infection_score(after)]
+    searches = search_text.searches(results)
+    excesses = [_largest_excess(searches.get(name)) for name in (results.first_model, defense)]
     observed = results.observation or {}
     observed_after = observed.get('purified', {}).get(defense, {})
     shares = [observed.get('target_share'), observed_after.get('target_share')]
     numbers: list[tuple[str, Format, float | None, float | None]] = [
+        ('Largest excess that the search for triggers found', percent, excesses[0], excesses[1]),
         ('Infection score', _decimal, scores[0], scores[1]),
         ('Attack success rate', percent, before.asr, after.asr if after else None),
         ('Clean accuracy', percent, before.acc, after.acc if after else None),
@@ -134,6 +154,10 @@ def _observed(directory: Path, observation: Observation | None, class_names: tup
 
 def _infection_score(model: ModelScores | None) -> float | None:
     return model.scan['score'] if model is not None and model.scan else None
+
+
+def _largest_excess(search: dict[str, Any] | None) -> float | None:
+    return search['changes'][0]['excess'] if search is not None else None
 
 
 def _decimal(value: float | None) -> str:

@@ -1,5 +1,6 @@
 """The verdict on an experiment in one sentence."""
 
+from aft_jax.results import search_text
 from aft_jax.results.record import ModelScores, Results, featured, percent
 
 # Up to this attack success rate, the backdoor counts as erased.
@@ -19,6 +20,8 @@ def sentence(results: Results) -> str:
     accuracy = f'clean accuracy {_change(before.acc, after.acc)}'
     if results.kind == 'benign':
         return f'There was no backdoor to erase; under {title} {accuracy}.'
+    if name in search_text.searches(results):
+        return _searched(results, name, accuracy)
     if before.asr is None or after.asr is None:
         score = ''
         if before.scan and after.scan:
@@ -43,7 +46,20 @@ def sentence(results: Results) -> str:
 
 
 def others(results: Results) -> str:
-    """Compares the attack success rates under the other defenses; '' if there is no other defense or no attack."""
+    """Writes what follows the verdict.
+
+    This is the advice or the limits of a search for triggers, or else a comparison of the attack success rates under
+    the other defenses.
+
+    Returns:
+        '' without a search, and without another defense or an attack.
+    """
+    name = featured(results.purified) if results.purified else results.first_model
+    search = search_text.searches(results).get(name)
+    if search is not None:
+        if not search_text.found(search):
+            return f'Tried: {search_text.kinds_tried(search)}. Other changes may lead to one label.'
+        return search_text.ADVICE
     if len(results.purified) < 2 or results.kind != 'infected':
         return ''
     shown = featured(results.purified)
@@ -56,6 +72,8 @@ def others(results: Results) -> str:
 def _unpurified(results: Results) -> str:
     scores: ModelScores = results.initial
     accuracy = f'clean accuracy is {percent(scores.acc)}'
+    if results.first_model in search_text.searches(results):
+        return _searched(results, results.first_model, accuracy)
     if scores.scan:
         return f'Nothing was purified yet: the infection score is {scores.scan["score"]:.2f}, and {accuracy}.'
     if scores.asr is None:
@@ -64,6 +82,21 @@ def _unpurified(results: Results) -> str:
         f'Nothing was purified yet: {percent(scores.asr)} of triggered images are classified as the target label, '
         f'and {accuracy}.'
     )
+
+
+def _searched(results: Results, name: str, accuracy: str) -> str:
+    """Writes the verdict of the search for triggers on a model in one sentence, which ends with its accuracy."""
+    search = search_text.searches(results)[name]
+    under = f' under {name.upper()}' if name in results.purified else ''
+    if not search_text.found(search):
+        start = search_text.nothing_found(results, name)
+        return f'{_capital(start)}{under}, and {accuracy}.'
+    change = search_text.clause(search['changes'][0], search_text.class_names(results))
+    return f'{_capital(search["verdict"])}{under}: one {change}, and {accuracy}.'
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _change(before: float, after: float) -> str:

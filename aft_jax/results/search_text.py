@@ -7,6 +7,8 @@ from aft_jax.results.record import Results, featured, percent
 
 # Changes that a text lists for one model.
 SHOWN_CHANGES = 3
+# The same as in analysis.backdoor_scan, which is a higher layer.
+NOTHING_FOUND = 'nothing found'
 KIND_NAMES = {
     'linf': 'pattern over the whole image (Linf)',
     'l2': 'pattern over the whole image (L2)',
@@ -25,28 +27,65 @@ ADVICE = (
 )
 
 
-def verdict_line(results: Results) -> str:
-    """Writes the verdict of the search in one line: that on the featured defense, or else on the first model.
+def searches(results: Results) -> dict[str, dict[str, Any]]:
+    """Collects the fields 'search' of the models that were searched, by model, the first model first."""
+    scans = {name: scores.scan for name, scores in results.models.items() if scores.scan}
+    return {name: scan['search'] for name, scan in scans.items() if 'search' in scan}
+
+
+def judged_model(results: Results) -> str | None:
+    """Chooses the model that the verdict is about: the featured one of the searched defenses, or the first model.
 
     Returns:
-        '' if the models were not searched.
+        None if no model was searched.
     """
-    name = featured(results.purified) if results.purified else results.first_model
-    scan = (results.purified[name] if results.purified else results.initial).scan
-    search = scan.get('search') if scan else None
-    if search is None:
-        return ''
-    class_names = results.given.class_names if results.given is not None else ()
-    purified = bool(results.purified)
-    if search['verdict'] == 'nothing found':
-        kinds = ', '.join(KIND_NAMES[change['kind']] for change in search['changes'])
-        still = ' any more' if purified else ''
-        return (
-            f'Verdict on {name}: no change of these kinds leads to one label{still}: {kinds}. Other changes may. '
-            f'Sizes: up to {search["factor"]:g} times those that AFT trains with.'
-        )
-    found = describe(search['changes'][0], class_names)
-    return f'Verdict on {name}: {search["verdict"]}. {found}' + (f' {ADVICE}' if purified else '')
+    searched = searches(results)
+    defenses = [name for name in searched if name in results.purified]
+    if defenses:
+        return featured(defenses)
+    return next(iter(searched), None)
+
+
+def verdict_line(results: Results) -> str:
+    """Writes the verdict of the search in one line: that on `judged_model`.
+
+    Returns:
+        '' if no model was searched.
+    """
+    name = judged_model(results)
+    return '' if name is None else f'Verdict on {name}: {verdict(results, name)}'
+
+
+def verdict(results: Results, name: str) -> str:
+    """Writes the verdict on a searched model, without its name."""
+    search = searches(results)[name]
+    if not found(search):
+        return f'{nothing_found(results, name)}: {kinds_tried(search)}. Other changes may.'
+    advice = f' {ADVICE}' if name in results.purified else ''
+    return f'{search["verdict"]}. {describe(search["changes"][0], class_names(results))}{advice}'
+
+
+def found(search: dict[str, Any]) -> bool:
+    """Checks whether a search has found a change that leads to one label, and not under the reference model."""
+    return search['verdict'] != NOTHING_FOUND
+
+
+def nothing_found(results: Results, name: str) -> str:
+    """Writes that no change leads to one label, or none any more, as the beginning of a sentence."""
+    before = searches(results).get(results.first_model)
+    still = ' any more' if name in results.purified and before is not None and found(before) else ''
+    return f'no change of these kinds leads to one label{still}'
+
+
+def kinds_tried(search: dict[str, Any]) -> str:
+    """Lists the kinds of changes that a search has tried, and their sizes."""
+    kinds = ', '.join(KIND_NAMES[change['kind']] for change in search['changes'])
+    return f'{kinds}; sizes up to {search["factor"]:g} times those that AFT trains with'
+
+
+def class_names(results: Results) -> tuple[str, ...]:
+    """Returns the names of the classes; () if the results do not have them."""
+    return results.given.class_names if results.given is not None else ()
 
 
 def describe(change: dict[str, Any], class_names: Sequence[str]) -> str:
@@ -56,29 +95,38 @@ def describe(change: dict[str, Any], class_names: Sequence[str]) -> str:
         change: Element of 'changes' of a search.
         class_names: Names of the K classes; empty to write the number of a label.
     """
-    label = change['label']
-    if label is None:
+    return f'One {clause(change, class_names)}.'
+
+
+def clause(change: dict[str, Any], class_names: Sequence[str]) -> str:
+    """Describes a found change like `describe`, without the first word and the full stop."""
+    if change['label'] is None:
         moves = 'moves images of each class to another class'
     else:
-        moves = f'leads to the label {class_names[label] if class_names else label!r}'
+        moves = f'leads to the label {label_name(change, class_names)}'
     return (
-        f'One {KIND_NAMES[change["kind"]]}, equal on all images, {moves} in {percent(change["share"])} of the images '
-        f'({percent(change["reference_share"])} under the reference model).'
+        f'{KIND_NAMES[change["kind"]]}, equal on all images, {moves} in {percent(change["share"])} of the images '
+        f'({percent(change["reference_share"])} under the reference model)'
     )
+
+
+def label_name(change: dict[str, Any], class_names: Sequence[str]) -> str:
+    """Names the label that a found change leads to. Arguments as those of `describe`."""
+    label = change['label']
+    if label is None:
+        return 'one label a class'
+    return class_names[label] if class_names else str(label)
 
 
 def found_lines(results: Results) -> list[str]:
     """Lists the changes with the largest excess of each searched model, for the terminal."""
-    lines = []
-    for name, scores in results.models.items():
-        search = scores.scan.get('search') if scores.scan else None
-        if search is None:
-            continue
-        shown = ', '.join(map(_short, search['changes'][:SHOWN_CHANGES]))
-        lines.append(f'{name:<12}{search["verdict"]:<15} {shown}')
-    return lines
+    names = class_names(results)
+    return [
+        f'{name:<12}{search["verdict"]:<15} {", ".join(_short(c, names) for c in search["changes"][:SHOWN_CHANGES])}'
+        for name, search in searches(results).items()
+    ]
 
 
-def _short(change: dict[str, Any]) -> str:
-    label = 'one label a class' if change['label'] is None else change['label']
-    return f'{change["kind"]} {percent(change["share"])} to {label} ({percent(change["reference_share"])})'
+def _short(change: dict[str, Any], names: Sequence[str]) -> str:
+    shares = f'{percent(change["share"])} to {label_name(change, names)} ({percent(change["reference_share"])})'
+    return f'{change["kind"]} {shares}'
