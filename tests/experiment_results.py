@@ -8,6 +8,18 @@ def scores(acc, asr=None, **more):
     return {'acc': acc, 'asr': asr, 'ra': None if asr is None else 1 - asr, 'seconds': 1.5} | more
 
 
+def searched(verdict, *changes):
+    """The fields of a scan with a search that found changes, each (kind, label, excess, share, reference share)."""
+    names = 'kind', 'label', 'excess', 'share', 'reference_share'
+    listed = [
+        dict(zip(names, change, strict=True)) | {'backdoor': 'all2all' if change[1] is None else 'all2one'}
+        for change in changes
+    ]
+    search = {'verdict': verdict, 'threshold': 0.25, 'steps': 7, 'factor': 2.0, 'changes': listed}
+    landing = {'landing_eps': [8 / 255], 'fooled': [0.5], 'suspected_label': 1}
+    return {'score': 0.5, 'images': 40, 'held_out': True, **landing, 'search': search}
+
+
 def results(before, attack='blend', given=False, connection=None, **purified):
     """Results of an infected model, or of a benign (attack='none') or given one."""
     fields = {

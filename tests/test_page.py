@@ -1,5 +1,7 @@
 """report/index.html: its content for each kind of first model, its figures, and that it is self-contained."""
 
+import base64
+import io
 import json
 import re
 from xml.etree import ElementTree
@@ -9,18 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from experiment_results import results, scores
+from experiment_results import results, scores, searched
 from page_reader import BROWSER, Reader, look
+from PIL import Image
 
 from aft_jax import attacks
+from aft_jax.adversarial.perturbations import spec_of_any_size
 from aft_jax.analysis import observe as observe_module
+from aft_jax.analysis.backdoor_scan import Scan
+from aft_jax.analysis.infection_score import BackdoorHypothesis
 from aft_jax.analysis.observation import ModelOutputs, Observation
+from aft_jax.analysis.trigger_search import KINDS, FoundChange
 from aft_jax.attacks.poison import NO_INDICES, Poisoned, write_manifest
 from aft_jax.evaluation.bootstrap import NOTHING, Estimate
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.pipeline.stages import evaluator_for
-from aft_jax.report import observation_figures, page, purification_curves, table_page, verdict
+from aft_jax.report import found_changes, observation_figures, page, purification_curves, table_page, verdict
 from aft_jax.results import aggregate
+from aft_jax.results.record import Results
 from aft_jax.results.workdir import RunFiles
 
 NAMES = ('zero', '<one> & $two$', 'three')
@@ -165,6 +173,57 @@ def test_write_page_of_a_given_model(tmp_path):
     assert 'from 0.90 to 0.12' in read.visible_text or 'from 0.90 to 0.13' in read.visible_text
 
 
+def scan_with(examples):
+    """A scan for pictures: its best change is on these examples."""
+    change = FoundChange('rectangle', BackdoorHypothesis(0.75, 'all2one', np.zeros(3, np.int32)), 0.9, 0.1, examples)
+    return Scan({}, (change,))
+
+
+SEARCHED = searched('infected', ('rectangle', 1, 0.75, 0.875, 0.125), *[('mask', None, 0.5, 0.5, 0.0)] * 5)
+NOT_ERASED = searched('not erased', ('mask', None, 0.5, 0.5, 0.0))
+PURIFIED = searched('nothing found', ('warp', 0, 0.0625, 0.1875, 0.125))
+
+
+def test_write_page_of_a_search_shows_what_it_found_and_tried(tmp_path):
+    measured = results(scores(0.95, scan=SEARCHED), given=True, ft=scores(0.9), aft=scores(0.94, scan=PURIFIED))
+    examples = np.random.default_rng(6).random((3, 6, 6, 1), np.float32)
+    scans = {'none': scan_with(examples), 'aft': scan_with(1 - examples)}
+    text = page_of(tmp_path, measured, scans)
+    read = Reader(text)
+    assert read.sections == ['search', 'made']
+    shown = read.visible_text.replace('\u00a0', ' ')
+    assert 'Verdict on aft: no change of these kinds leads to one label any more: distortion; sizes' in shown
+    first = 'suspect infected rectangle <one> & $two$ 87.5 % 12.5 % 75.0 %'
+    mask = 'mask with a pattern one label a class 50.0 % 0.0 % 50.0 %'
+    assert f'{first} {mask} {mask} aft nothing found distortion zero 18.8 % 12.5 % 6.2 % Images' in shown
+    assert '25.0 % for suspect, 25.0 % for aft' in shown and '75.0 % → 6.2 %' in shown
+    assert '7 steps each' in shown and 'distortion 1.5 % to 16 % of a side' in shown
+    pictures = [decode(image['src']) for image in read.all('img')]
+    np.testing.assert_array_equal(pictures, np.round(255 * np.concatenate([examples, 1 - examples]))[..., 0])
+    assert read.all('img')[4]['alt'] == 'Image 2 of 3 with the best change for the aft model: distortion.'
+
+    # A later start has the results alone.
+    later = Reader(page_of(tmp_path, Results.from_json(measured.to_json()), {}))
+    assert not later.all('img') and mask in later.visible_text.replace('\u00a0', ' ')
+
+
+def page_of(directory, measured, scans):
+    page.write_page(RunFiles(directory), measured, None, NAMES, scans)
+    return (directory / 'report' / 'index.html').read_text()
+
+
+def decode(source):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(',')[2]))))
+
+
+def test_sizes_are_those_of_the_search():
+    for kind in KINDS:
+        largest = spec_of_any_size(kind, (1, 1, 1), factor=1.5).size
+        assert f' to {100 * largest:.3g}\u00a0% ' in found_changes.sizes(kind, 1.5)
+    assert found_changes.sizes('mask', 2.0).replace('\u00a0', ' ') == '4 % or 16 % of the area'
+    assert set(found_changes.UNITS) == {*KINDS, 'mask'}
+
+
 def test_write_page_without_an_observation(tmp_path):
     read = Reader(write(tmp_path, results(scores(0.95, 0.99)), None))
     assert read.sections == ['made'] and 'Nothing was purified yet' in read.visible_text
@@ -202,6 +261,22 @@ def test_write_page_without_an_observation(tmp_path):
         (results(scores(0.9, 1.0)), 'Nothing was purified yet: 100.0 % of triggered'),
         (results(scores(0.9), 'none'), 'this is the benign model'),
         (results(scores(0.9, scan={'score': 0.75}), given=True), 'infection score is 0.75'),
+        (
+            results(scores(0.9, scan=SEARCHED), given=True),
+            r'^Infected: one rectangle.*to the label one in 87.5 % .*\(12.5 % under.*clean accuracy is 90.0 %',
+        ),
+        (
+            results(scores(0.9, scan=PURIFIED), given=True),
+            '^No change of these kinds leads to one label, and clean accuracy is 90.0 %',
+        ),
+        (
+            results(scores(0.9, scan=SEARCHED), given=True, aft=scores(0.9, scan=PURIFIED)),
+            '^No change of these kinds leads to one label any more under AFT, and clean accuracy stays at 90.0 %',
+        ),
+        (
+            results(scores(0.9, scan=SEARCHED), given=True, aft=scores(0.8, scan=NOT_ERASED)),
+            '^Not erased: under AFT one mask.*moves images of each class to another class in 50.0 %.*falls',
+        ),
     ],
 )
 def test_sentence_of_each_outcome(measured, expected):
@@ -214,6 +289,14 @@ def test_others_compares_the_other_defenses():
         'For comparison, the attack success rate is 98.0\u00a0% under FT.'
     )
     assert verdict.others(results(scores(0.9, 0.99), aft=scores(0.9, 0.0))) == ''
+
+
+def test_others_says_what_a_search_means():
+    purified = results(scores(0.9, scan=SEARCHED), given=True, aft=scores(0.9, scan=PURIFIED))
+    assert re.fullmatch('Tried: distortion; sizes .* Other changes may lead to one label.', verdict.others(purified))
+    kept = results(scores(0.9, scan=SEARCHED), given=True, aft=scores(0.9, scan=NOT_ERASED))
+    assert verdict.others(kept).startswith('Do not rely on this model')
+    assert verdict.others(results(scores(0.9, scan=SEARCHED), given=True)) == 'Nothing was purified yet.'
 
 
 def test_landing_counts_predicted_classes(tmp_path):

@@ -33,6 +33,7 @@ BRIEF = [
     *('--config.aft.reference_steps=40', '--config.aft.steps=60', '--config.aft.pgd_steps=3'),
     *('--config.aft.universal=linf', '--config.aft.per_image=linf', '--config.aft.averaging=0.9'),
     *('--config.batch_size=32', '--config.run.eval_batch_size=80', '--config.stages=("scan","purify")'),
+    *('--config.scan.steps=2', '--config.scan.images=8'),
 ]
 
 SHORT = [
@@ -155,7 +156,10 @@ def test_purify_scans_purifies_and_exports_a_model_of_torch(infected, done):
     assert not (out / 'poison.npz').exists()
 
     table = terminal.table(Results.from_json(outcome))
-    assert table in (folder / 'log').read_text()
+    log = (folder / 'log').read_text()
+    assert table in log and log.splitlines()[-1].startswith('Verdict on aft: ')
+    for scan in (given['scan'], aft['scan']):
+        assert len(scan['search']['changes']) == 10 and scan['search']['steps'] == 2
     assert 'ASR %' not in table and 'RA %' not in table and 'cannot be known without the trigger' in table
     rows = {row['defense']: row for row in table_rows.read([out])}
     assert rows['none']['acc'] == given['acc'] and rows['aft']['acc'] == aft['acc']
@@ -165,6 +169,7 @@ def test_purify_scans_purifies_and_exports_a_model_of_torch(infected, done):
     assert card['files']['after'] == {'name': 'aft.pth', 'sha256': sha256(out / 'export' / 'aft.pth')}
     assert card['copies'] == {'aft.safetensors': sha256(out / 'export' / 'aft.safetensors')}
     assert card['figures']['clean accuracy'] == {'before': given['acc'], 'after': aft['acc']}
+    assert card['figures']['search for triggers']['after'] == aft['scan']['search']['verdict']
     assert 'without the trigger' in (out / 'export' / 'aft.md').read_text()
     same = interchange.load(out / 'export' / 'aft.safetensors')
     assert set(same.source.tensors) == set(content['model'])

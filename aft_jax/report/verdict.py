@@ -59,7 +59,7 @@ def others(results: Results) -> str:
     if search is not None:
         if not search_text.found(search):
             return f'Tried: {search_text.kinds_tried(search)}. Other changes may lead to one label.'
-        return search_text.ADVICE
+        return search_text.ADVICE if results.purified else 'Nothing was purified yet.'
     if len(results.purified) < 2 or results.kind != 'infected':
         return ''
     shown = featured(results.purified)
@@ -87,12 +87,13 @@ def _unpurified(results: Results) -> str:
 def _searched(results: Results, name: str, accuracy: str) -> str:
     """Writes the verdict of the search for triggers on a model in one sentence, which ends with its accuracy."""
     search = search_text.searches(results)[name]
-    under = f' under {name.upper()}' if name in results.purified else ''
+    purified = name in results.purified
     if not search_text.found(search):
-        start = search_text.nothing_found(results, name)
-        return f'{_capital(start)}{under}, and {accuracy}.'
+        under = f' under {name.upper()}' if purified else ''
+        return f'{_capital(search_text.nothing_found(results, name))}{under}, and {accuracy}.'
     change = search_text.clause(search['changes'][0], search_text.class_names(results))
-    return f'{_capital(search["verdict"])}{under}: one {change}, and {accuracy}.'
+    under = f'under {name.upper()} ' if purified else ''
+    return f'{_capital(search["verdict"])}: {under}one {change}, and {accuracy}.'
 
 
 def _capital(text: str) -> str:
