@@ -11,6 +11,8 @@ example --config.model.name=preact_resnet18.
 The network sees pixels in [0, 1] unless model.mean and model.std define a normalisation. A normalisation with which
 the model is no better than chance is an error. One that is clearly worse than another common one is a warning.
 
+The last line of the output is a verdict: whether a search for triggers finds a change that leads to one label.
+
 The defense is AFT, whose lengths are in steps: it takes as long with thousands of images as with a few hundred. FT, if
 you add it, has 200 epochs, which suit a few hundred images. For thousands set --config.ft.epochs=40.
 """
