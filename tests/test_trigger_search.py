@@ -123,7 +123,6 @@ def test_search_finds_the_label_of_a_planted_patch(search):
     best, *others = search(quarters(60))
     assert best.hypothesis.kind == 'all2one' and list(best.hypothesis.target_map) == [TARGET] * CLASSES
     assert best.hypothesis.score > 0.8 and best.share > 0.8
-    assert best.hypothesis.score <= best.share  # the excess leaves out what the reference does too
     assert [change.hypothesis.score for change in others] == sorted((c.hypothesis.score for c in others), reverse=True)
     assert len({change.kind for change in (best, *others)}) == len(trigger_search.KINDS) + 1 == len(others) + 1
     assert best.examples.shape == (3, SIDE, SIDE, 1) and 0 <= best.examples.min() < best.examples.max() <= 1

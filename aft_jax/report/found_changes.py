@@ -23,7 +23,7 @@ UNITS = {
     'region': 'of the area',
     'mask': 'of the area',
     'tone': 'change of the gain',
-    'blur': 'of a Gaussian blur',
+    'blur': 'of a Gaussian blur; above 100\u00a0% for sharpening only',
     'warp': 'of a side, for each point',
     'affine': 'of a side as a shift, rotation and scaling in proportion',
 }
