@@ -15,14 +15,15 @@ soft mask with a pattern:
 optimised by Adam. Its largest values are then set to 1, and the others to 0. All changes share the gradient of a step.
 
 A found change is measured on images that the search has not seen. Its excess is the share of them that it moves as a
-backdoor would (`infection_score.classify_confusions`); an image that the reference moves to the same class does not
-count.
+backdoor would (`infection_score.classify_confusions`). Only images count that both models classify correctly, and that
+the reference classifies correctly with the change too.
 
 Source: the soft mask is that of Neural Cleanse (Wang et al., "Identifying and Mitigating Backdoor Attacks in Neural
 Networks", 2019), with a fixed area instead of a weight.
 """
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,7 +48,8 @@ FLOOR = -4.0
 MASK_AREAS = (0.02, 0.08)
 MASK_LEARNING_RATE = 0.2
 AREA_WEIGHT = 10.0
-# Labels with a search of their own. With more classes, they are those to which the search without a label moves most.
+# Target labels that are searched together, so that a step fits in memory with any number of classes.
+LARGEST_GROUP = 16
 KINDS: tuple[Kind, ...] = ('linf', 'l2', 'low_frequency', 'rectangle', 'region', 'tone', 'blur', 'warp', 'affine')
 
 
@@ -116,11 +118,9 @@ class TriggerSearch:
         self._adam = optax.adam(MASK_LEARNING_RATE)
         whole = replicated(mesh)
         compiled = partial(jax.jit, in_shardings=whole, out_shardings=whole, compiler_options=compiler_options(module))
-        # No label comes last.
-        targets = np.append(np.arange(num_classes), -1).astype(np.int32)
         areas = np.array([options.factor * area for area in MASK_AREAS], np.float32)
-        self._init = compiled(partial(_init, module, self._specs, self._adam, targets))
-        self._step = compiled(partial(_step, module, self._specs, self._adam, targets, areas))
+        self._init = compiled(partial(_init, module, self._specs, self._adam))
+        self._step = compiled(partial(_step, module, self._specs, self._adam, areas))
         self._binarise = compiled(partial(_binarise, areas))
         self._move = compiled(partial(_move, module, self._specs))
 
@@ -152,14 +152,20 @@ class TriggerSearch:
             chosen = generator.permutation(half)[:count]
             return jax.tree.map(lambda array: array[chosen], seen)
 
-        state = self._init(models, *batch(), key)
-        for _ in range(self._options.steps):
-            state = wait_on_virtual_devices(self._mesh, self._step(models, *batch(), state))
-        state = state._replace(mask=self._binarise(state.mask))
-        return self._measure(models, state, images[half:], labels[half:])
+        found: dict[str, FoundChange] = {}
+        for group in target_groups(self._classes):
+            targets = replicate(self._mesh, group)
+            state = self._init(models, targets, *batch(), key)
+            for _ in range(self._options.steps):
+                state = wait_on_virtual_devices(self._mesh, self._step(models, targets, *batch(), state))
+            state = state._replace(mask=self._binarise(state.mask))
+            for change in self._measure(models, state, images[half:], labels[half:]):
+                if change.kind not in found or change.hypothesis.score > found[change.kind].hypothesis.score:
+                    found[change.kind] = change
+        return tuple(sorted(found.values(), key=lambda change: -change.hypothesis.score))
 
-    def _measure(self, models: Any, state: _State, images: np.ndarray, labels: np.ndarray) -> tuple[FoundChange, ...]:
-        """Measures all changes on the images, and selects the best of each kind."""
+    def _measure(self, models: Any, state: _State, images: np.ndarray, labels: np.ndarray) -> Iterator[FoundChange]:
+        """Measures all changes on the images."""
         size = self._options.images
         plain, moved, examples = [], [], None
         for first in range(0, len(images), size):
@@ -167,23 +173,22 @@ class TriggerSearch:
             padded = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), np.float32)])
             predictions, changed, unchanged = jax.device_get(self._move(models, state, replicate(self._mesh, padded)))
             moved.append(predictions[..., : len(part)])
-            plain.append(unchanged[: len(part)])
+            plain.append(unchanged[:, : len(part)])
             examples = changed if examples is None else examples
         assert examples is not None
-        predictions, right = np.concatenate(moved, axis=-1), np.concatenate(plain) == labels
-        found: dict[str, FoundChange] = {}
+        predictions = np.concatenate(moved, axis=-1)
+        # Both models classify the unchanged image correctly.
+        right = (np.concatenate(plain, axis=-1) == labels).all(axis=0)
         names = [*KINDS, *['mask'] * len(MASK_AREAS)]
         for i, name in enumerate(names):
             for j in range(predictions.shape[1]):
-                change = self._judge(name, predictions[i, j][:, right], labels[right], examples[i, j])
-                if name not in found or change.hypothesis.score > found[name].hypothesis.score:
-                    found[name] = change
-        return tuple(sorted(found.values(), key=lambda change: -change.hypothesis.score))
+                yield self._judge(name, predictions[i, j][:, right], labels[right], examples[i, j])
 
     def _judge(self, kind: str, predictions: np.ndarray, labels: np.ndarray, examples: np.ndarray) -> FoundChange:
         """Judges a change by the predictions [2, N] of model and reference."""
         model, reference = predictions
-        own = np.where(model == reference, labels, model)
+        # A change that confuses the reference, in whichever way, hides the image.
+        own = np.where(reference == labels, model, labels)
         hypothesis = classify_confusions(share_moved(labels, own, self._classes))
         targets = hypothesis.target_map[labels]
         movable = targets != labels
@@ -193,12 +198,20 @@ class TriggerSearch:
         return FoundChange(kind, hypothesis, share, reference_share, examples)
 
 
+def target_groups(num_classes: int) -> np.ndarray:
+    """Divides the target labels into groups that are searched one after another: int32 [groups, T], -1 for no label."""
+    targets = np.append(np.arange(num_classes), -1).astype(np.int32)
+    size = min(len(targets), LARGEST_GROUP)
+    groups = -(-len(targets) // size)
+    return np.pad(targets, (0, groups * size - len(targets)), constant_values=-1).reshape(groups, size)
+
+
 def _init(
     module: nn.Module,
     specs: tuple[PerturbationSpec, ...],
     adam: optax.GradientTransformation,
-    targets: np.ndarray,
     models: dict,
+    targets: jax.Array,
     images: jax.Array,
     labels: jax.Array,
     key: jax.Array,
@@ -231,9 +244,9 @@ def _step(
     module: nn.Module,
     specs: tuple[PerturbationSpec, ...],
     adam: optax.GradientTransformation,
-    targets: np.ndarray,
     areas: np.ndarray,
     models: dict,
+    targets: jax.Array,
     images: jax.Array,
     labels: jax.Array,
     state: _State,
@@ -311,10 +324,11 @@ def _move(
 
     Returns:
         Classes by model and reference, int32 [M, T, 2, B]; the first three changed images, [M, T, 3, H, W, C]; and the
-        classes of the unchanged images by the model, int32 [B].
+        classes of the unchanged images by model and reference, int32 [2, B].
     """
     f, r = (logits_function(module, models[name]) for name in ('model', 'reference'))
     changed = changed_images(specs, state.perturbations, state.mask, images)
     flat = changed.reshape(-1, *images.shape[1:])
-    classes = [z(flat).argmax(axis=-1).astype(jnp.int32).reshape(changed.shape[:3]) for z in (f, r)]
-    return jnp.stack(classes, axis=2), changed[:, :, :3], f(images).argmax(axis=-1).astype(jnp.int32)
+    classes, unchanged = ([z(x).argmax(axis=-1).astype(jnp.int32) for z in (f, r)] for x in (flat, images))
+    moved = jnp.stack([each.reshape(changed.shape[:3]) for each in classes], axis=2)
+    return moved, changed[:, :, :3], jnp.stack(unchanged)
