@@ -12,10 +12,11 @@ def searched(verdict, *changes):
     """The fields of a scan with a search that found changes, each (kind, label, excess, share, reference share)."""
     names = 'kind', 'label', 'excess', 'share', 'reference_share'
     listed = [
-        dict(zip(names, change, strict=True)) | {'backdoor': 'all2all' if change[1] is None else 'all2one'}
+        dict(zip(names, change, strict=True))
+        | {'limit': 0.25, 'backdoor': 'all2all' if change[1] is None else 'all2one'}
         for change in changes
     ]
-    search = {'verdict': verdict, 'threshold': 0.25, 'steps': 7, 'factor': 2.0, 'changes': listed}
+    search = {'verdict': verdict, 'steps': 7, 'factor': 2.0, 'changes': listed}
     landing = {'landing_eps': [8 / 255], 'fooled': [0.5], 'suspected_label': 1}
     return {'score': 0.5, 'images': 40, 'held_out': True, **landing, 'search': search}
 

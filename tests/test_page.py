@@ -173,9 +173,9 @@ def test_write_page_of_a_given_model(tmp_path):
     assert 'from 0.90 to 0.12' in read.visible_text or 'from 0.90 to 0.13' in read.visible_text
 
 
-def scan_with(examples):
+def scan_with(examples, kind='rectangle'):
     """A scan for pictures: its best change is on these examples."""
-    change = FoundChange('rectangle', BackdoorHypothesis(0.75, 'all2one', np.zeros(3, np.int32)), 0.9, 0.1, examples)
+    change = FoundChange(kind, BackdoorHypothesis(0.75, 'all2one', np.zeros(3, np.int32)), 0.9, 0.1, examples)
     return Scan({}, (change,))
 
 
@@ -187,16 +187,16 @@ PURIFIED = searched('nothing found', ('warp', 0, 0.0625, 0.1875, 0.125))
 def test_write_page_of_a_search_shows_what_it_found_and_tried(tmp_path):
     measured = results(scores(0.95, scan=SEARCHED), given=True, ft=scores(0.9), aft=scores(0.94, scan=PURIFIED))
     examples = np.random.default_rng(6).random((3, 6, 6, 1), np.float32)
-    scans = {'none': scan_with(examples), 'aft': scan_with(1 - examples)}
+    scans = {'none': scan_with(examples), 'aft': scan_with(1 - examples, 'warp')}
     text = page_of(tmp_path, measured, scans)
     read = Reader(text)
     assert read.sections == ['search', 'made']
     shown = read.visible_text.replace('\u00a0', ' ')
     assert 'Verdict on aft: no change of these kinds leads to one label any more: distortion; sizes' in shown
-    first = 'suspect infected rectangle <one> & $two$ 87.5 % 12.5 % 75.0 %'
-    mask = 'mask with a pattern one label a class 50.0 % 0.0 % 50.0 %'
-    assert f'{first} {mask} {mask} aft nothing found distortion zero 18.8 % 12.5 % 6.2 % Images' in shown
-    assert '25.0 % for suspect, 25.0 % for aft' in shown and '75.0 % → 6.2 %' in shown
+    first = 'suspect infected rectangle <one> & $two$ 87.5 % 12.5 % 75.0 % 25.0 %'
+    mask = 'mask with a pattern one label a class 50.0 % 0.0 % 50.0 % 25.0 %'
+    assert f'{first} {mask} {mask} aft nothing found distortion zero 18.8 % 12.5 % 6.2 % 25.0 % Images' in shown
+    assert '75.0 % → 6.2 %' in shown
     assert '7 steps each' in shown and 'distortion 1.5 % to 16 % of a side' in shown
     pictures = [decode(image['src']) for image in read.all('img')]
     np.testing.assert_array_equal(pictures, np.round(255 * np.concatenate([examples, 1 - examples]))[..., 0])

@@ -14,7 +14,7 @@ from toys import lines
 from aft_jax.adversarial.kinds import Perturbation
 from aft_jax.adversarial.perturbations import PerturbationSpec
 from aft_jax.analysis import backdoor_scan, scan_stage, trigger_search
-from aft_jax.analysis.backdoor_scan import INFECTED_ABOVE, NOT_ERASED_ABOVE, search_fields
+from aft_jax.analysis.backdoor_scan import limit_of, search_fields
 from aft_jax.analysis.infection_score import BackdoorHypothesis
 from aft_jax.analysis.trigger_search import FLOOR, FoundChange, SearchOptions, TriggerSearch
 from aft_jax.attacks.poison import NO_INDICES, Poisoned
@@ -149,20 +149,22 @@ def change_of(excess: float, kind: str = 'all2one') -> FoundChange:
 
 
 @pytest.mark.parametrize(
-    ('excess', 'purified', 'expected'),
+    ('above', 'purified', 'expected'),
     [
-        (INFECTED_ABOVE + 0.01, False, 'infected'),
-        (INFECTED_ABOVE, False, 'nothing found'),
-        (NOT_ERASED_ABOVE + 0.01, True, 'not erased'),
-        (NOT_ERASED_ABOVE, True, 'nothing found'),
+        (0.01, False, 'infected'),
+        (0.0, False, 'nothing found'),
+        (0.01, True, 'not erased'),
+        (0.0, True, 'nothing found'),
     ],
 )
-def test_search_fields_has_the_verdict_of_the_largest_excess(excess, purified, expected):
-    fields = search_fields([change_of(excess), change_of(0.0, 'all2all')], SearchOptions(5, 1.5, 8), purified)
-    shares = {'share': 0.875, 'reference_share': 0.25}
+def test_search_fields_has_the_verdict_of_the_change_furthest_above_its_limit(above, purified, expected):
+    limit = limit_of('mask', purified)
+    excess = limit + above
+    changes = [change_of(0.0, 'all2all'), change_of(excess)]
+    fields = search_fields(changes, SearchOptions(5, 1.5, 8), purified)
+    shares = {'limit': limit, 'share': 0.875, 'reference_share': 0.25}
     assert fields == {
         'verdict': expected,
-        'threshold': NOT_ERASED_ABOVE if purified else INFECTED_ABOVE,
         'steps': 5,
         'factor': 1.5,
         'changes': [

@@ -20,9 +20,12 @@ from aft_jax.randomness import generator_for, key_for
 MIN_IMAGES_PER_CLASS = 20
 # More images per class only cost time.
 MAX_IMAGES_PER_CLASS = 50
-# Excess of a found change above which a model counts as backdoored, and a purified model as not purified. Benign models
-# stay below them (docs/results/random_triggers).
-INFECTED_ABOVE, NOT_ERASED_ABOVE = 0.5, 0.2
+# Excess of a found change of each kind, above which a model counts as infected, and a purified one as not erased. Large
+# changes of some kinds also work on benign models. PROVISIONAL: see docs/results/random_triggers.
+LIMITS = {'linf': 0.75, 'l2': 0.9, 'low_frequency': 0.45, 'mask': 0.75, 'region': 0.55}
+OTHER_LIMIT = 0.35
+PURIFIED_LIMITS: dict[str, float] = {}
+OTHER_PURIFIED_LIMIT = 0.2
 INFECTED, NOT_ERASED, NOTHING_FOUND = 'infected', 'not erased', 'nothing found'
 
 
@@ -146,35 +149,43 @@ def scan_fields(result: InfectionScore, num_images: int) -> dict[str, Any]:
     }
 
 
+def limit_of(kind: str, purified: bool) -> float:
+    """Returns the excess above which a change of a kind decides the verdict."""
+    if purified:
+        return PURIFIED_LIMITS.get(kind, OTHER_PURIFIED_LIMIT)
+    return LIMITS.get(kind, OTHER_LIMIT)
+
+
 def search_fields(changes: Sequence[FoundChange], options: SearchOptions, purified: bool) -> dict[str, Any]:
     """Converts the result of a search to plain values for results.json, with the verdict.
 
     Args:
-        changes: Best change of each kind, the largest excess first.
+        changes: Best change of each kind.
         options: Options of the search.
         purified: Whether the model was purified.
 
     Returns:
-        'verdict', one of INFECTED, NOT_ERASED and NOTHING_FOUND; 'threshold', the excess above which it is one of the
-        first two; 'steps' and 'factor' of the options; and 'changes', a dict for each kind. 'label' is the label that
-        the change leads to, None for an all2all backdoor.
+        'verdict', one of INFECTED, NOT_ERASED and NOTHING_FOUND; 'steps' and 'factor' of the options; and 'changes', a
+        dict for each kind, the one that is furthest above its 'limit' first. 'label' is the label that the change leads
+        to, None for an all2all backdoor.
     """
-    threshold = NOT_ERASED_ABOVE if purified else INFECTED_ABOVE
-    found = changes[0].hypothesis.score > threshold
+    fields = [
+        {
+            'kind': change.kind,
+            'backdoor': change.hypothesis.kind,
+            'label': int(change.hypothesis.target_map[0]) if change.hypothesis.kind == ONE else None,
+            'excess': round(change.hypothesis.score, 6),
+            'limit': limit_of(change.kind, purified),
+            'share': round(change.share, 6),
+            'reference_share': round(change.reference_share, 6),
+        }
+        for change in changes
+    ]
+    fields.sort(key=lambda change: change['limit'] - change['excess'])
+    found = fields[0]['excess'] > fields[0]['limit']
     return {
         'verdict': (NOT_ERASED if purified else INFECTED) if found else NOTHING_FOUND,
-        'threshold': threshold,
         'steps': options.steps,
         'factor': options.factor,
-        'changes': [
-            {
-                'kind': change.kind,
-                'backdoor': change.hypothesis.kind,
-                'label': int(change.hypothesis.target_map[0]) if change.hypothesis.kind == ONE else None,
-                'excess': round(change.hypothesis.score, 6),
-                'share': round(change.share, 6),
-                'reference_share': round(change.reference_share, 6),
-            }
-            for change in changes
-        ],
+        'changes': fields,
     }

@@ -286,7 +286,7 @@ def changed_images(
     return jnp.concatenate([jnp.stack(parts), masked])
 
 
-def objective(logits: jax.Array, reference_logits: jax.Array, labels: jax.Array, targets: np.ndarray) -> jax.Array:
+def objective(logits: jax.Array, reference_logits: jax.Array, labels: jax.Array, targets: jax.Array) -> jax.Array:
     """Computes what the changes maximise, summed over them.
 
     Args:

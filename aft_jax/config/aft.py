@@ -30,7 +30,7 @@ AFT_SECTION: dict[str, Field] = {
     'reference_steps': Field(700, 'Steps of the training of the reference model.', POSITIVE),
     'reference_learning_rate': Field(0.1, 'Largest learning rate of the reference model.', POSITIVE),
     'reference_penalty': Field(
-        0.1, 'Weight of the penalty that keeps the head of the reference unlike the infected one.', NOT_NEGATIVE
+        0.03, 'Weight of the penalty that keeps the head of the reference unlike the infected one.', NOT_NEGATIVE
     ),
     'steps': Field(470, 'Steps of the adversarial fine-tuning.', POSITIVE),
     'learning_rate': Field(0.03, 'Largest learning rate of the adversarial fine-tuning.', POSITIVE),
@@ -49,7 +49,7 @@ AFT_SECTION: dict[str, Field] = {
     'pgd_steps': Field(4, 'Steps of each adversarial attack.', POSITIVE),
     'adversarial_share': Field(1.0, 'Adversarial examples in a step, a share of its clean images.', POSITIVE_SHARE),
     'adversarial_weight': Field(
-        1.0, "Weight of the divergence from the reference model's predictions on adversarial examples.", NOT_NEGATIVE
+        0.5, "Weight of the divergence from the reference model's predictions on adversarial examples.", NOT_NEGATIVE
     ),
     'cross_entropy': Field(0.2, 'Weight of the cross-entropy of clean images.', NOT_NEGATIVE),
     'distillation': Field(
@@ -57,7 +57,7 @@ AFT_SECTION: dict[str, Field] = {
     ),
     'temperature': Field(2.0, 'Temperature of that divergence.', POSITIVE),
     'mixture_weight': Field(
-        2.0,
+        3.0,
         'Weight of the divergence, on CutMix images, from what infected and reference model agree on.',
         NOT_NEGATIVE,
     ),

@@ -47,11 +47,12 @@ def content(results: Results, scans: Mapping[str, Scan], class_names: tuple[str,
     for name in shown:
         scan = scans.get(UNPURIFIED if name == results.first_model else name)
         if scan is not None and name in searches:
-            cards.append(_card(name, searches[name]['changes'][0], scan.changes[0].examples, class_names))
+            best = searches[name]['changes'][0]
+            examples = next(change.examples for change in scan.changes if change.kind == best['kind'])
+            cards.append(_card(name, best, examples, class_names))
     return {
         'verdict': search_text.verdict_line(results),
         'rows': [row for name, search in searches.items() for row in _rows(name, search, class_names)],
-        'thresholds': [(name, percent(search['threshold'])) for name, search in searches.items()],
         'tried': [
             (search_text.KIND_NAMES[change['kind']], sizes(change['kind'], searches[judged]['factor']))
             for change in searches[judged]['changes']
@@ -75,7 +76,7 @@ def sizes(kind: str, factor: float) -> str:
 
 
 def _rows(name: str, search: dict[str, Any], class_names: tuple[str, ...]) -> list[dict[str, str]]:
-    """Formats the changes of a model with the largest excess as rows. The first row alone names the model."""
+    """Formats the first changes of a model as rows. The first row alone names the model."""
     return [
         {
             'model': name if i == 0 else '',
@@ -85,6 +86,7 @@ def _rows(name: str, search: dict[str, Any], class_names: tuple[str, ...]) -> li
             'share': percent(change['share']),
             'reference_share': percent(change['reference_share']),
             'excess': percent(change['excess']),
+            'limit': percent(change['limit']),
         }
         for i, change in enumerate(search['changes'][: search_text.SHOWN_CHANGES])
     ]
