@@ -1,7 +1,7 @@
 """Searches for triggers: changes, the same for all images, that send images of all classes to one label.
 
 A backdoored model has such a change. So has every network, if the change may be large: a big patch of one class hides
-the image. A reference model (`aft_jax.defenses.reference`), which is the same network after hard fine-tuning, tells the
+the image. A reference model (`aft_jax.defenses.reference`), which is the same network with a new head, tells the
 two apart. The search is for changes that move the images under the model and not under the reference:
 
     maximise over changes u:  mean over images x of  log f(u(x))[t] - max(log r(u(x))[t], FLOOR)
