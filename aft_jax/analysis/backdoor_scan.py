@@ -24,7 +24,7 @@ MAX_IMAGES_PER_CLASS = 50
 # changes of some kinds also work on benign models. PROVISIONAL: see docs/results/random_triggers.
 LIMITS = {'linf': 0.75, 'l2': 0.9, 'low_frequency': 0.45, 'mask': 0.75, 'region': 0.55}
 OTHER_LIMIT = 0.35
-PURIFIED_LIMITS: dict[str, float] = {}
+PURIFIED_LIMITS = {'linf': 0.3, 'l2': 0.5, 'mask': 0.4}
 OTHER_PURIFIED_LIMIT = 0.2
 INFECTED, NOT_ERASED, NOTHING_FOUND = 'infected', 'not erased', 'nothing found'
 

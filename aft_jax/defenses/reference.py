@@ -10,7 +10,7 @@ that does not end with a dense layer has no head to draw again. Its reference is
 which leaves more of the backdoor.
 
 Source: comparing a model with a changed copy of itself is also the idea of BTI-DBF (Xu et al., ICLR 2024), BAN (Xu et
-al., NeurIPS 2024) and TSBD (Lin et al., ECCV 2024). None of them uses the copy to choose adversarial examples.
+al., NeurIPS 2024) and TSBD (Lin et al., ECCV 2024).
 """
 
 from functools import partial
