@@ -1,4 +1,4 @@
-"""Plants a Blend backdoor in a small network on real digits, then removes it with FT and AFT; a minute on a laptop.
+"""Plants a Blend backdoor in a small network on real digits, then removes it with FT and AFT; two minutes on a laptop.
 
     python -m aft_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 

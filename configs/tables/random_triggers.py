@@ -38,4 +38,6 @@ def draw_config(draw):
 def get_config(split='test'):
     experiments = {f'draw{draw}': draw_config(draw) for draw in DRAWS[split]}
     experiments['none'] = fashion_mnist.get_config('none')
-    return table_config(experiments, label_modes='own', seeds=(0,), defenses='ft,fp,anp,fst,aft_released,aft_universal,aft')
+    return table_config(
+        experiments, label_modes='own', seeds=(0,), defenses='ft,fp,anp,fst,aft_released,aft_universal,aft'
+    )
