@@ -164,5 +164,9 @@ def spec_of_any_size(
     """
     height, width, channels = image_shape
     unit = {'l2': math.sqrt(height * width * channels), 'warp': float(min(height, width))}.get(kind, 1.0)
-    smallest, largest = SIZE_RANGES[kind]
-    return PerturbationSpec(kind, factor * largest * unit, universal, smallest * unit)
+    return PerturbationSpec(kind, largest_size(kind, factor) * unit, universal, SIZE_RANGES[kind][0] * unit)
+
+
+def largest_size(kind: Kind, factor: float) -> float:
+    """Computes the largest size of a kind. The factor leaves out tones, since larger ones would blank images."""
+    return SIZE_RANGES[kind][1] * (1.0 if kind == 'tone' else factor)

@@ -169,7 +169,7 @@ def search_fields(changes: Sequence[FoundChange], options: SearchOptions, purifi
         dict for each kind, the one that is furthest above its 'limit' first. 'label' is the label that the change leads
         to, None for an all2all backdoor.
     """
-    fields = [
+    fields: list[dict[str, Any]] = [
         {
             'kind': change.kind,
             'backdoor': change.hypothesis.kind,

@@ -6,7 +6,7 @@ from typing import Any, cast
 import numpy as np
 
 from aft_jax.adversarial.kinds import Kind
-from aft_jax.adversarial.perturbations import SIZE_RANGES
+from aft_jax.adversarial.perturbations import SIZE_RANGES, largest_size
 from aft_jax.analysis.backdoor_scan import Scan
 from aft_jax.analysis.trigger_search import MASK_AREAS
 from aft_jax.config import UNPURIFIED
@@ -71,8 +71,8 @@ def sizes(kind: str, factor: float) -> str:
     """
     if kind == 'mask':
         return f'{" or ".join(_share(factor * area) for area in MASK_AREAS)} {UNITS[kind]}'
-    smallest, largest = SIZE_RANGES[cast(Kind, kind)]
-    return f'{_share(smallest)} to {_share(factor * largest)} {UNITS[kind]}'
+    known = cast(Kind, kind)
+    return f'{_share(SIZE_RANGES[known][0])} to {_share(largest_size(known, factor))} {UNITS[kind]}'
 
 
 def _rows(name: str, search: dict[str, Any], class_names: tuple[str, ...]) -> list[dict[str, str]]:

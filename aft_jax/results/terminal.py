@@ -5,6 +5,7 @@ from typing import Any
 from aft_jax.results import search_text
 from aft_jax.results.record import SHOWN_EPS, Results
 
+PROVISIONAL = 'The limits of the verdict come from one benign model so far, so false alarms are likely on other data.'
 UNKNOWN = """
 What cannot be known without the trigger: whether the model had a backdoor, how often the trigger worked (ASR), and
 whether it still does. A high score is evidence of a backdoor, but a low score does not rule one out. After a
@@ -72,7 +73,7 @@ def _search_lines(results: Results) -> list[str]:
     if not found:
         return []
     heading = 'Changes found by the search: share of the images that go to a label (under the reference model)'
-    return ['', heading, *found, '', search_text.verdict_line(results)]
+    return ['', heading, *found, '', PROVISIONAL, search_text.verdict_line(results)]
 
 
 def _scan_cells(scan: dict[str, Any] | None, class_names: tuple[str, ...]) -> str:
