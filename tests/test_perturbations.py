@@ -9,7 +9,7 @@ import pytest
 import scipy.interpolate
 import scipy.ndimage
 
-from aft_jax.adversarial import kinds, perturbations
+from aft_jax.adversarial import kinds, masks, perturbations
 from aft_jax.adversarial.kinds import GRID, Perturbation
 from aft_jax.adversarial.perturbations import PerturbationSpec
 
@@ -220,15 +220,15 @@ def test_joint_attack_in_a_loop_equals_unrolled_steps():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *results)
 
 
-@pytest.mark.parametrize('draw', [kinds.draw_rectangles, kinds.draw_regions])
+@pytest.mark.parametrize('draw', [masks.draw_rectangles, masks.draw_regions])
 def test_masks_have_the_area_and_reach_every_pixel(draw):
     areas = np.array([0.02, 0.15], np.float32)
-    masks = np.concatenate([np.asarray(draw(jax.random.key(i), areas, 9, 12)) for i in range(12)], axis=1)
-    assert masks.shape == (2, 12 * kinds.PLACES, 9, 12) and set(np.unique(masks)) == {0.0, 1.0}
+    drawn = np.concatenate([np.asarray(draw(jax.random.key(i), areas, 9, 12)) for i in range(12)], axis=1)
+    assert drawn.shape == (2, 12 * masks.PLACES, 9, 12) and set(np.unique(drawn)) == {0.0, 1.0}
     # Sides and counts are rounded to pixels, of which the smaller area has two.
-    np.testing.assert_allclose(masks.mean(axis=(1, 2, 3)), areas, atol=0.01)
+    np.testing.assert_allclose(drawn.mean(axis=(1, 2, 3)), areas, atol=0.01)
     # Every pixel is covered, those of the edges too.
-    assert (masks[1].mean(axis=0) > 0.02).all()
+    assert (drawn[1].mean(axis=0) > 0.02).all()
 
 
 @pytest.mark.parametrize('universal', [True, False])
@@ -239,7 +239,7 @@ def test_init_places_a_rectangle_where_its_best_pixels_gain_most(universal):
     start = perturbations.init(spec, key, IMAGES, jnp.asarray(gradient))
     count = 1 if universal else len(IMAGES)
     candidates = np.asarray(
-        kinds.draw_rectangles(jax.random.split(key, 3)[0], jnp.full(count, 0.12, jnp.float32), 9, 12)
+        masks.draw_rectangles(jax.random.split(key, 3)[0], jnp.full(count, 0.12, jnp.float32), 9, 12)
     )
     for i in range(count):
         members = slice(None) if universal else slice(i, i + 1)

@@ -13,14 +13,14 @@
 
 A step moves the values by a share of their range along the sign (l2: the direction) of the gradient. A sparse step sets
 the pixels with the largest gradient magnitude; for a single image the score is |gradient| times the distance to the new
-value. The place of a rectangle or a region is the best of PLACES random ones: the one whose pixels would raise the loss
-most, to first order, at their best values. Its pattern p then takes steps at full contrast, with a random opacity o.
+value. The place of a rectangle or a region is the best of several random ones (`masks`): the one whose pixels would
+raise the loss most, to first order, at their best values. Its pattern p then takes steps at full contrast, with a
+random opacity o.
 
 Source: Wu et al., "Defending Against Physically Realizable Attacks on Image Classification" (ICLR 2020), for rectangles
 placed by the gradient; Xiao et al., "Spatially Transformed Adversarial Examples" (2018), for warps of single images.
 """
 
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aft_jax.adversarial.masks import draw_rectangles, draw_regions
 from aft_jax.adversarial.pgd import direction, project, random_in_ball
 from aft_jax.ops.resampling import sample_bilinear
 
@@ -39,11 +40,7 @@ PLACED_BY_GRADIENT: tuple[Kind, ...] = ('rectangle', 'region')
 GRID, LOW_GRID = 7, 5
 # Length of a step: a share of the size, or for rectangles and regions of the range of pixels.
 STEP, PATTERN_STEP = 0.25, 0.3
-PLACES = 24
-LARGEST_RATIO = 12.0
 SMALLEST_OPACITY = 0.4
-# Points along each side of the coarse and of the fine noise that regions are cut from.
-COARSE, FINE = 6, 14
 # Standard deviation of the blur in pixels.
 BLUR_SIGMA = 1.4
 
@@ -172,53 +169,6 @@ def _apply_pasted(perturbation: Perturbation, images: jax.Array) -> jax.Array:
 def _advance_pasted(perturbation: Perturbation, gradient: jax.Array, images: jax.Array) -> Perturbation:
     moved = perturbation.values + PATTERN_STEP * jnp.sign(gradient)
     return perturbation._replace(values=jnp.clip(moved, 0.0, 1.0))
-
-
-def draw_rectangles(key: jax.Array, areas: jax.Array, height: int, width: int) -> jax.Array:
-    """Draws rectangles anywhere in the image, edges included, with sides in any ratio up to `LARGEST_RATIO`.
-
-    Args:
-        key: PRNG key.
-        areas: float32 [N], shares of the area of an image.
-        height: Height of the images.
-        width: Width of the images.
-
-    Returns:
-        float32 [N, PLACES, H, W] of 0 and 1.
-    """
-    ratio_key, row_key, column_key = jax.random.split(key, 3)
-    shape = (len(areas), PLACES)
-    pixels = areas[:, None] * (height * width)
-    log_ratio = math.log(LARGEST_RATIO)
-    ratio = jnp.exp(jax.random.uniform(ratio_key, shape, jnp.float32, -log_ratio, log_ratio))
-    rows = jnp.clip(jnp.round(jnp.sqrt(pixels * ratio)), 1, height)
-    columns = jnp.clip(jnp.round(pixels / rows), 1, width)
-
-    def inside(key: jax.Array, length: jax.Array, side: int) -> jax.Array:
-        first = jnp.floor(jax.random.uniform(key, shape) * (side - length + 1))[..., None]
-        pixel = jnp.arange(side, dtype=jnp.float32)[None, None]
-        return (pixel >= first) & (pixel < first + length[..., None])
-
-    mask = inside(row_key, rows, height)[..., :, None] & inside(column_key, columns, width)[..., None, :]
-    return mask.astype(jnp.float32)
-
-
-def draw_regions(key: jax.Array, areas: jax.Array, height: int, width: int) -> jax.Array:
-    """Draws regions of one or more parts: the pixels where smooth noise is highest. Arguments as `draw_rectangles`."""
-    coarse_key, fine_key, mix_key = jax.random.split(key, 3)
-    shape = (len(areas), PLACES)
-
-    def smooth(key: jax.Array, points: int) -> jax.Array:
-        noise = jax.random.normal(key, (*shape, points, points), jnp.float32)
-        return jax.image.resize(noise, (*shape, height, width), 'cubic')
-
-    mix = jax.random.uniform(mix_key, (*shape, 1, 1), jnp.float32)
-    noise = mix * smooth(coarse_key, COARSE) + (1 - mix) * smooth(fine_key, FINE)
-    size = height * width
-    index = jnp.clip(jnp.round((1 - areas) * size).astype(jnp.int32), 0, size - 1)[:, None, None]
-    ordered = jnp.sort(noise.reshape(*shape, size), axis=-1)
-    lowest = jnp.take_along_axis(ordered, jnp.broadcast_to(index, (*shape, 1)), axis=-1)
-    return (noise >= lowest[..., None]).astype(jnp.float32)
 
 
 # Colours and sharpness.

@@ -77,6 +77,11 @@ def apply(spec: PerturbationSpec, perturbation: Perturbation, images: jax.Array)
     return RULES[spec.kind].apply(perturbation, images)
 
 
+def renew(fresh: Perturbation, carried: Perturbation, renews: jax.Array) -> Perturbation:
+    """Chooses the perturbation that an attack starts with: the fresh one where `renews`, a bool scalar, is true."""
+    return jax.tree.map(lambda new, old: jnp.where(renews, new, old), fresh, carried)
+
+
 def batch_slices(count: int, specs: tuple[PerturbationSpec, ...]) -> list[slice]:
     """Divides `count` images into equal parts, one for each spec, in the order of the specs."""
     ends = [count * i // len(specs) for i in range(len(specs) + 1)]

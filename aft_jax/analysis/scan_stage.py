@@ -23,9 +23,9 @@ def prepare(run: Run, scenario: Scenario, infected: InfectedModel, config: ml_co
         infected: Infected or given model.
         config: Resolved config.
     """
-    data, settings = defender_data('aft', scenario, infected, config), defense_settings('aft', config)
-    settings = settings._replace(augment=with_shift(settings.augment, settings.options.shift, data.images.shape[1:3]))
-    reference = fit_reference(run, 'scan/reference', data, settings, settings.options.reference)
+    data = defender_data('aft', scenario, infected, config)
+    settings = with_shift(defense_settings('aft', config), scenario.dataset.image_shape)
+    reference = fit_reference(run, 'scan/reference', data, settings)
     return Scanner(
         scenario.module,
         run.mesh,

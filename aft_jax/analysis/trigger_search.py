@@ -34,8 +34,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from aft_jax.adversarial.kinds import PLACED_BY_GRADIENT, RULES, Kind, Perturbation
-from aft_jax.adversarial.perturbations import PerturbationSpec, apply, init, spec_of_any_size
+from aft_jax.adversarial.kinds import PLACED_BY_GRADIENT, RULES, Perturbation
+from aft_jax.adversarial.perturbations import SIZE_RANGES, PerturbationSpec, apply, init, spec_of_any_size
 from aft_jax.analysis.infection_score import BackdoorHypothesis, classify_confusions, share_moved
 from aft_jax.models import logits_function
 from aft_jax.models.cpu_compilation import compiler_options
@@ -50,7 +50,7 @@ MASK_LEARNING_RATE = 0.2
 AREA_WEIGHT = 10.0
 # Target labels that are searched together, so that a step fits in memory with any number of classes.
 LARGEST_GROUP = 16
-KINDS: tuple[Kind, ...] = ('linf', 'l2', 'low_frequency', 'rectangle', 'region', 'tone', 'blur', 'warp', 'affine')
+KINDS = tuple(SIZE_RANGES)
 
 
 class SearchOptions(NamedTuple):

@@ -33,12 +33,12 @@ models, and three predictions.
 import time
 from functools import partial
 
-from aft_jax.data.augment import AugmentOptions
 from aft_jax.defenses.aft_options import AftOptions
 from aft_jax.defenses.aft_step import aft_step, init_state
 from aft_jax.defenses.batch_norm_statistics import Statistics
-from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified
-from aft_jax.defenses.reference import fit_reference, start_averaged
+from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified, start_training
+from aft_jax.defenses.reference import fit_reference
+from aft_jax.training import averaging
 from aft_jax.training.loop import fit
 from aft_jax.training.stage import Phase, Run, TrainingStage
 
@@ -55,14 +55,14 @@ def purify(run: Run, name: str, data: DefenderData, settings: DefenseSettings) -
         settings: Settings with `AftOptions`.
     """
     options: AftOptions = settings.options
-    settings = settings._replace(augment=with_shift(settings.augment, options.shift, data.images.shape[1:3]))
-    reference = fit_reference(run, f'{name}/reference', data, settings, options.reference)
-    start, optimiser = start_averaged(data, settings, options.steps, options.learning_rate, options.max_grad_norm)
+    settings = with_shift(settings, data.images.shape[1:])
+    reference = fit_reference(run, f'{name}/reference', data, settings)
+    start, optimiser = start_training(data, settings, options.steps, options.learning_rate, schedule='one_cycle')
     step = partial(aft_step, module=data.module, optimiser=optimiser, options=options, augmentation=settings.augment)
     constants = {'infected': data.variables, 'reference': reference.state.variables}
     stage = TrainingStage(
         f'{name}/adversarial',
-        init_state(start, options, data.images.shape[1:]),
+        init_state(averaging.init(start), options, data.images.shape[1:]),
         [Phase(step, options.steps)],
         data.arrays,
         settings.batch_size,
@@ -75,6 +75,12 @@ def purify(run: Run, name: str, data: DefenderData, settings: DefenseSettings) -
     return Purified(variables, reference.seconds + fitted.seconds + time.monotonic() - started)
 
 
-def with_shift(augmentation: AugmentOptions, share: float, sides: tuple[int, ...]) -> AugmentOptions:
-    """Raises the shift of the augmentation to a share of the shorter side of images; a larger shift stays as it is."""
-    return augmentation._replace(crop=max(augmentation.crop, round(share * min(sides))))
+def with_shift(settings: DefenseSettings, image_shape: tuple[int, ...]) -> DefenseSettings:
+    """Raises the shift of the augmentation to that of the options; a larger shift stays as it is.
+
+    Args:
+        settings: Settings with `AftOptions`.
+        image_shape: (H, W, C).
+    """
+    crop = round(settings.options.shift * min(image_shape[:2]))
+    return settings._replace(augment=settings.augment._replace(crop=max(settings.augment.crop, crop)))

@@ -5,14 +5,15 @@ from typing import NamedTuple, cast
 from aft_jax.adversarial.kinds import Kind
 from aft_jax.adversarial.perturbations import PerturbationSpec, spec_of_any_size
 from aft_jax.config import split_names
-from aft_jax.defenses.reference import ReferenceOptions
 
 
 class AftOptions(NamedTuple):
     """Section `aft` of the config.
 
     Attributes:
-        reference: Options of the reference model, from the same section.
+        reference_steps: Length of the training of the reference model in steps.
+        reference_learning_rate: Largest learning rate of the reference model.
+        reference_penalty: Weight of the penalty that keeps the head of the reference unlike the infected one.
         steps: Length of the adversarial fine-tuning in steps.
         learning_rate: Largest learning rate.
         shift: Largest shift of augmented images, a share of the image's side.
@@ -26,11 +27,13 @@ class AftOptions(NamedTuple):
         distillation: Weight of the divergence from the infected model on clean images.
         temperature: Temperature of that divergence.
         mixture_weight: Weight of the divergence from what both models agree on, on mixtures of clean images.
-        averaging: Share of the averaged weights that a step keeps.
-        max_grad_norm: Largest norm of a gradient. 0 for no limit.
+        averaging: Share of the averaged weights that a step keeps, in both stages.
+        max_grad_norm: Largest norm of a gradient, in both stages. 0 for no limit.
     """
 
-    reference: ReferenceOptions
+    reference_steps: int
+    reference_learning_rate: float
+    reference_penalty: float
     steps: int
     learning_rate: float
     shift: float
@@ -50,6 +53,11 @@ class AftOptions(NamedTuple):
 
 def specs_of(options: AftOptions, image_shape: tuple[int, ...]) -> tuple[PerturbationSpec, ...]:
     """Builds the perturbations for images of shape (H, W, C), each of a random size."""
-    named = [(name, True) for name in split_names(options.universal)]
-    named += [(name, False) for name in split_names(options.per_image)]
-    return tuple(spec_of_any_size(cast(Kind, name), image_shape, universal) for name, universal in named)
+    named = named_kinds(options.universal, options.per_image)
+    return tuple(spec_of_any_size(kind, image_shape, universal) for kind, universal in named)
+
+
+def named_kinds(universal: str, per_image: str) -> list[tuple[Kind, bool]]:
+    """Parses two comma lists of kinds: each kind, and whether its perturbation is universal."""
+    lists = ((universal, True), (per_image, False))
+    return [(cast(Kind, name), shared) for names, shared in lists for name in split_names(names)]

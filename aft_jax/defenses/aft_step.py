@@ -24,7 +24,7 @@ import optax
 from flax import struct
 
 from aft_jax.adversarial.kinds import Perturbation
-from aft_jax.adversarial.perturbations import Objective, PerturbationSpec, init, init_all, joint_attack
+from aft_jax.adversarial.perturbations import Objective, PerturbationSpec, init, init_all, joint_attack, renew
 from aft_jax.adversarial.pgd import Logits, slow_in_loops
 from aft_jax.data.augment import AugmentOptions, augment, cut_mix
 from aft_jax.defenses.aft_options import AftOptions, specs_of
@@ -173,7 +173,7 @@ def resume(
     start = list(fresh)
     for turn, (i, old) in enumerate(zip(universal, carried, strict=True)):
         renews = (step == 0) | ((step + turn * renew_every // len(universal)) % renew_every == 0)
-        start[i] = jax.tree.map(lambda new, old, renews=renews: jnp.where(renews, new, old), fresh[i], old)
+        start[i] = renew(fresh[i], old, renews)
     return tuple(start)
 
 

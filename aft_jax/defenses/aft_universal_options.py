@@ -1,12 +1,11 @@
 """Options of AFT (`aft_jax.defenses.aft_universal`), and the attacks that they describe."""
 
 import math
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
-from aft_jax.adversarial.kinds import Kind
 from aft_jax.adversarial.perturbations import PerturbationSpec
 from aft_jax.adversarial.pgd import PGD, Norm
-from aft_jax.config import split_names
+from aft_jax.defenses.aft_options import named_kinds
 
 
 class UniversalAftOptions(NamedTuple):
@@ -82,6 +81,5 @@ def specs_of(options: UniversalAftOptions, image_shape: tuple[int, ...]) -> tupl
         'sparse': max(1, round(options.sparse_share * height * width / options.pgd_steps)),
         'warp': options.warp_share * min(height, width),
     }
-    named = [(name, True) for name in split_names(options.universal)]
-    named += [(name, False) for name in split_names(options.per_image)]
-    return tuple(PerturbationSpec(cast(Kind, name), sizes[name], universal) for name, universal in named)
+    named = named_kinds(options.universal, options.per_image)
+    return tuple(PerturbationSpec(kind, sizes[kind], universal) for kind, universal in named)

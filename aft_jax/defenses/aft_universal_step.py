@@ -21,7 +21,7 @@ import optax
 from flax import struct
 
 from aft_jax.adversarial.kinds import Perturbation
-from aft_jax.adversarial.perturbations import PerturbationSpec, init_all, joint_attack, untargeted
+from aft_jax.adversarial.perturbations import PerturbationSpec, init_all, joint_attack, renew, untargeted
 from aft_jax.adversarial.pgd import Logits, perturb, slow_in_loops
 from aft_jax.data.augment import AugmentOptions, augment, cut_mix
 from aft_jax.defenses.aft_universal_options import UniversalAftOptions, pgd_of, specs_of
@@ -144,25 +144,12 @@ def attack(
     specs = specs_of(options, images.shape[1:])
     renews = state.step % options.renew_every == 0
     fresh = init_all(specs, key, images)
-    start = tuple(renew(*each, renews) for each in zip(specs, fresh, state.perturbations(specs), strict=True))
+    carried = state.perturbations(specs)
+    start = tuple(new if old is None else renew(new, old, renews) for new, old in zip(fresh, carried, strict=True))
     examples, perturbations = joint_attack(
         untargeted(logits, labels), images, specs, start, steps=options.pgd_steps, unroll=slow_in_loops(logits)
     )
     return replace(state, changes=warm_started(specs, perturbations)), jax.lax.stop_gradient(examples)
-
-
-def renew(spec: PerturbationSpec, fresh: Perturbation, carried: Perturbation | None, renews: jax.Array) -> Perturbation:
-    """Chooses the perturbation with which the attack of a step starts.
-
-    Args:
-        spec: Kind of the perturbation.
-        fresh: Random perturbation.
-        carried: Perturbation after the step before; None if the spec is not warm-started.
-        renews: bool scalar, whether this step starts from `fresh` in any case.
-    """
-    if not spec.warm_started:
-        return fresh
-    return jax.tree.map(lambda new, old: jnp.where(renews, new, old), fresh, carried)
 
 
 def aft_loss(

@@ -134,19 +134,25 @@ def require_head(name: str, module: nn.Module, image_shape: tuple[int, ...]) -> 
 
 
 def start_training(
-    data: DefenderData, settings: DefenseSettings, steps: int, learning_rate: float
+    data: DefenderData,
+    settings: DefenseSettings,
+    steps: int,
+    learning_rate: float,
+    *,
+    schedule: str | None = None,
 ) -> tuple[state.TrainState, optax.GradientTransformation]:
     """Creates the infected model's state before the first step, and the optimiser.
 
     Args:
         data: Data with the infected model.
-        settings: Settings whose options have `schedule` and `max_grad_norm`.
+        settings: Settings whose options have `max_grad_norm`, and `schedule` unless that is an argument.
         steps: Length of the training.
-        learning_rate: Learning rate of the first step.
+        learning_rate: Learning rate of the first step; with 'one_cycle' the largest one.
+        schedule: Schedule of the learning rate; None for that of the options.
     """
     sgd = optimiser.sgd(
         learning_rate,
-        settings.options.schedule,
+        settings.options.schedule if schedule is None else schedule,
         steps,
         momentum=settings.train.momentum,
         weight_decay=settings.train.weight_decay,

@@ -14,52 +14,29 @@ al., NeurIPS 2024) and TSBD (Lin et al., ECCV 2024).
 """
 
 from functools import partial
-from typing import NamedTuple
-
-import optax
 
 from aft_jax.data.augment import augment
-from aft_jax.defenses.defender import DefenderData, DefenseSettings
+from aft_jax.defenses.aft_options import AftOptions
+from aft_jax.defenses.defender import DefenderData, DefenseSettings, start_training
 from aft_jax.defenses.fst import draw_head, fst_step
 from aft_jax.models.head import find_head, layer_at
 from aft_jax.randomness import key_for
-from aft_jax.training import averaging, optimiser, state
-from aft_jax.training.averaging import AveragedState, averaged
+from aft_jax.training import averaging
 from aft_jax.training.loop import fit
 from aft_jax.training.stage import Fitted, Phase, Run, TrainingStage
 from aft_jax.training.steps import classification_step
 
 
-class ReferenceOptions(NamedTuple):
-    """Fields of the section `aft` about the reference model.
-
-    Attributes:
-        reference_steps: Length of the fine-tuning in steps.
-        reference_learning_rate: Largest learning rate.
-        reference_penalty: Weight of the penalty that keeps the head unlike the infected one.
-        averaging: Share of the averaged weights that a step keeps.
-        max_grad_norm: Largest norm of a gradient. 0 for no limit.
-    """
-
-    reference_steps: int
-    reference_learning_rate: float
-    reference_penalty: float
-    averaging: float
-    max_grad_norm: float
-
-
-def fit_reference(
-    run: Run, name: str, data: DefenderData, settings: DefenseSettings, options: ReferenceOptions
-) -> Fitted:
+def fit_reference(run: Run, name: str, data: DefenderData, settings: DefenseSettings) -> Fitted:
     """Trains the reference model; its averaged variables are `fitted.state.variables`.
 
     Args:
         run: Experiment.
         name: Name of checkpoints and metrics.
         data: Infected model and clean images.
-        settings: Settings of the defense.
-        options: Options of the reference model.
+        settings: Settings with `AftOptions`.
     """
+    options: AftOptions = settings.options
     head = find_head(data.module, data.images.shape[1:])
     infected_kernel = None
     if head is not None:
@@ -67,9 +44,8 @@ def fit_reference(
         infected_kernel = layer_at(params, head)['kernel']
         params = draw_head(key_for(run.seed, f'{name}/head'), params, head)
         data = data._replace(variables=data.variables | {'params': params})
-    start, sgd = start_averaged(
-        data, settings, options.reference_steps, options.reference_learning_rate, options.max_grad_norm
-    )
+    steps = options.reference_steps
+    start, sgd = start_training(data, settings, steps, options.reference_learning_rate, schedule='one_cycle')
     common = {'module': data.module, 'optimiser': sgd}
     if head is not None:
         step = partial(fst_step, head=head, alpha=options.reference_penalty, augmentation=settings.augment, **common)
@@ -78,33 +54,10 @@ def fit_reference(
         step = partial(classification_step, transform=transform, **common)
     stage = TrainingStage(
         name,
-        start,
-        [Phase(averaged(step, options.averaging), options.reference_steps)],
+        averaging.init(start),
+        [Phase(averaging.averaged(step, options.averaging), steps)],
         data.arrays,
         settings.batch_size,
         constants=infected_kernel,
     )
     return fit(run, stage)
-
-
-def start_averaged(
-    data: DefenderData, settings: DefenseSettings, steps: int, learning_rate: float, max_grad_norm: float
-) -> tuple[AveragedState, optax.GradientTransformation]:
-    """Creates the infected model's state before the first step, with its average, and SGD with one learning rate cycle.
-
-    Args:
-        data: Data with the infected model.
-        settings: Settings, of which momentum and weight decay are used.
-        steps: Length of the training.
-        learning_rate: Largest learning rate of the cycle.
-        max_grad_norm: Largest norm of a gradient. 0 for no limit.
-    """
-    sgd = optimiser.sgd(
-        learning_rate,
-        'one_cycle',
-        steps,
-        momentum=settings.train.momentum,
-        weight_decay=settings.train.weight_decay,
-        max_grad_norm=max_grad_norm,
-    )
-    return averaging.init(state.create(data.variables, sgd)), sgd
