@@ -35,7 +35,7 @@ from aft_jax.results.drawn_trigger import DrawnTrigger
 from aft_jax.results.environment import environment
 from aft_jax.results.record import GivenFacts, ModelScores, PurifiedScores, Results, Setting
 from aft_jax.results.workdir import RunFiles
-from aft_jax.runtime import compile_cache, processes
+from aft_jax.runtime import compile_cache, numerics, processes
 from aft_jax.runtime.preemption import Watch
 from aft_jax.runtime.sharding import make_mesh
 from aft_jax.training.checkpoint import checksum
@@ -75,6 +75,7 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> Result
         requirements.check_available()
     config = resolve(config)
     compile_cache.use(config.run.compile_cache)
+    numerics.pin()
     mesh = make_mesh()
     experiment = load(config, mesh)
     # Only now: a config that cannot be run must not claim the directory.
@@ -82,8 +83,13 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> Result
     if experiment.given is not None:
         contents = contents, experiment.given.variables
     content = checksum(contents)
-    processes.process_zero_first(lambda: workdir.claim(directory, config, content, _writes(), DEFENSES))
-    with contextlib.closing(MetricWriter(directory)) as writer, Watch() as watch:
+    claim = processes.process_zero_first(lambda: workdir.claim(directory, config, content, _writes(), DEFENSES))
+    with (
+        claim,
+        files.explained(RunFiles(directory).config),
+        contextlib.closing(MetricWriter(directory)) as writer,
+        Watch() as watch,
+    ):
         module = experiment.scenario.module
         on_cpu = compiler_options(module), steps_per_call(module)
         run = Run(config.seed, directory, mesh, writer, as_options(RunOptions, config.run), watch, *on_cpu)
@@ -177,8 +183,14 @@ def begin_results(
     initial = ModelScores.of(scores, seconds, scan=scan.fields if scan else None)
     trigger = DrawnTrigger.of(config, scenario.dataset.image_shape)
     results = Results(Setting.of(config), environment(run.mesh), initial, facts, trigger=trigger)
-    with contextlib.suppress(OSError, ValueError):  # missing or damaged: nothing to keep
-        results.keep_earlier(record.read(RunFiles(run.workdir).results))
+    path = RunFiles(run.workdir).results
+    try:
+        results.keep_earlier(record.read(path))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        if _writes():
+            files.set_aside(path, ' '.join(str(error).split()))
     return results
 
 

@@ -116,7 +116,7 @@ def _run_one(directory: Path, experiment: 'Experiment') -> str:
         return str(error)
     except Exception as error:
         directory.mkdir(parents=True, exist_ok=True)
-        error_file.write_text(traceback.format_exc())
+        error_file.write_text(traceback.format_exc(), encoding='utf-8')
         return f'{type(error).__name__} (see {error_file})'
     return ''
 

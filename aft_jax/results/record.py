@@ -93,6 +93,12 @@ class ModelScores:
     def from_json(cls, fields: dict[str, Any]) -> Self:
         """Reads the scores from their fields in results.json. Fields that an older version did not write are None."""
         names = {field.name for field in dataclasses.fields(cls)}
+        for name in ('acc', 'asr', 'ra', 'cross_acc', 'seconds', 'der'):
+            if not isinstance(fields.get(name), int | float | None):
+                raise TypeError(f'{name} is no number')
+        for name in ('per_class', 'scan'):
+            if not isinstance(fields.get(name), dict | None):
+                raise TypeError(f'{name} is no object')
         return cls(**{name: value for name, value in fields.items() if name in names})
 
     def to_json(self) -> dict[str, Any]:
@@ -237,14 +243,16 @@ class Results:
             facts = None
             if given is not None:
                 facts, first = GivenFacts(given['init_from'], tuple(given['class_names']), given['warning']), given
-            trigger = fields.get('trigger')
+            trigger, observation = fields.get('trigger'), fields.get('connection')
+            if not isinstance(fields['environment'], dict) or not isinstance(observation, dict | None):
+                raise TypeError('environment or connection is no object')
             return cls(
                 setting,
                 fields['environment'],
                 ModelScores.from_json(first),
                 facts,
                 {name: PurifiedScores.from_json(row) for name, row in fields['purified'].items()},
-                fields.get('connection'),
+                observation,
                 None if trigger is None else DrawnTrigger(**trigger),
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -274,7 +282,7 @@ def read(path: Path) -> Results:
         OSError: It cannot be read.
         ValueError: It is damaged.
     """
-    return Results.from_json(json.loads(path.read_text()))
+    return Results.from_json(json.loads(path.read_text(encoding='utf-8')))
 
 
 def featured(defenses: Iterable[str]) -> str:
