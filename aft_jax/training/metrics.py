@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from aft_jax.files import set_aside, write_bytes, write_text
+from aft_jax.files import set_aside, write_bytes
 from aft_jax.training.tensorboard import EventFile
 
 log = logging.getLogger(__name__)
@@ -51,11 +51,11 @@ class MetricWriter:
         if not self._writes or not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text(encoding='utf-8').splitlines():
+        for line in filter(_is_entry, self._path.read_bytes().splitlines(keepends=True)):
             entry = json.loads(line)
             if entry['stage'] != stage or (step > 0 and entry['step'] <= step):
-                kept.append(line + '\n')
-        write_text(self._path, ''.join(kept))
+                kept.append(line)
+        write_bytes(self._path, b''.join(kept))
 
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Writes scalars of a stage at a step.
