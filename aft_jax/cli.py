@@ -57,8 +57,8 @@ def _run_explained(command: Callable[[list[str]], int], arguments: list[str]) ->
         return command(arguments)
     except UserError as error:
         return complain(error)
-    except Preempted:
-        _say('Stopped by SIGTERM or SIGHUP. Everything is saved. Run the same command to continue.')
+    except Preempted as error:
+        _say(f'Stopped by {error.signal}. Everything is saved. Run the same command to continue.')
         return EXIT_PREEMPTED
     except KeyboardInterrupt:
         _say('Interrupted. Run the same command to continue from the last checkpoint.')

@@ -183,14 +183,8 @@ def begin_results(
     initial = ModelScores.of(scores, seconds, scan=scan.fields if scan else None)
     trigger = DrawnTrigger.of(config, scenario.dataset.image_shape)
     results = Results(Setting.of(config), environment(run.mesh), initial, facts, trigger=trigger)
-    path = RunFiles(run.workdir).results
-    try:
-        results.keep_earlier(record.read(path))
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        if _writes():
-            files.set_aside(path, ' '.join(str(error).split()))
+    if earlier := record.read_or_set_aside(RunFiles(run.workdir).results, _writes()):
+        results.keep_earlier(earlier)
     return results
 
 

@@ -22,7 +22,7 @@ from aft_jax.errors import Preempted, UserError
 log = logging.getLogger(__name__)
 # Size of the file that `fault` tries to write.
 PROBE_BYTES = 2**16
-FULL = {errno.ENOSPC, errno.EDQUOT}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -52,6 +52,8 @@ class Output:
 @contextlib.contextmanager
 def tolerant() -> Iterator[None]:
     """Replaces sys.stdout and sys.stderr by streams that raise no errors, and flushes them at the end."""
+    for descriptor in (1, 2):
+        _open_if_closed(descriptor)
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (Output(stream) for stream in before)
     try:
@@ -60,3 +62,15 @@ def tolerant() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
+
+
+def _open_if_closed(descriptor: int) -> None:
+    """Opens a closed file descriptor (>&-) on nothing. Otherwise the next file gets it, with messages of libraries."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != descriptor:
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)

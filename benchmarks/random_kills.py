@@ -2,12 +2,14 @@
 
     python -m benchmarks.random_kills --out=docs/results/random_kills [--kills=25] [--seed=0] [--cases=run-1,sweep-4]
 
-The four cases are a run (quickstart made small: infect, FT, AFT, on 448 images of noise) and a sweep of three such runs,
-each with 1 and with 4 virtual CPU devices. A case is first carried out once without a kill. Then it is carried out in
-new directories, and each start is killed at a moment drawn between its beginning and the time that a whole run takes,
-`--per_run` times in a directory before it may end. All of results.json but the seconds, all lines of metrics.jsonl, the
-bytes of poison.npz's arrays and of the last checkpoint of each stage, and the table of the sweep must be those of the
-undisturbed run. kills.csv gets a row for each kill as soon as its directory is compared.
+The four cases are a run (quickstart made small: infect, FT, AFT, on 448 images of noise) and a sweep of three such
+runs, each with 1 and with 4 virtual CPU devices. A case is first carried out once without a kill. Then it is carried
+out in new directories. Each start is killed at a moment drawn between its beginning and the time that a whole run
+takes, `--per_run` times in a directory before it may end.
+
+Equal must be: all of results.json but the seconds, all lines of metrics.jsonl, the arrays of poison.npz and of the kept
+checkpoints of each stage, config.json, and the table of the sweep. kills.csv gets a row for each kill as soon as its
+directory is compared.
 
 Exit status: 0 if nothing differs, 1 otherwise.
 """
@@ -28,7 +30,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 # Arguments that make the quickstart small: two thirds of a start are then work, and not compilation.
-SMALL = {
+SMALL: dict[str, int | float | str] = {
     'batch_size': 16,
     'clean_share': 0.2,
     'train.epochs': 3,
@@ -89,7 +91,7 @@ def cases(folder: Path) -> list[Case]:
     """Builds the four cases, with their data and their table in `folder`."""
     labels = np.arange(512) % 4
     images = np.random.default_rng(5).integers(0, 200, (512, 12, 12, 1)) + 14 * labels[:, None, None, None]
-    arrays = {'images': images.astype(np.uint8), 'labels': labels}
+    arrays: dict[str, np.ndarray] = {'images': images.astype(np.uint8), 'labels': labels}
     splits = {'train': slice(448), 'test': slice(448, None)}
     np.savez(
         folder / 'data.npz',

@@ -1,5 +1,7 @@
 """A data set of the user's own, as a folder of pictures: one sub-folder per class."""
 
+import collections
+import logging
 import pathlib
 import struct
 import warnings
@@ -8,13 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from aft_jax.data import split, transform
 from aft_jax.data.dataset import Dataset
 from aft_jax.errors import UserError, user_path
 
-SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.webp')
+log = logging.getLogger(__name__)
+SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 
 
 def load(path: str, options: Any) -> Dataset:
@@ -80,15 +83,18 @@ def _find_pictures(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     if len(classes) < 2:
         present = f'only one, {classes[0].name}' if classes else 'none'
         raise UserError(f'{root} needs at least two sub-folders, one for each class; it has {present}.')
-    pictures = {}
+    pictures, others = {}, collections.Counter[str]()
     for folder in classes:
-        pictures[folder.name] = sorted(
-            entry
-            for entry in folder.iterdir()
-            if entry.suffix.lower() in SUFFIXES and not entry.name.startswith('.') and entry.is_file()
-        )
+        files = [entry for entry in folder.iterdir() if not entry.name.startswith('.') and entry.is_file()]
+        pictures[folder.name] = sorted(entry for entry in files if entry.suffix.lower() in SUFFIXES)
+        others.update(entry.suffix or entry.name for entry in files if entry.suffix.lower() not in SUFFIXES)
         if not pictures[folder.name]:
             raise UserError(f'The class folder {folder} has no picture ({" ".join(SUFFIXES)}): add some, or remove it.')
+    if others:
+        kinds = ', '.join(f'{count} {suffix}' for suffix, count in sorted(others.items()))
+        log.warning(
+            '%s: files that are no pictures (%s) are left out; pictures are %s.', root, kinds, ' '.join(SUFFIXES)
+        )
     return pictures
 
 
@@ -136,7 +142,8 @@ def read_picture(path: pathlib.Path) -> np.ndarray:
             with Image.open(path) as picture:
                 if picture.mode.startswith(('I', 'F')):
                     raise UserError(f'The picture {path} has more than eight bits per channel: convert it to eight.')
-                return np.asarray(picture.convert('RGB'))
+                # Cameras store how they were held in the EXIF orientation.
+                return np.asarray(ImageOps.exif_transpose(picture).convert('RGB'))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(f'The picture {path} is too large to be read safely: make it smaller ({error}).') from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import ml_collections
 
+from aft_jax import files
 from aft_jax.config import BENIGN
 from aft_jax.evaluation.scores import PoisonDetection, Scores, defense_effectiveness
 from aft_jax.results.drawn_trigger import DrawnTrigger
@@ -283,6 +284,23 @@ def read(path: Path) -> Results:
         ValueError: It is damaged.
     """
     return Results.from_json(json.loads(path.read_text(encoding='utf-8')))
+
+
+def read_or_set_aside(path: Path, writes: bool) -> Results | None:
+    """Reads the results.json of an earlier start; None if there is none. A damaged one is set aside.
+
+    Args:
+        path: Path of the file.
+        writes: Whether this process may rename a damaged file.
+    """
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        if writes:
+            files.set_aside(path, ' '.join(str(error).split()))
+        return None
 
 
 def featured(defenses: Iterable[str]) -> str:

@@ -120,8 +120,8 @@ def claim(
 
 
 def _of_a_first_moment(file: Path) -> bool:
-    """Whether a process leaves this file if it dies before config.json is written."""
-    return file.name == lock.NAME or file.name.startswith('.config.json.')
+    """Whether a process leaves this file if it ends before config.json is written. A sweep leaves error.txt."""
+    return file.name in (lock.NAME, 'error.txt') or file.name.startswith('.config.json.')
 
 
 def _set_misplaced_aside(run_files: RunFiles) -> None:

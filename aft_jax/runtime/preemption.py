@@ -16,10 +16,15 @@ from jax.experimental import multihost_utils
 
 
 class Watch:
-    """A context manager that watches for SIGTERM and SIGHUP; one serves a whole run."""
+    """A context manager that watches for SIGTERM and SIGHUP; one serves a whole run.
+
+    Attributes:
+        signal: Name of the signal that stops the run.
+    """
 
     def __init__(self) -> None:
         """Creates a watch that starts with the `with` block."""
+        self.signal = 'SIGTERM'
         self._stopping = False
         self._handlers_before: dict[int, Any] = {}
         self._num_checks = 0
@@ -41,6 +46,7 @@ class Watch:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
         self._stopping = True
 
     def must_stop(self) -> bool:

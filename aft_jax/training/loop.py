@@ -91,7 +91,7 @@ def fit(run: Run, stage: TrainingStage) -> Fitted:
                 seconds = earlier_seconds + time.monotonic() - started
                 checkpoints.save(step, state, {'seconds': seconds, 'pending': metrics.to_json()})
             if stops:
-                raise Preempted
+                raise Preempted(run.watch.signal)
     return Fitted(state, seconds)
 
 
