@@ -5,6 +5,7 @@ wherever a line is printed. Here such a line is dropped, and the first error is 
 """
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ class Output:
     """A text stream whose errors are kept in `error`."""
 
     def __init__(self, stream: Any):
-        """Creates the stream from the one that it writes to; None drops all text."""
-        self._stream = stream
+        """Creates the stream from the one that it writes to; Python has None for one that was closed from the start."""
+        self._stream = io.StringIO() if stream is None else stream
         self.error: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -24,7 +25,7 @@ class Output:
 
     def write(self, text: str) -> int:
         """Writes text. Characters that the encoding of the stream does not have are escaped."""
-        if self._stream is not None and self.error is None:
+        if self.error is None:
             encoding = getattr(self._stream, 'encoding', None) or 'utf-8'
             with self._kept():
                 self._stream.write(text.encode(encoding, 'backslashreplace').decode(encoding))
@@ -32,7 +33,7 @@ class Output:
 
     def flush(self) -> None:
         """Writes what is buffered."""
-        if self._stream is not None and self.error is None:
+        if self.error is None:
             with self._kept():
                 self._stream.flush()
 

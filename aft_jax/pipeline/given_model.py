@@ -17,6 +17,7 @@ from aft_jax.data.dataset import Dataset
 from aft_jax.errors import UserError, user_path
 from aft_jax.interchange import state_file
 from aft_jax.interchange.architecture import Architecture, check_data, check_model
+from aft_jax.interchange.file_kind import check_folder
 from aft_jax.pipeline import saved_run
 
 # Clean images that are needed to purify a model and to measure the result.
@@ -87,6 +88,7 @@ def load(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[ml_collections.
         case 'run':
             if config.init_mapping:
                 raise UserError(f'init_mapping is for the keys of a file, and init_from={path} is a directory.')
+            check_folder(path)
             given = _load_run(path, filled, mesh)
         case 'custom module':
             if config.init_mapping:
