@@ -25,8 +25,10 @@ from aft_jax.evaluation.evaluator import Evaluator, test_metrics
 from aft_jax.evaluation.scores import PoisonDetection, Scores, poison_detection
 from aft_jax.models.cpu_compilation import compiler_options, steps_per_call
 from aft_jax.pipeline import export, given_model, stages
-from aft_jax.pipeline.given_model import GivenModel
+from aft_jax.pipeline.assumptions import assumptions
+from aft_jax.pipeline.given_model import FromFile, GivenModel
 from aft_jax.pipeline.normalisation import check_normalisation
+from aft_jax.pipeline.reference_outputs import check_reference_outputs
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.report import requirements
 from aft_jax.report.experiment_report import show_in_tensorboard, write_report
@@ -108,12 +110,23 @@ def load(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     """
     given = None
     if config.init_from:
+        if _writes():
+            print(f'Reading {config.init_from}', flush=True)
         config, given = processes.raise_everywhere(partial(given_model.load, config, mesh))
+        if _writes():
+            print(f'Reading {config.dataset}', flush=True)
     # Process 0 prepares data that are not there yet.
     dataset = processes.process_zero_first(lambda: data.load(config.dataset, config.data))
+    if given is not None:
+        processes.raise_everywhere(partial(given_model.check_count, config, dataset))
+        config = given_model.fit_batch_size(config, len(dataset.train_labels), mesh)
     scenario = processes.raise_everywhere(lambda: stages.prepare(config, dataset, mesh))
     if given is not None:
         processes.raise_everywhere(partial(given_model.check_compatible, given, scenario.module, config, dataset))
+        if config.init_logits:
+            check_reference_outputs(given.variables, scenario.module, config, dataset.image_shape, mesh)
+        elif isinstance(given.origin, FromFile) and _writes():
+            print('\n'.join(assumptions(config, dataset)), flush=True)
         given = check_normalisation(given, scenario.module, config, dataset, mesh)
     return Experiment(config, scenario, given)
 

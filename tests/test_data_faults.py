@@ -22,8 +22,8 @@ from aft_jax.errors import UserError
 
 
 def options(directory='/nowhere', **changes) -> ConfigDict:
-    plain = {'dir': str(directory), 'idx_dir': '', 'size': 0, 'pad': 0, 'rgb': False, 'test_share': 0.2}
-    return ConfigDict(plain | changes)
+    plain = {'dir': str(directory), 'idx_dir': '', 'size': 0, 'pad': 0, 'rgb': False, 'bgr': False, 'test_share': 0.2}
+    return ConfigDict(plain | {'classes': ''} | changes)
 
 
 def sentence(name: str, settings: ConfigDict | None = None) -> str:

@@ -21,8 +21,8 @@ RNG = np.random.default_rng(0)
 
 
 def options(directory: os.PathLike | str = '/nowhere', **changes) -> ConfigDict:
-    plain = {'dir': str(directory), 'idx_dir': '', 'size': 0, 'pad': 0, 'rgb': False, 'test_share': 0.2}
-    return ConfigDict(plain | changes)
+    plain = {'dir': str(directory), 'idx_dir': '', 'size': 0, 'pad': 0, 'rgb': False, 'bgr': False, 'test_share': 0.2}
+    return ConfigDict(plain | {'classes': ''} | changes)
 
 
 def write_idx(path: pathlib.Path, values: np.ndarray) -> None:

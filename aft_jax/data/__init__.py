@@ -82,6 +82,8 @@ def load(name: str, options: Any) -> Dataset:
             size: Side of the resized pictures (bilinear, antialiased); 0 keeps their size (gtsrb: 32).
             pad: Pixels of zero added on every side, after resizing.
             rgb: Whether grey pictures are repeated to three channels; coloured ones stay as they are.
+            bgr: Whether the order of the channels is reversed.
+            classes: Order of the classes of a folder, see `class_order`.
             test_share: Share of each class held out as test images, for a folder without train/ and test/.
 
     Returns:
@@ -97,9 +99,14 @@ def load(name: str, options: Any) -> Dataset:
     return dataclasses.replace(
         dataset,
         name=name,
-        train_images=transform.pad_and_repeat(dataset.train_images, options.pad, options.rgb),
-        test_images=transform.pad_and_repeat(dataset.test_images, options.pad, options.rgb),
+        train_images=_finished(dataset.train_images, options),
+        test_images=_finished(dataset.test_images, options),
     )
+
+
+def _finished(images: np.ndarray, options: Any) -> np.ndarray:
+    images = transform.pad_and_repeat(images, options.pad, options.rgb)
+    return np.ascontiguousarray(images[..., ::-1]) if options.bgr else images
 
 
 def _warn_if_uneven(dataset: Dataset) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from aft_jax.data import split, transform
+from aft_jax.data.class_order import class_order
 from aft_jax.data.dataset import Dataset
 from aft_jax.errors import UserError, user_path
 
@@ -23,8 +24,9 @@ SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.t
 def load(path: str, options: Any) -> Dataset:
     """Loads a folder of pictures.
 
-    The names of the sub-folders, sorted, are the classes. PATH/train and PATH/test, each with the same classes, are the
-    splits where they exist. Otherwise `options.test_share` of every class is held out, the same pictures in every run.
+    The names of the sub-folders, sorted, are the classes, unless `options.classes` gives another order. PATH/train and
+    PATH/test, each with the same classes, are the splits where they exist. Otherwise `options.test_share` of every
+    class is held out, the same pictures in every run.
 
     If all pictures are grey the images have one channel, otherwise three. Transparency is dropped. Only the first frame
     of an animation is used.
@@ -55,7 +57,9 @@ def load(path: str, options: Any) -> Dataset:
         train, test = _find_pictures(root), {}
         held_out = options.test_share
 
-    class_names = tuple(train)
+    class_names = class_order(list(train), options.classes)
+    if empty := [name for name in class_names if name not in train]:
+        log.warning('%s has no pictures of %d classes: %s.', root, len(empty), ', '.join(empty[:5]))
     paths = [*_flatten(train), *_flatten(test)]
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     labels = np.array([label_of[picture.parent.name] for picture in paths], np.int32)

@@ -15,13 +15,13 @@ from aft_jax.results import lock
 from aft_jax.runtime import numerics
 
 # Fields that a later start may change in the same directory. They say how, and how much of, the work is done.
-FREE_FIELDS = ('run', 'stages', 'defenses', 'data.dir', 'data.idx_dir')
+FREE_FIELDS = ('run', 'stages', 'defenses', 'data.dir', 'data.idx_dir', 'init_logits')
 # Fields that all defenses share. A later start may change them until the first defense has a checkpoint.
 SHARED_BY_DEFENSES = ('clean_share', 'tuning')
 # What config.json has beside the config.
 EXTRA_FIELDS = ('data_checksum', 'numerics')
 # Fields with a path. It may be written in another way as long as the content, which has a checksum, is the same.
-PATH_FIELDS = ('dataset', 'init_from', 'init_mapping')
+PATH_FIELDS = ('dataset', 'data.classes', 'init_from', 'init_mapping')
 
 
 class RunFiles(NamedTuple):
