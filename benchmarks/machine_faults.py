@@ -2,9 +2,9 @@
 
     sudo python -m benchmarks.machine_faults [--folder=/mnt/faults]
 
-A small run is started on a tmpfs of each size and has to end with one sentence and exit status 2, or 0 where the space is
-enough. With more space the same command has to end with the results of an undisturbed run. Then a folder of checkpoints
-is made immutable (chattr +i), which has to be reported before any training.
+A small run is started on a tmpfs of each size. It has to end with one sentence and exit status 2, or 0 where the space
+is enough. With more space the same command has to end with the results of an undisturbed run. Then a folder of
+checkpoints is made immutable (chattr +i), which has to be reported before any training.
 
 Exit status: 0 if all of it is so, 1 otherwise. It unmounts what it mounts.
 """

@@ -202,6 +202,7 @@ def main() -> int:
     parser.add_argument('--out', type=Path, required=True, help='folder for kills.csv')
     parser.add_argument('--kills', type=int, default=25, help='kills of each case')
     parser.add_argument('--per_run', type=int, default=5, help='kills of a directory before it may end')
+    parser.add_argument('--compiled', default='', help='folder of compiled programs, to be used again')
     parser.add_argument('--seed', type=int, default=0, help='seed of the moments')
     parser.add_argument('--cases', default='run-1,run-4,sweep-1,sweep-4', help='comma list')
     options = parser.parse_args()
@@ -209,7 +210,7 @@ def main() -> int:
     differing = 0
     with tempfile.TemporaryDirectory() as name, (options.out / 'kills.csv').open('a', newline='') as file:
         folder = Path(name)
-        os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder / 'compiled')
+        os.environ['JAX_COMPILATION_CACHE_DIR'] = options.compiled or str(folder / 'compiled')
         os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
         writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
         if not file.tell():
