@@ -6,6 +6,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -130,6 +131,19 @@ def test_lock_of_a_dead_process_is_taken_over(tmp_path):
     subprocess.run([sys.executable, '-c', f'{program}; os._exit(9)'], cwd=tmp_path, env={'PYTHONPATH': str(ROOT)})
     assert 'process' in (tmp_path / lock.NAME).read_text()
     lock.lock(tmp_path, '--workdir').__exit__()
+
+
+def test_lock_waits_for_another_machine_that_may_be_dead(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, 'POLL_SECONDS', 0.01)
+    monkeypatch.setattr(lock, 'OTHER_MACHINE_SECONDS', 0.05)
+    held = lock.lock(tmp_path, '--workdir')
+    (tmp_path / lock.NAME).write_text('process 7 on a-machine-that-was-taken-away')
+    with pytest.raises(UserError, match=r'in use by another run \(process 7 on a-machine'):
+        lock.lock(tmp_path, '--workdir')
+    monkeypatch.setattr(lock, 'OTHER_MACHINE_SECONDS', 60)
+    threading.Timer(0.05, held.__exit__).start()  # its lease ends
+    with lock.lock(tmp_path, '--workdir'):
+        pass
 
 
 def test_open_root_locks_each_shard(tmp_path):
