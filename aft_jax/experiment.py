@@ -37,7 +37,7 @@ from aft_jax.results.drawn_trigger import DrawnTrigger
 from aft_jax.results.environment import environment
 from aft_jax.results.record import GivenFacts, ModelScores, PurifiedScores, Results, Setting
 from aft_jax.results.workdir import RunFiles
-from aft_jax.runtime import compile_cache, numerics, processes
+from aft_jax.runtime import compile_cache, numerics, processes, storage
 from aft_jax.runtime.preemption import Watch
 from aft_jax.runtime.sharding import make_mesh
 from aft_jax.training.checkpoint import checksum
@@ -88,7 +88,7 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> Result
     claim = processes.process_zero_first(lambda: workdir.claim(directory, config, content, _writes(), DEFENSES))
     with (
         claim,
-        files.explained(RunFiles(directory).config),
+        storage.explained(RunFiles(directory).config),
         contextlib.closing(MetricWriter(directory)) as writer,
         Watch() as watch,
     ):

@@ -11,13 +11,10 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from aft_jax.errors import Preempted, UserError
 
 log = logging.getLogger(__name__)
 # Size of the file that `fault` tries to write.
@@ -91,26 +88,3 @@ def fault(directory: Path, error: BaseException | None = None) -> str:
     except OSError as problem:
         return str(problem.strerror)
     return ''
-
-
-@contextlib.contextmanager
-def explained(claim: Path) -> Iterator[None]:
-    """Raises a UserError in place of an error whose reason is that a directory cannot be written.
-
-    Args:
-        claim: File that the directory has as long as nobody removes it.
-    """
-    try:
-        yield
-    except (UserError, Preempted):
-        raise
-    except Exception as error:
-        if not claim.exists():
-            raise UserError(f'{claim.parent} was removed during the run; start it again in a new directory.') from error
-        reason = fault(claim.parent, error)
-        if not reason:
-            raise
-        raise UserError(
-            f'{claim.parent} can no longer be written ({reason}); all that was saved is there: correct this, and the '
-            'same command continues.'
-        ) from error

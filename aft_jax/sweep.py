@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 from ml_collections import config_flags
 
-from aft_jax import cli, files
+from aft_jax import cli
 from aft_jax.config import table_config
 from aft_jax.errors import Preempted, UserError, user_path
 from aft_jax.runtime.allocator import keep_freed_memory
@@ -73,6 +73,7 @@ def open_root(root: Path, shard: str) -> Iterator[None]:
         UserError: The directory cannot be written, or another process runs this shard.
     """
     from aft_jax.results import lock
+    from aft_jax.runtime import storage
 
     name = f'.lock-{shard.replace("/", "-")}'
     try:
@@ -80,7 +81,7 @@ def open_root(root: Path, shard: str) -> Iterator[None]:
         held = lock.lock(root, '--workdir', name)
     except OSError as error:
         raise UserError(f'--workdir={root} cannot be written ({error.strerror}); name another directory.') from error
-    with held, files.explained(root / name):
+    with held, storage.explained(root / name):
         yield
 
 
@@ -172,6 +173,7 @@ def is_finished(directory: Path, experiment: 'Experiment') -> bool:
 
 def gather(root: Path, experiments: 'Sequence[Experiment]') -> None:
     """Writes the tables of all finished runs, and their figure and page if the libraries for these are installed."""
+    from aft_jax import files
     from aft_jax.pipeline import grid
     from aft_jax.report import distribution_figure, requirements, score_bars, table_page
     from aft_jax.results import aggregate, distribution, table_rows
@@ -208,6 +210,7 @@ def gather_random_triggers(root: Path, finished: 'Sequence[tuple[Path, Experimen
     Returns:
         The content of distribution.csv; empty without random triggers.
     """
+    from aft_jax import files
     from aft_jax.attacks import random_trigger
     from aft_jax.results import distribution, trigger_rows
 

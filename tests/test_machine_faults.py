@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from command import ROOT, run_here
 
-from aft_jax import cli, errors, experiment, files, output, randomness
+from aft_jax import cli, errors, experiment, output, randomness
 from aft_jax.config import default_config, resolve
 from aft_jax.errors import UserError
 from aft_jax.results import __main__ as results_command
 from aft_jax.results import lock, record, workdir
-from aft_jax.runtime import numerics, sharding
+from aft_jax.runtime import numerics, sharding, storage
 from aft_jax.sweep import open_root
 from aft_jax.training.checkpoint import Checkpoints
 from aft_jax.training.metrics import MetricWriter
@@ -237,16 +237,16 @@ def test_metric_writer_drops_a_last_line_that_was_cut_short(tmp_path, caplog):
 def test_explained_reports_a_full_disk(tmp_path):
     (tmp_path / 'config.json').write_text('{}')
     sentence = 'No space left on device.*the same command continues'
-    with pytest.raises(UserError, match=sentence), files.explained(tmp_path / 'config.json'):
+    with pytest.raises(UserError, match=sentence), storage.explained(tmp_path / 'config.json'):
         try:
             raise FULL
         except OSError as error:
             raise ValueError('Orbax hides the reason') from error
-    with pytest.raises(UserError, match='No space left'), files.explained(tmp_path / 'config.json'):
+    with pytest.raises(UserError, match='No space left'), storage.explained(tmp_path / 'config.json'):
         raise ValueError('RESOURCE_EXHAUSTED: Error writing: No space left on device')  # as TensorStore has it
-    with pytest.raises(ValueError, match='of ours'), files.explained(tmp_path / 'config.json'):
+    with pytest.raises(ValueError, match='of ours'), storage.explained(tmp_path / 'config.json'):
         raise ValueError('a mistake of ours')
-    with pytest.raises(errors.Preempted), files.explained(tmp_path / 'config.json'):
+    with pytest.raises(errors.Preempted), storage.explained(tmp_path / 'config.json'):
         raise errors.Preempted
 
 
@@ -258,7 +258,7 @@ def test_metric_writer_reports_a_directory_that_was_removed(tmp_path):
     writer.write('infect', 1, {'loss': 1.0})
     shutil.rmtree(directory)
     directory.mkdir()  # Orbax makes it again
-    with pytest.raises(UserError, match='was removed during the run'), files.explained(directory / 'config.json'):
+    with pytest.raises(UserError, match='was removed during the run'), storage.explained(directory / 'config.json'):
         writer.write('infect', 2, {'loss': 1.0})
     writer.close()
 
