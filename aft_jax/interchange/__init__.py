@@ -75,6 +75,24 @@ def load(path: Path, mapping: Path | None = None) -> Imported:
     )
 
 
+def stored_normalisation(imported: Imported) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Finds the mean and the standard deviation that a layer before the network subtracts and divides by.
+
+    Such a layer stores them beside the network, as 'normalize.mean' and 'normalize.std' or with another prefix.
+
+    Returns:
+        Mean and deviation, one value or one a channel; None if the file has none.
+    """
+    tensors, used = imported.source.tensors, set(imported.keys.values())
+    for key, mean in tensors.items():
+        std = tensors.get(f'{key.removesuffix("mean")}std')
+        if key in used or key.rpartition('.')[2] != 'mean' or std is None or mean.dtype not in DTYPES:
+            continue
+        if mean.size == std.size and mean.size in (1, imported.architecture.channels) and (std > 0).all():
+            return tuple(map(float, mean.ravel())), tuple(map(float, std.ravel()))
+    return None
+
+
 def save(path: Path, variables: Mapping[str, Any], imported: Imported) -> None:
     """Writes variables in the form of the imported file: with its keys, their order and their dtypes.
 

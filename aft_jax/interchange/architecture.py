@@ -17,6 +17,7 @@ from aft_jax import models
 from aft_jax.config import default_config
 from aft_jax.errors import UserError, nearest
 from aft_jax.interchange.convert import torch_shape
+from aft_jax.interchange.renaming import mapping_advice, plain_weights_advice
 from aft_jax.interchange.torch_names import COUNTER, Naming, namings
 from aft_jax.models.vgg_bn import SMALLEST_SIDE
 
@@ -109,6 +110,8 @@ def match(names: Iterable[str], mapping: Mapping[str, str | None], source: str) 
         UserError: If the mapping has unknown keys or paths, or the file holds no known network.
     """
     names = [name for name in names if name.rpartition('.')[2] != COUNTER]
+    if advice := plain_weights_advice(names):
+        raise UserError(f'{source}: {advice}.')
     candidates = _renamed(names, mapping, source)
     rest = [name for name in names if name not in mapping]
     prefixes = {''} | {name[: i + 1] for name in rest for i, letter in enumerate(name) if letter == '.'}
@@ -177,7 +180,7 @@ def detect(match: Match, tensors: Mapping[str, np.ndarray], source: str) -> Arch
     if faults:
         raise UserError(
             f'{source} is nearest to {_described(naming)}, but {" and ".join(faults)}; a mapping file can rename '
-            'or ignore keys.'
+            f'or ignore keys.{mapping_advice(naming, missing, match.extra)}'
         )
     shapes = {key: tensors[name].shape for key, name in match.keys.items()}
     architecture = _sizes(naming, shapes)

@@ -112,6 +112,10 @@ def _load_file(path: Path, config: ml_collections.ConfigDict) -> GivenModel:
         expected.update({name: value for name, value in architecture.options.items() if name != 'depth'})
         check_model(architecture, expected, str(path))
     config.model.update(name=architecture.name, **architecture.options)
+    stored = interchange.stored_normalisation(imported)
+    if stored and (config.model.mean, config.model.std) == ((0.0,), (1.0,)):
+        config.model.mean, config.model.std = stored
+        log.warning('%s has its own normalisation, which is used: mean %s, deviation %s.', path, *stored)
     return GivenModel(imported.variables, FromFile(imported))
 
 

@@ -35,7 +35,7 @@ def sentence(call, *arguments) -> str:
     with pytest.raises(UserError) as caught:
         call(*arguments)
     text = str(caught.value)
-    assert text.endswith('.') or text.endswith("'") and '\n' not in text
+    assert text.endswith(('.', "'", '}')) and '\n' not in text
     return text
 
 
@@ -255,6 +255,34 @@ def test_load_leaves_tensors_beside_the_network_aside(tmp_path, caplog, prefix, 
     assert f'{len(others)} tensors are no part of the network' in caplog.text and others[0] in caplog.text
     interchange.save(tmp_path / 'out.safetensors', imported.variables, imported)
     assert_same_state(read(tmp_path / 'out.safetensors').tensors, read(path).tensors)
+
+
+@pytest.mark.parametrize('prefix', ['', 'normalize.'])
+def test_stored_normalisation(tmp_path, prefix):
+    buffers = {f'{prefix}mean': np.array([0.5], np.float32), f'{prefix}std': np.full((1, 1, 1), 0.25, np.float32)}
+    imported = interchange.load(write(tmp_path / 'net.safetensors', mnist_state('model.' if prefix else '') | buffers))
+    assert interchange.stored_normalisation(imported) == ((0.5,), (0.25,))
+    buffers[f'{prefix}std'] = np.zeros(1, np.float32)
+    imported = interchange.load(write(tmp_path / 'net.safetensors', mnist_state() | {'mean': buffers[f'{prefix}mean']}))
+    assert interchange.stored_normalisation(imported) is None
+
+
+def test_load_prints_the_mapping_of_a_renamed_layer(tmp_path):
+    state = {key.replace('linear9.', 'linear9.1.'): value for key, value in mnist_state().items()}
+    text = sentence(interchange.load, write(tmp_path / 'net.safetensors', state), None)
+    _, _, mapping = text.partition('this is the file: ')
+    (tmp_path / 'names.json').write_text(mapping)
+    assert interchange.load(tmp_path / 'net.safetensors', tmp_path / 'names.json').architecture == MNIST
+
+
+@pytest.mark.parametrize(
+    'parts, call',
+    [(('weight_orig', 'weight_mask'), 'prune.remove'), (('weight_g', 'weight_v'), 'remove_weight_norm')],
+)
+def test_load_says_how_to_make_plain_weights(tmp_path, parts, call):
+    state = mnist_state()
+    state |= dict.fromkeys((f'layer2.conv1.{part}' for part in parts), state.pop('layer2.conv1.weight'))
+    assert call in sentence(interchange.load, write(tmp_path / 'net.safetensors', state))
 
 
 def test_load_unknown_network(tmp_path):
