@@ -118,18 +118,18 @@ def run_stages(run: Run, experiment: Experiment) -> Results:
     run_files = RunFiles(run.workdir)
     evaluator = stages.evaluator_for(run, scenario)
     infected = obtain_model(run, experiment, evaluator)
-    scanner = scan_stage.prepare(run, scenario, infected, config) if 'scan' in config.stages else None
-    scans = {UNPURIFIED: scanner.scan(infected.variables, purified=False)} if scanner else {}
+    scan = scan_stage.scan_function(run, scenario, infected, config) if 'scan' in config.stages else None
+    scans = {UNPURIFIED: scan(infected.variables, purified=False)} if scan else {}
     before = evaluator.evaluate(infected.variables, infected.attack)
     results = begin_results(run, experiment, infected, before, scans.get(UNPURIFIED))
     purified = {}
     for name in split_names(config.defenses) if 'purify' in config.stages else ():
         variables, seconds, detection = purify(run, name, experiment, infected, evaluator)
         after = evaluator.evaluate(variables, infected.attack)
-        if scanner:
-            scans[name] = scanner.scan(variables, purified=True)
-        scan = scans[name].fields if scanner else None
-        scores = PurifiedScores.compared(before, after, seconds, detection=detection, scan=scan)
+        if scan:
+            scans[name] = scan(variables, purified=True)
+        found = scans[name].fields if scan else None
+        scores = PurifiedScores.compared(before, after, seconds, detection=detection, scan=found)
         results.add_purified(name, scores)
         purified[name] = variables
     if _writes():

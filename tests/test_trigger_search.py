@@ -302,7 +302,7 @@ def test_prepare_trains_the_reference_once(dataset, config, tiny_net, tiny_varia
     trained = [line for line in lines(run) if line['stage'] == 'scan/reference']
     assert [line['step'] for line in trained] == [1, 2, 3, 4] and len(trained) == len(lines(run))
     again = scan_stage.prepare(run._replace(must_be_finished=True), scenario, infected, resolve(config))
-    assert_trees_close(again._reference, first._reference)
+    assert_trees_close(again.reference, first.reference)
     assert not np.allclose(
-        first._reference['params']['Dense_0']['kernel'], tiny_variables['params']['Dense_0']['kernel']
+        first.reference['params']['Dense_0']['kernel'], tiny_variables['params']['Dense_0']['kernel']
     )
