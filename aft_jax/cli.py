@@ -8,6 +8,7 @@ allocates memory.
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +17,7 @@ import ml_collections
 from absl import flags
 
 from aft_jax.errors import Preempted, UserError, suggestion
+from aft_jax.output import tolerant
 
 # Exit statuses of the commands, beside 0.
 EXIT_FAILURES = 1  # some experiments of a sweep failed
@@ -38,9 +40,16 @@ def run(command: Callable[[list[str]], int], doc: str | None, arguments: list[st
     Returns:
         The exit status: the command's own, or one of the EXIT_ constants.
     """
-    if not arguments or HELP_FLAGS & set(arguments):
-        print(doc)
-        return 0 if arguments else EXIT_USER_ERROR
+    with tolerant():
+        if not arguments or HELP_FLAGS & set(arguments):
+            print(doc)
+            return 0 if arguments else EXIT_USER_ERROR
+        return _run_explained(command, arguments)
+
+
+def _run_explained(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Runs a command, and explains what ends it in a sentence. Returns the exit status."""
+    _let_warnings_pass()
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s')
     # Orbax reports a damaged checkpoint through absl in many lines; aft_jax reports it in one.
     logging.getLogger('absl').setLevel(logging.CRITICAL)
@@ -48,8 +57,8 @@ def run(command: Callable[[list[str]], int], doc: str | None, arguments: list[st
         return command(arguments)
     except UserError as error:
         return complain(error)
-    except Preempted:
-        _say('Stopped by SIGTERM. Everything is saved. Run the same command to continue.')
+    except Preempted as error:
+        _say(f'Stopped by {error.signal}. Everything is saved. Run the same command to continue.')
         return EXIT_PREEMPTED
     except KeyboardInterrupt:
         _say('Interrupted. Run the same command to continue from the last checkpoint.')
@@ -60,6 +69,12 @@ def complain(error: UserError) -> int:
     """Prints a mistake of the user, and returns the exit status for it."""
     _say(str(error))
     return EXIT_USER_ERROR
+
+
+def _let_warnings_pass() -> None:
+    """Prints warnings that PYTHONWARNINGS or -W would turn into errors, of which the libraries give some."""
+    if any(option.startswith('error') for option in sys.warnoptions):
+        warnings.simplefilter('default')
 
 
 def _say(sentence: str) -> None:
@@ -89,8 +104,13 @@ def parse(
         flag, _, value = argument.lstrip('-').partition('=')
         if flag == 'config' and value and not Path(value.partition(':')[0]).is_file():
             raise UserError(f'--config={value} does not exist; {CONFIG_HINT}.')
+        if flag == 'config' and value:
+            _make_importable(Path(value.partition(':')[0]))
     try:
-        rest = values(arguments)
+        with warnings.catch_warnings():
+            # ml_collections loads config files by a method that importlib has deprecated.
+            warnings.filterwarnings('ignore', 'the load_module', DeprecationWarning)
+            rest = values(_last_of_each(arguments))
     except Exception as error:  # absl and ml_collections raise errors of many kinds, all about the command line.
         if fields is not None:
             _explain_unknown_field(arguments, fields, title)
@@ -110,6 +130,32 @@ def parse(
         raise UserError('the config file must have a get_config() that returns an ml_collections.ConfigDict.')
     if not values.workdir:
         raise UserError('--workdir is missing; name the directory for results, such as --workdir=runs/mine.')
+
+
+def _make_importable(path: Path) -> None:
+    """Lets a config file import its neighbours, as configs/quickstart.py does, from any current directory."""
+    root = path.absolute().parent
+    while (root / '__init__.py').is_file():
+        root = root.parent
+    if root != path.absolute().parent and str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+
+
+def _last_of_each(arguments: list[str]) -> list[str]:
+    """Removes all but the last --config.FIELD=VALUE of each field. absl would join the values of a tuple."""
+    kept: dict[str, list[str]] = {}
+    i = 0
+    while i < len(arguments):
+        name, equals, _ = arguments[i].lstrip('-').partition('=')
+        is_field = arguments[i].startswith('-') and name.startswith('config.')
+        # The value may be an argument of its own.
+        takes_next = is_field and not equals and i + 1 < len(arguments) and not arguments[i + 1].startswith('-')
+        length = 2 if takes_next else 1
+        key = name if equals or takes_next else f'{i}'
+        kept.pop(key if is_field else '', None)
+        kept[key if is_field else f'{i}'] = arguments[i : i + length]
+        i += length
+    return [argument for part in kept.values() for argument in part]
 
 
 class Parser(argparse.ArgumentParser):

@@ -21,7 +21,16 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-    """The end of a run that SIGTERM has stopped. Its state is saved, and the same command continues it."""
+    """The end of a run that a signal has stopped. Its state is saved, and the same command continues it.
+
+    Attributes:
+        signal: Name of the signal.
+    """
+
+    def __init__(self, signal: str = 'SIGTERM'):
+        """Stores the name of the signal."""
+        super().__init__(signal)
+        self.signal = signal
 
 
 def user_path(text: str, field: str) -> Path:
@@ -32,8 +41,15 @@ def user_path(text: str, field: str) -> Path:
         field: Name of the flag or config field, for the message.
 
     Raises:
-        UserError: The path begins with ~NAME, and there is no user of that name.
+        UserError: The path begins with ~NAME, and there is no user of that name. Or it has characters that the locale
+            does not have, which the libraries for checkpoints cannot take.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f'{field}={ascii(text)} has characters that the locale does not have; start with LC_ALL=C.UTF-8.'
+        ) from None
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

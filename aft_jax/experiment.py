@@ -25,8 +25,10 @@ from aft_jax.evaluation.evaluator import Evaluator, test_metrics
 from aft_jax.evaluation.scores import PoisonDetection, Scores, poison_detection
 from aft_jax.models.cpu_compilation import compiler_options, steps_per_call
 from aft_jax.pipeline import export, given_model, stages
-from aft_jax.pipeline.given_model import GivenModel
+from aft_jax.pipeline.assumptions import assumptions
+from aft_jax.pipeline.given_model import FromFile, GivenModel
 from aft_jax.pipeline.normalisation import check_normalisation
+from aft_jax.pipeline.reference_outputs import check_reference_outputs
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.report import requirements
 from aft_jax.report.experiment_report import show_in_tensorboard, write_report
@@ -35,7 +37,7 @@ from aft_jax.results.drawn_trigger import DrawnTrigger
 from aft_jax.results.environment import environment
 from aft_jax.results.record import GivenFacts, ModelScores, PurifiedScores, Results, Setting
 from aft_jax.results.workdir import RunFiles
-from aft_jax.runtime import compile_cache, processes
+from aft_jax.runtime import compile_cache, numerics, processes
 from aft_jax.runtime.preemption import Watch
 from aft_jax.runtime.sharding import make_mesh
 from aft_jax.training.checkpoint import checksum
@@ -75,6 +77,7 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> Result
         requirements.check_available()
     config = resolve(config)
     compile_cache.use(config.run.compile_cache)
+    numerics.pin()
     mesh = make_mesh()
     experiment = load(config, mesh)
     # Only now: a config that cannot be run must not claim the directory.
@@ -82,8 +85,13 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> Result
     if experiment.given is not None:
         contents = contents, experiment.given.variables
     content = checksum(contents)
-    processes.process_zero_first(lambda: workdir.claim(directory, config, content, _writes(), DEFENSES))
-    with contextlib.closing(MetricWriter(directory)) as writer, Watch() as watch:
+    claim = processes.process_zero_first(lambda: workdir.claim(directory, config, content, _writes(), DEFENSES))
+    with (
+        claim,
+        files.explained(RunFiles(directory).config),
+        contextlib.closing(MetricWriter(directory)) as writer,
+        Watch() as watch,
+    ):
         module = experiment.scenario.module
         on_cpu = compiler_options(module), steps_per_call(module)
         run = Run(config.seed, directory, mesh, writer, as_options(RunOptions, config.run), watch, *on_cpu)
@@ -102,12 +110,23 @@ def load(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     """
     given = None
     if config.init_from:
+        if _writes():
+            print(f'Reading {config.init_from}', flush=True)
         config, given = processes.raise_everywhere(partial(given_model.load, config, mesh))
+        if _writes():
+            print(f'Reading {config.dataset}', flush=True)
     # Process 0 prepares data that are not there yet.
     dataset = processes.process_zero_first(lambda: data.load(config.dataset, config.data))
+    if given is not None:
+        processes.raise_everywhere(partial(given_model.check_count, config, dataset))
+        config = given_model.fit_batch_size(config, len(dataset.train_labels), mesh)
     scenario = processes.raise_everywhere(lambda: stages.prepare(config, dataset, mesh))
     if given is not None:
         processes.raise_everywhere(partial(given_model.check_compatible, given, scenario.module, config, dataset))
+        if config.init_logits:
+            check_reference_outputs(given.variables, scenario.module, config, dataset.image_shape, mesh)
+        elif isinstance(given.origin, FromFile) and _writes():
+            print('\n'.join(assumptions(config, dataset)), flush=True)
         given = check_normalisation(given, scenario.module, config, dataset, mesh)
     return Experiment(config, scenario, given)
 
@@ -177,8 +196,8 @@ def begin_results(
     initial = ModelScores.of(scores, seconds, scan=scan.fields if scan else None)
     trigger = DrawnTrigger.of(config, scenario.dataset.image_shape)
     results = Results(Setting.of(config), environment(run.mesh), initial, facts, trigger=trigger)
-    with contextlib.suppress(OSError, ValueError):  # missing or damaged: nothing to keep
-        results.keep_earlier(record.read(RunFiles(run.workdir).results))
+    if earlier := record.read_or_set_aside(RunFiles(run.workdir).results, _writes()):
+        results.keep_earlier(earlier)
     return results
 
 

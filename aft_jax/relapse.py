@@ -36,6 +36,7 @@ from aft_jax.pipeline import saved_run, stages
 from aft_jax.pipeline.saved_run import SavedRun
 from aft_jax.report import relapse_figure, requirements
 from aft_jax.results import table_rows
+from aft_jax.runtime import numerics
 from aft_jax.runtime.allocator import keep_freed_memory
 from aft_jax.runtime.sharding import make_mesh
 from aft_jax.training.stage import Run
@@ -82,6 +83,7 @@ def relapse(flags: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         UserError: A run cannot be read back, has no attack, or has no benign control of its data and model.
     """
+    numerics.pin()
     mesh, datasets = make_mesh(), saved_run.Datasets()
     options = RetuningOptions(*(getattr(flags, field) for field in RetuningOptions._fields))
     controls = [saved_run.load(path, mesh, datasets, defenses=()) for path in flags.benign]

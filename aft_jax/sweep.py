@@ -18,16 +18,17 @@ Exit status: 0 all experiments of this command are finished, 1 some failed (the 
 you can correct before anything starts, 75 stopped by SIGTERM (saved; the same command continues), 130 interrupted.
 """
 
+import contextlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
 
-from aft_jax import cli
+from aft_jax import cli, files
 from aft_jax.config import table_config
 from aft_jax.errors import Preempted, UserError, user_path
 from aft_jax.runtime.allocator import keep_freed_memory
@@ -51,13 +52,36 @@ def _command(arguments: list[str]) -> int:
     cli.parse(arguments, FLAGS, table_config({}), 'the config of a table')
     keep_freed_memory()
     from aft_jax.pipeline import grid
+    from aft_jax.runtime.sharding import make_mesh
 
     root = user_path(str(FLAGS.workdir), '--workdir')
     experiments = grid.expand(FLAGS.config)
-    failures = run(root, experiments, grid.share(experiments, FLAGS.shard))
+    mine = grid.share(experiments, FLAGS.shard)
+    make_mesh()  # an absent platform is a mistake, and not a failure of every experiment
+    with open_root(root, FLAGS.shard):
+        failures = run(root, experiments, mine)
     for name, reason in failures.items():
         print(f'aft_jax: {name} failed: {reason}', file=sys.stderr)
     return cli.EXIT_FAILURES if failures else 0
+
+
+@contextlib.contextmanager
+def open_root(root: Path, shard: str) -> Iterator[None]:
+    """Creates the work directory of a table, and locks the shard in it.
+
+    Raises:
+        UserError: The directory cannot be written, or another process runs this shard.
+    """
+    from aft_jax.results import lock
+
+    name = f'.lock-{shard.replace("/", "-")}'
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        held = lock.lock(root, '--workdir', name)
+    except OSError as error:
+        raise UserError(f'--workdir={root} cannot be written ({error.strerror}); name another directory.') from error
+    with held, files.explained(root / name):
+        yield
 
 
 def run(root: Path, experiments: 'Sequence[Experiment]', mine: 'Sequence[Experiment]') -> dict[str, str]:
@@ -116,7 +140,7 @@ def _run_one(directory: Path, experiment: 'Experiment') -> str:
         return str(error)
     except Exception as error:
         directory.mkdir(parents=True, exist_ok=True)
-        error_file.write_text(traceback.format_exc())
+        error_file.write_text(traceback.format_exc(), encoding='utf-8')
         return f'{type(error).__name__} (see {error_file})'
     return ''
 
@@ -148,7 +172,6 @@ def is_finished(directory: Path, experiment: 'Experiment') -> bool:
 
 def gather(root: Path, experiments: 'Sequence[Experiment]') -> None:
     """Writes the tables of all finished runs, and their figure and page if the libraries for these are installed."""
-    from aft_jax import files
     from aft_jax.pipeline import grid
     from aft_jax.report import distribution_figure, requirements, score_bars, table_page
     from aft_jax.results import aggregate, distribution, table_rows
@@ -185,7 +208,6 @@ def gather_random_triggers(root: Path, finished: 'Sequence[tuple[Path, Experimen
     Returns:
         The content of distribution.csv; empty without random triggers.
     """
-    from aft_jax import files
     from aft_jax.attacks import random_trigger
     from aft_jax.results import distribution, trigger_rows
 

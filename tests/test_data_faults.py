@@ -22,8 +22,8 @@ from aft_jax.errors import UserError
 
 
 def options(directory='/nowhere', **changes) -> ConfigDict:
-    plain = {'dir': str(directory), 'idx_dir': '', 'size': 0, 'pad': 0, 'rgb': False, 'test_share': 0.2}
-    return ConfigDict(plain | changes)
+    plain = {'dir': str(directory), 'idx_dir': '', 'size': 0, 'pad': 0, 'rgb': False, 'bgr': False, 'test_share': 0.2}
+    return ConfigDict(plain | {'classes': ''} | changes)
 
 
 def sentence(name: str, settings: ConfigDict | None = None) -> str:
@@ -57,6 +57,11 @@ def test_check_name_lists_known_names():
 )
 def test_check_name_suggests_near_names(name, meant):
     assert f"Did you mean '{meant}'?" in sentence(name)
+
+
+def test_check_name_suggests_the_form_of_a_path(tmp_path):
+    assert f'did you mean folder:{tmp_path}?' in sentence(f'{tmp_path}')
+    assert 'did you mean npz:mine/data.npz?' in sentence('mine/data.npz')
 
 
 @pytest.mark.parametrize('name', ['npz', 'npz:', 'folder:'])
@@ -289,6 +294,11 @@ GOOD = {'train_images': IMAGES, 'train_labels': LABELS, 'test_images': IMAGES[:2
         ({'train_labels': LABELS - 1}, ['train_labels has the negative value -1']),
         ({'test_labels': LABELS[:2] + 2}, ['test_labels has the value 3', 'goes up to 2']),
         ({'train_labels': LABELS * 0}, ['largest value of train_labels is 0', 'at least two']),
+        (
+            {'train_labels': LABELS + 1, 'test_labels': LABELS[:2] + 1},
+            ['has the label 0, of 4', 'subtract the smallest'],
+        ),
+        ({'train_labels': np.array([0, 3, 0, 3])}, ['has the label 1, 2, of 4 classes', 'without gaps']),
         ({'train_labels': LABELS * 100}, ['largest value of train_labels is 200', '0, 1, 2']),
         ({'train_labels': LABELS.astype(object)}, ['train_labels is an array of Python objects', 'plain dtype']),
         ({'class_names': np.array(['a', 'b'])}, ['class_names', 'shape (2,)', '3 strings']),

@@ -139,10 +139,22 @@ def test_watch_in_another_thread_handles_no_signals():
     assert answers == [False]
 
 
-def test_watch_notes_sigterm_and_restores_the_handler():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGHUP'])
+def test_watch_notes_a_signal_and_restores_the_handler(name):
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
     with Watch() as watch:
         assert not watch.must_stop()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert watch.must_stop()
-    assert signal.getsignal(signal.SIGTERM) is before
+        os.kill(os.getpid(), number)
+        assert watch.must_stop() and watch.signal == name
+    assert signal.getsignal(number) is before
+
+
+def test_watch_leaves_sighup_ignored_as_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Watch() as watch:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not watch.must_stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -21,8 +21,8 @@ RNG = np.random.default_rng(0)
 
 
 def options(directory: os.PathLike | str = '/nowhere', **changes) -> ConfigDict:
-    plain = {'dir': str(directory), 'idx_dir': '', 'size': 0, 'pad': 0, 'rgb': False, 'test_share': 0.2}
-    return ConfigDict(plain | changes)
+    plain = {'dir': str(directory), 'idx_dir': '', 'size': 0, 'pad': 0, 'rgb': False, 'bgr': False, 'test_share': 0.2}
+    return ConfigDict(plain | {'classes': ''} | changes)
 
 
 def write_idx(path: pathlib.Path, values: np.ndarray) -> None:
@@ -266,6 +266,41 @@ def test_load_folder_with_its_own_split(tmp_path):
     assert dataset.test_labels.tolist() == [0, 0, 1, 1]
     np.testing.assert_array_equal(dataset.train_images[4], pixels['train', 'b', 1])
     np.testing.assert_array_equal(dataset.test_images[1], pixels['test', 'a', 1])
+
+
+def test_load_folder_reads_all_formats_and_turns_pictures_as_their_camera_was_held(tmp_path, caplog):
+    pixels = RNG.integers(0, 256, (4, 6, 3), np.uint8)
+    for name in ('tif', 'tiff', 'bmp', 'png', 'ppm'):
+        write_picture(tmp_path / 'a' / f'1.{name}', pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the picture has to be turned clockwise
+    Image.fromarray(np.rot90(pixels)).save(tmp_path / 'a' / '2.png', exif=exif)
+    write_picture(tmp_path / 'b' / '1.pgm', pixels[..., 0])
+    write_picture(tmp_path / 'b' / '2.png', pixels)
+    (tmp_path / 'b' / '3.heic').write_text('of a phone')
+    dataset = data.load(f'folder:{tmp_path}', options(test_share=0.1))
+    images = np.concatenate([dataset.train_images, dataset.test_images])
+    labels = np.concatenate([dataset.train_labels, dataset.test_labels])
+    assert np.bincount(labels).tolist() == [6, 2]
+    assert sum((image == pixels).all() for image in images) == 7
+    assert '1 .heic) are left out' in caplog.text
+
+
+def test_load_warns_of_uneven_classes(tmp_path, caplog):
+    labels = np.repeat([0, 1], [90, 2])
+    images = np.zeros((92, 4, 4), np.uint8)
+    arrays = {'train_images': images, 'train_labels': labels, 'test_images': images, 'test_labels': labels}
+    np.savez(tmp_path / 'x.npz', **arrays)
+    data.load(f'npz:{tmp_path}/x.npz', options())
+    assert '0 has 90, 1 has 2' in caplog.text
+
+
+def test_load_npz_with_class_names_may_lack_images_of_a_class(tmp_path, caplog):
+    images, labels = np.zeros((4, 4, 4), np.uint8), np.array([0, 2, 0, 2])
+    arrays = {'train_images': images, 'train_labels': labels, 'test_images': images, 'test_labels': labels}
+    np.savez(tmp_path / 'x.npz', class_names=np.array(['a', 'b', 'c', 'd']), **arrays)
+    assert data.load(f'npz:{tmp_path}/x.npz', options()).class_names == ('a', 'b', 'c', 'd')
+    assert 'no image of train_labels has the label 1, 3, of 4 classes' in caplog.text
 
 
 def test_load_folder_without_a_split_and_all_grey(tmp_path):

@@ -20,7 +20,7 @@ LAYERS = (
     ('attacks', 'defenses', 'interchange'),
     ('training', 'config'),
     ('adversarial', 'models', 'data', 'runtime', 'cli'),
-    ('ops', 'files', 'errors', 'randomness'),
+    ('ops', 'files', 'errors', 'output', 'randomness'),
 )
 # A defense that reached one of these could see the trigger, or the test scores.
 ORACLES = ('attacks', 'evaluation', 'pipeline', 'results', 'experiment')

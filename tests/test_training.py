@@ -332,6 +332,11 @@ def small_state(step):
     return replicate(make_mesh(), jax.tree.map(jnp.asarray, tree))
 
 
+def edit_info(checkpoint, name):
+    (path,) = (path for path in (checkpoint / 'info').rglob('*') if path.is_file() and name in path.read_text())
+    path.write_text(path.read_text().replace(name, 'other'))
+
+
 @pytest.fixture(scope='module')
 def saved_twice(tmp_path_factory):
     """A directory with the checkpoints of steps 2 and 4; copy it before damaging it."""
@@ -401,6 +406,7 @@ def test_restore_without_checkpoints_is_none(tmp_path):
         'every file deleted': damage_all(delete),
         'arrays deleted': lambda newest: shutil.rmtree(newest / 'state'),
         'info deleted': lambda newest: shutil.rmtree(newest / 'info'),
+        'info without seconds': lambda newest: edit_info(newest, 'seconds'),
         'emptied': lambda newest: [
             shutil.rmtree(path) if path.is_dir() else path.unlink() for path in newest.iterdir()
         ],

@@ -18,6 +18,7 @@ from aft_jax.errors import UserError
 from aft_jax.evaluation.roc import auc
 from aft_jax.pipeline import saved_run
 from aft_jax.pipeline.saved_run import SavedRun
+from aft_jax.runtime import numerics
 from aft_jax.runtime.sharding import make_mesh
 
 MEASURES = (
@@ -69,6 +70,7 @@ def measure(
     Raises:
         UserError: A run cannot be read back, or no control has its data and model.
     """
+    numerics.pin()
     mesh, datasets = make_mesh(), saved_run.Datasets()
     controls = [saved_run.load(path, mesh, datasets, defenses=()) for path in benign]
     for control in controls:

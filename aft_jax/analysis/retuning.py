@@ -106,7 +106,7 @@ def retune(retuning: Retuning, model: str, variables: dict, per_class: int) -> l
     name = f'relapse/{model}-{per_class}'
     path = run.workdir / f'{name}.json'
     if path.exists():
-        points = json.loads(path.read_text())
+        points = json.loads(path.read_text(encoding='utf-8'))
     else:
         points = _train(retuning, name, variables, per_class)
         path.parent.mkdir(exist_ok=True)

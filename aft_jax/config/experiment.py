@@ -30,6 +30,12 @@ DATA = {
     'size': Field(0, 'Side in pixels to which images are resized; 0 keeps their size.', between(0, LARGEST_SIDE)),
     'pad': Field(0, 'Pixels of black added on every side.', between(0, LARGEST_SIDE)),
     'rgb': Field(False, 'Whether grey images are repeated to three channels.'),
+    'bgr': Field(False, 'Whether colour images are fed as blue, green, red.'),
+    'classes': Field(
+        '',
+        "Order of the classes of a folder: data set: '' is that of the folder names as text, 'numeric' that of their "
+        'numbers, and a file has their names or {name: index}.',
+    ),
     'test_share': Field(0.2, 'Share held out for the test in a folder: data set without a split.', OPEN_SHARE),
 }
 AUGMENT = {
@@ -94,6 +100,10 @@ FIELDS: dict[str, Any] = {
         "Its trigger is unknown, so attack.name must be 'none'.",
     ),
     'init_mapping': Field('', 'JSON file that maps unusual names of weights (see aft_jax/interchange).'),
+    'init_logits': Field(
+        '',
+        'File .npz with images and the logits of the original code, for a check that the network is the same.',
+    ),
     'dataset': Field('mnist5k', f'Data set: {", ".join(BUILTIN)}, npz:PATH or folder:PATH.'),
     'data': DATA,
     'augment': AUGMENT,

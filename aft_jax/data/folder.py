@@ -1,5 +1,7 @@
 """A data set of the user's own, as a folder of pictures: one sub-folder per class."""
 
+import collections
+import logging
 import pathlib
 import struct
 import warnings
@@ -8,20 +10,23 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from aft_jax.data import split, transform
+from aft_jax.data.class_order import class_order
 from aft_jax.data.dataset import Dataset
 from aft_jax.errors import UserError, user_path
 
-SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.ppm', '.webp')
+log = logging.getLogger(__name__)
+SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 
 
 def load(path: str, options: Any) -> Dataset:
     """Loads a folder of pictures.
 
-    The names of the sub-folders, sorted, are the classes. PATH/train and PATH/test, each with the same classes, are the
-    splits where they exist. Otherwise `options.test_share` of every class is held out, the same pictures in every run.
+    The names of the sub-folders, sorted, are the classes, unless `options.classes` gives another order. PATH/train and
+    PATH/test, each with the same classes, are the splits where they exist. Otherwise `options.test_share` of every
+    class is held out, the same pictures in every run.
 
     If all pictures are grey the images have one channel, otherwise three. Transparency is dropped. Only the first frame
     of an animation is used.
@@ -52,7 +57,9 @@ def load(path: str, options: Any) -> Dataset:
         train, test = _find_pictures(root), {}
         held_out = options.test_share
 
-    class_names = tuple(train)
+    class_names = class_order(list(train), options.classes)
+    if empty := [name for name in class_names if name not in train]:
+        log.warning('%s has no pictures of %d classes: %s.', root, len(empty), ', '.join(empty[:5]))
     paths = [*_flatten(train), *_flatten(test)]
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     labels = np.array([label_of[picture.parent.name] for picture in paths], np.int32)
@@ -80,15 +87,18 @@ def _find_pictures(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     if len(classes) < 2:
         present = f'only one, {classes[0].name}' if classes else 'none'
         raise UserError(f'{root} needs at least two sub-folders, one for each class; it has {present}.')
-    pictures = {}
+    pictures, others = {}, collections.Counter[str]()
     for folder in classes:
-        pictures[folder.name] = sorted(
-            entry
-            for entry in folder.iterdir()
-            if entry.suffix.lower() in SUFFIXES and not entry.name.startswith('.') and entry.is_file()
-        )
+        files = [entry for entry in folder.iterdir() if not entry.name.startswith('.') and entry.is_file()]
+        pictures[folder.name] = sorted(entry for entry in files if entry.suffix.lower() in SUFFIXES)
+        others.update(entry.suffix or entry.name for entry in files if entry.suffix.lower() not in SUFFIXES)
         if not pictures[folder.name]:
             raise UserError(f'The class folder {folder} has no picture ({" ".join(SUFFIXES)}): add some, or remove it.')
+    if others:
+        kinds = ', '.join(f'{count} {suffix}' for suffix, count in sorted(others.items()))
+        log.warning(
+            '%s: files that are no pictures (%s) are left out; pictures are %s.', root, kinds, ' '.join(SUFFIXES)
+        )
     return pictures
 
 
@@ -136,7 +146,8 @@ def read_picture(path: pathlib.Path) -> np.ndarray:
             with Image.open(path) as picture:
                 if picture.mode.startswith(('I', 'F')):
                     raise UserError(f'The picture {path} has more than eight bits per channel: convert it to eight.')
-                return np.asarray(picture.convert('RGB'))
+                # Cameras store how they were held in the EXIF orientation.
+                return np.asarray(ImageOps.exif_transpose(picture).convert('RGB'))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(f'The picture {path} is too large to be read safely: make it smaller ({error}).') from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:

@@ -1,6 +1,7 @@
 """A data set of the user's own, as four arrays in one .npz file."""
 
 import contextlib
+import logging
 import os
 import zipfile
 import zlib
@@ -10,8 +11,9 @@ import numpy as np
 
 from aft_jax.data import transform
 from aft_jax.data.dataset import Dataset
-from aft_jax.errors import UserError
+from aft_jax.errors import UserError, user_path
 
+log = logging.getLogger(__name__)
 _ARRAYS = ('train_images', 'train_labels', 'test_images', 'test_labels')
 
 
@@ -21,7 +23,7 @@ def load(path: str, options: Any) -> Dataset:
     Args:
         path: The file. `train_images` and `test_images` are uint8 [N, H, W] or [N, H, W, C] with C in {1, 3}.
             `train_labels` and `test_labels` are integers [N] in [0, K). K is one more than the largest training label.
-            `class_names`, K strings, is optional.
+            `class_names`, strings, is optional. It may name more classes than have images.
         options: Options of `aft_jax.data.load`.
 
     Returns:
@@ -30,7 +32,7 @@ def load(path: str, options: Any) -> Dataset:
     Raises:
         UserError: If the file cannot be read, or one of its arrays is missing or of another kind.
     """
-    path = os.path.expanduser(path)
+    path = str(user_path(path, 'dataset=npz:'))
     arrays = _read(path)
     train_images, test_images = (_check_images(path, name, arrays[name]) for name in ('train_images', 'test_images'))
     if train_images.shape[1:] != test_images.shape[1:]:
@@ -45,6 +47,10 @@ def load(path: str, options: Any) -> Dataset:
             f'{path}: the largest value of train_labels is {classes - 1}, among {len(train_labels)} labels; '
             'labels must number the classes 0, 1, 2, ..., and there must be at least two classes.'
         )
+    names = arrays.get('class_names')
+    if names is not None and names.ndim == 1:
+        classes = max(classes, len(names))
+    _check_gaps(path, train_labels, classes, names is not None)
     if test_labels.max() >= classes:
         raise UserError(
             f'{path}: test_labels has the value {test_labels.max()}, but train_labels goes up to {classes - 1} only; '
@@ -56,7 +62,7 @@ def load(path: str, options: Any) -> Dataset:
         train_labels=train_labels.astype(np.int32),
         test_images=_resize(test_images, options.size, path),
         test_labels=test_labels.astype(np.int32),
-        class_names=_class_names(path, arrays.get('class_names'), classes),
+        class_names=_class_names(path, names, classes),
     )
 
 
@@ -122,6 +128,20 @@ def _check_labels(path: str, name: str, arrays: dict[str, np.ndarray]) -> np.nda
     if labels.min() < 0:
         raise UserError(f'{path}: {name} has the negative value {labels.min()}; labels must count from 0.')
     return labels
+
+
+def _check_gaps(path: str, labels: np.ndarray, classes: int, named: bool) -> None:
+    """Checks that every class has training images, where the labels alone say how many classes there are."""
+    empty = np.flatnonzero(np.bincount(labels.astype(np.int64), minlength=classes) == 0)
+    if not len(empty):
+        return
+    listed = ', '.join(str(label) for label in empty[:5]) + (', ...' if len(empty) > 5 else '')
+    message = f'{path}: no image of train_labels has the label {listed}, of {classes} classes'
+    if named:
+        log.warning('%s.', message)
+        return
+    advice = 'subtract the smallest label' if labels.min() > 0 else 'number the classes without gaps'
+    raise UserError(f'{message}; {advice}, or store class_names, one for each class, if this is meant.')
 
 
 def _class_names(path: str, names: np.ndarray | None, classes: int) -> tuple[str, ...]:

@@ -134,7 +134,7 @@ def read_mapping(path: Path) -> dict[str, str | None]:
         UserError: If the file is missing, or is not a JSON object of strings and nulls.
     """
     try:
-        mapping = json.loads(path.read_text())
+        mapping = json.loads(path.read_text(encoding='utf-8'))
     except OSError as error:
         raise UserError(f'the mapping file {path} cannot be read ({error.strerror}).') from error
     except ValueError as error:

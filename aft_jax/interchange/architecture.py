@@ -1,6 +1,8 @@
 """Detection of a network's architecture from the keys and shapes of its state dict."""
 
+import logging
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +22,9 @@ from aft_jax.models.vgg_bn import SMALLEST_SIDE
 
 # Largest number of keys of each kind that an error lists.
 SHOWN = 8
+log = logging.getLogger(__name__)
+# Tensors that wrappers and counters of operations add to a network.
+HARMLESS = re.compile(r'n_averaged|(criterion|loss|loss_fn)\..*|(.*\.)?total_(ops|params)|(.*\.)?(mean|std)')
 IMAGENET_KERNEL = 7
 
 
@@ -69,6 +74,20 @@ class Match(NamedTuple):
     naming: Naming
     keys: dict[str, str]
     extra: list[str]
+
+    def without_others(self) -> 'Match':
+        """Leaves tensors aside that are no part of the network, where all of its own are there.
+
+        Such tensors stand beside the network (a teacher, a criterion), or have a name that is known as harmless.
+        """
+        key = next(iter(self.keys))
+        prefix = self.keys[key].removesuffix(key)
+        others = [name for name in self.extra if (prefix and not name.startswith(prefix)) or HARMLESS.fullmatch(name)]
+        if self.missing or not others or len(others) < len(self.extra):
+            return self
+        shown = ', '.join(others[:SHOWN]) + (', ...' if len(others) > SHOWN else '')
+        log.warning('%d tensors are no part of the network and are left as they are: %s.', len(others), shown)
+        return self._replace(extra=[])
 
     @property
     def missing(self) -> list[str]:
@@ -149,6 +168,7 @@ def detect(match: Match, tensors: Mapping[str, np.ndarray], source: str) -> Arch
         UserError: If keys are missing or unknown, or tensors have the wrong shape. The message lists them.
     """
     naming = match.naming
+    match = match.without_others()
     faults = []
     if missing := match.missing:
         faults.append(f'lacks {_listed(missing, match.extra)}')

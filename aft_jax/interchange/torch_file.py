@@ -1,8 +1,7 @@
 """PyTorch's own format, a pickle of tensors. Only this module imports torch.
 
 A pickle is a program. torch's restricted loader only builds tensors and plain containers, and refuses everything else.
-BackdoorBench stores NumPy arrays beside its weights. An empty placeholder replaces them, so that NumPy never processes
-untrusted data.
+Placeholders stand for some harmless objects beside the weights, see `inert`.
 """
 
 import io
@@ -10,6 +9,7 @@ import pickle
 import re
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from aft_jax.errors import UserError
 from aft_jax.interchange.convert import BFLOAT16
+from aft_jax.interchange.inert import StoredArray, placeholders
 
 try:
     import torch
@@ -24,25 +25,20 @@ except ImportError as error:
     raise UserError('a .pt or .pth file needs PyTorch; pip install torch, or convert it to .safetensors.') from error
 
 # Keys under which releases store the state dict in a larger dictionary; the first that exists is used.
-WRAPPERS = ('model', 'netC', 'state_dict', 'model_state_dict', 'net', 'net_state_dict')
-NUMPY_NAMES = (
-    'numpy.core.multiarray._reconstruct',
-    'numpy._core.multiarray._reconstruct',
-    'numpy.core.multiarray.scalar',
-    'numpy._core.multiarray.scalar',
-    'numpy.ndarray',
-    'numpy.dtype',
+WRAPPERS = (
+    'model',
+    'netC',
+    'state_dict',
+    'model_state_dict',
+    'net',
+    'net_state_dict',
+    'weights',
+    'model_state',
+    'params',
 )
-
-
-class LeftOut:
-    """A placeholder for any NumPy object in a file."""
-
-    def __init__(self, *arguments: Any):
-        """Ignores all arguments."""
-
-    def __setstate__(self, state: Any) -> None:
-        """Ignores the state."""
+# Parts of a file that hold tensors of the training and not of the network.
+OF_TRAINING = ('optim', 'sched', 'scaler', 'amp', 'loops', 'callbacks', 'rng')
+DEEPEST = 4
 
 
 def decode(path: Path) -> tuple[dict[str, np.ndarray], str, dict[str, Any]]:
@@ -52,8 +48,7 @@ def decode(path: Path) -> tuple[dict[str, np.ndarray], str, dict[str, Any]]:
         UserError: If the file is damaged, has no state dict, or holds more than tensors and plain values.
     """
     try:
-        stand_ins: list[Any] = [(LeftOut, name) for name in NUMPY_NAMES]
-        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+        with torch.serialization.safe_globals(placeholders()), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about old formats; whatever cannot be read is an error
             loaded = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch raises errors of many kinds about the file.
@@ -71,29 +66,49 @@ def decode(path: Path) -> tuple[dict[str, np.ndarray], str, dict[str, Any]]:
     for name, tensor in state.items():
         if isinstance(tensor, torch.Tensor):
             tensors[str(name)] = _to_numpy(tensor, str(name), path)
+        elif isinstance(tensor, StoredArray) and (array := tensor.array()) is not None:
+            tensors[str(name)] = array
     notes = {name: value for name, value in loaded.items() if _is_plain(value)} if wrapper else {}
     return tensors, wrapper, notes
 
 
 def encode(tensors: dict[str, np.ndarray], wrapper: str, notes: dict[str, Any]) -> bytes:
-    """Encodes a state dict as the content of a file; a `wrapper` puts it under this key, beside `notes`."""
-    state = OrderedDict((name, _to_torch(array)) for name, array in tensors.items())
+    """Encodes a state dict as the content of a file; a `wrapper` such as 'a/b' puts it under keys, beside `notes`."""
+    content: Any = OrderedDict((name, _to_torch(array)) for name, array in tensors.items())
+    for key in reversed(wrapper.split('/') if wrapper else ()):
+        content = {key: content}
     buffer = io.BytesIO()
-    torch.save({**notes, wrapper: state} if wrapper else state, buffer)
+    torch.save({**notes, **content} if wrapper else content, buffer)
     return buffer.getvalue()
 
 
 def _state_dict(loaded: Any) -> tuple[str, dict | None]:
+    """Finds the state dict in the content of a file, and the keys that lead to it, as 'a/b'."""
     if not isinstance(loaded, dict):
         return '', None
+    found = dict(_with_tensors(loaded, ''))
     for wrapper in WRAPPERS:
-        if _has_tensors(loaded.get(wrapper)):
-            return wrapper, loaded[wrapper]
-    return '', loaded if _has_tensors(loaded) else None
+        if wrapper in found:
+            return wrapper, found[wrapper]
+    if '' in found or not found:
+        return '', found.get('')
+    # The one with the most tensors; of equal ones the first.
+    largest = max(found, key=lambda place: sum(map(_is_tensor, found[place].values())))
+    return largest, found[largest]
 
 
-def _has_tensors(value: Any) -> bool:
-    return isinstance(value, dict) and any(isinstance(item, torch.Tensor) for item in value.values())
+def _with_tensors(content: dict, place: str, depth: int = 0) -> Iterator[tuple[str, dict]]:
+    """Yields the dictionaries in a dictionary, itself included, that hold tensors by name, with their places."""
+    if any(isinstance(name, str) and _is_tensor(value) for name, value in content.items()):
+        yield place, content
+    for name, value in content.items():
+        of_training = isinstance(name, str) and name.lower().startswith(OF_TRAINING)
+        if isinstance(value, dict) and isinstance(name, str) and not of_training and depth < DEEPEST:
+            yield from _with_tensors(value, f'{place}/{name}'.lstrip('/'), depth + 1)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or (isinstance(value, StoredArray) and value.array() is not None)
 
 
 def _is_plain(value: Any) -> bool:

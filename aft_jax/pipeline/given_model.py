@@ -1,5 +1,6 @@
 """Loads the model that the user gives (`init_from`): from a file, or from a finished run. Nobody trusts this model."""
 
+import logging
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +18,10 @@ from aft_jax.data.dataset import Dataset
 from aft_jax.errors import UserError, user_path
 from aft_jax.interchange import state_file
 from aft_jax.interchange.architecture import Architecture, check_data, check_model
+from aft_jax.interchange.file_kind import check_folder
 from aft_jax.pipeline import saved_run
 
+log = logging.getLogger(__name__)
 # Clean images that are needed to purify a model and to measure the result.
 MIN_IMAGES = 100
 
@@ -87,6 +90,7 @@ def load(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[ml_collections.
         case 'run':
             if config.init_mapping:
                 raise UserError(f'init_mapping is for the keys of a file, and init_from={path} is a directory.')
+            check_folder(path)
             given = _load_run(path, filled, mesh)
         case 'custom module':
             if config.init_mapping:
@@ -155,18 +159,33 @@ def _nested_variables(source: state_file.StateFile) -> dict:
     return {'batch_stats': {}} | unflatten_dict(leaves, sep='/')
 
 
-def check_compatible(given: GivenModel, module: nn.Module, config: ml_collections.ConfigDict, dataset: Dataset) -> None:
-    """Checks that a given model fits the data and its module.
-
-    Raises:
-        UserError: The classes, channels, sizes or variables differ, or there are too few images.
-    """
+def check_count(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
+    """Checks that there are enough images; raises a UserError that says how many it takes."""
     count = len(dataset.train_labels) + len(dataset.test_labels)
     if count < MIN_IMAGES:
         raise UserError(
             f'{config.dataset} has {count} images; to purify a model and to measure it takes {MIN_IMAGES} clean ones '
             'or more, some of each class.'
         )
+
+
+def fit_batch_size(config: ml_collections.ConfigDict, count: int, mesh: Mesh) -> ml_collections.ConfigDict:
+    """Lowers a batch size that is larger than the number of clean training images, with a warning."""
+    size = count // mesh.size * mesh.size
+    if config.batch_size <= count or not size:
+        return config
+    log.warning('batch_size=%d is larger than the %d training images; it is %d here.', config.batch_size, count, size)
+    fitted = config.copy_and_resolve_references()
+    fitted.batch_size = size
+    return fitted
+
+
+def check_compatible(given: GivenModel, module: nn.Module, config: ml_collections.ConfigDict, dataset: Dataset) -> None:
+    """Checks that a given model fits the data and its module.
+
+    Raises:
+        UserError: The classes, channels, sizes or variables differ.
+    """
     match given.origin:
         case FromFile(imported):
             check_data(imported.architecture, dataset.num_classes, dataset.image_shape, config.init_from)

@@ -142,8 +142,9 @@ def read_config(directory: Path) -> tuple[ml_collections.ConfigDict, int]:
     """
     path = RunFiles(directory).config
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding='utf-8'))
         recorded_checksum = values.pop('data_checksum')
+        values.pop('numerics', None)
         config = default_config()
         with config.unlocked():
             _fill(config, values)

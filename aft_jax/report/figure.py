@@ -70,7 +70,7 @@ def panel(
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
             figure.savefig(directory / f'{name}.png', dpi=150)
-            (directory / f'{name}.svg').write_text(text)
+            (directory / f'{name}.svg').write_text(text, encoding='utf-8')
     return Panel(name, title, alt, vector(text, name))
 
 

@@ -83,7 +83,7 @@ def _read_stages(path: Path) -> dict[str, list[dict[str, Any]]]:
     if not path.exists():
         return {}
     stages: dict[str, list[dict[str, Any]]] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding='utf-8').splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:  # cut short when the process died

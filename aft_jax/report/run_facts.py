@@ -13,7 +13,7 @@ def config_rows(path: Path) -> list[tuple[str, str]]:
     """Lists the fields of a config.json as ('a.b', value); empty if there is no such file."""
     if not path.exists():
         return []
-    return [(name, _plain(value)) for name, value in sorted(flat(json.loads(path.read_text())).items())]
+    return [(name, _plain(value)) for name, value in sorted(flat(json.loads(path.read_text(encoding='utf-8'))).items())]
 
 
 def manifest_rows(path: Path, class_names: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -65,7 +65,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         UserError: It cannot be read, or is not a table of runs.
     """
     try:
-        with path.open(newline='') as file:
+        with path.open(newline='', encoding='utf-8') as file:
             reader = csv.DictReader(file)
             lines = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import ml_collections
 
+from aft_jax import files
 from aft_jax.config import BENIGN
 from aft_jax.evaluation.scores import PoisonDetection, Scores, defense_effectiveness
 from aft_jax.results.drawn_trigger import DrawnTrigger
@@ -93,6 +94,12 @@ class ModelScores:
     def from_json(cls, fields: dict[str, Any]) -> Self:
         """Reads the scores from their fields in results.json. Fields that an older version did not write are None."""
         names = {field.name for field in dataclasses.fields(cls)}
+        for name in ('acc', 'asr', 'ra', 'cross_acc', 'seconds', 'der'):
+            if not isinstance(fields.get(name), int | float | None):
+                raise TypeError(f'{name} is no number')
+        for name in ('per_class', 'scan'):
+            if not isinstance(fields.get(name), dict | None):
+                raise TypeError(f'{name} is no object')
         return cls(**{name: value for name, value in fields.items() if name in names})
 
     def to_json(self) -> dict[str, Any]:
@@ -237,14 +244,16 @@ class Results:
             facts = None
             if given is not None:
                 facts, first = GivenFacts(given['init_from'], tuple(given['class_names']), given['warning']), given
-            trigger = fields.get('trigger')
+            trigger, observation = fields.get('trigger'), fields.get('connection')
+            if not isinstance(fields['environment'], dict) or not isinstance(observation, dict | None):
+                raise TypeError('environment or connection is no object')
             return cls(
                 setting,
                 fields['environment'],
                 ModelScores.from_json(first),
                 facts,
                 {name: PurifiedScores.from_json(row) for name, row in fields['purified'].items()},
-                fields.get('connection'),
+                observation,
                 None if trigger is None else DrawnTrigger(**trigger),
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -274,7 +283,24 @@ def read(path: Path) -> Results:
         OSError: It cannot be read.
         ValueError: It is damaged.
     """
-    return Results.from_json(json.loads(path.read_text()))
+    return Results.from_json(json.loads(path.read_text(encoding='utf-8')))
+
+
+def read_or_set_aside(path: Path, writes: bool) -> Results | None:
+    """Reads the results.json of an earlier start; None if there is none. A damaged one is set aside.
+
+    Args:
+        path: Path of the file.
+        writes: Whether this process may rename a damaged file.
+    """
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        if writes:
+            files.set_aside(path, ' '.join(str(error).split()))
+        return None
 
 
 def featured(defenses: Iterable[str]) -> str:

@@ -10,12 +10,18 @@ from flax.traverse_util import flatten_dict
 
 from aft_jax.config import default_config
 from aft_jax.errors import UserError
-from aft_jax.files import write_json
+from aft_jax.files import set_aside, write_json
+from aft_jax.results import lock
+from aft_jax.runtime import numerics
 
 # Fields that a later start may change in the same directory. They say how, and how much of, the work is done.
-FREE_FIELDS = ('run', 'stages', 'defenses', 'data.dir', 'data.idx_dir')
+FREE_FIELDS = ('run', 'stages', 'defenses', 'data.dir', 'data.idx_dir', 'init_logits')
 # Fields that all defenses share. A later start may change them until the first defense has a checkpoint.
 SHARED_BY_DEFENSES = ('clean_share', 'tuning')
+# What config.json has beside the config.
+EXTRA_FIELDS = ('data_checksum', 'numerics')
+# Fields with a path. It may be written in another way as long as the content, which has a checksum, is the same.
+PATH_FIELDS = ('dataset', 'data.classes', 'init_from', 'init_mapping')
 
 
 class RunFiles(NamedTuple):
@@ -29,7 +35,7 @@ class RunFiles(NamedTuple):
 
     @property
     def config(self) -> Path:
-        """Resolved config, with a checksum of the data."""
+        """Resolved config, with a checksum of the data and the settings of the numbers."""
         return self.workdir / 'config.json'
 
     @property
@@ -46,6 +52,11 @@ class RunFiles(NamedTuple):
     def poison_manifest(self) -> Path:
         """Indices of the poisoned training images, and the arrays of the trigger."""
         return self.workdir / 'poison.npz'
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's files."""
+        return self.workdir / 'tensorboard'
 
     @property
     def report(self) -> Path:
@@ -68,7 +79,7 @@ def claim(
     data_checksum: int,
     writes: bool = True,
     defenses: Iterable[str] = (),
-) -> None:
+) -> lock.Lock:
     """Makes the work directory this experiment's, or checks that it belongs to this experiment already.
 
     Args:
@@ -79,25 +90,48 @@ def claim(
         writes: Whether this process writes. The other processes only check.
         defenses: Defenses whose config section may still change as long as they have no checkpoint here.
 
+    Returns:
+        The lock of the directory. While it is held no other run can claim the directory.
+
     Raises:
-        UserError: The directory cannot be written, holds another experiment, or holds other files.
+        UserError: The directory cannot be written, holds another experiment, is in use by another run, or holds other
+            files.
     """
     path = RunFiles(workdir).config
-    content = json.loads(json.dumps(config.to_dict() | {'data_checksum': data_checksum}))
+    extra = {'data_checksum': data_checksum, 'numerics': numerics.recorded()}
+    content = json.loads(json.dumps(config.to_dict() | extra))
     try:
         if writes:
             workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _check_same(path, content, _not_begun(workdir, defenses))
-        # A process that died while it first wrote config.json leaves a temporary file.
-        elif writes and any(not file.name.startswith(f'.{path.name}.') for file in workdir.iterdir()):
+        elif writes and not all(map(_of_a_first_moment, workdir.iterdir())):
             raise UserError(
                 f'--workdir={workdir} holds other files but no config.json; name an empty or a new directory.'
             )
-        if writes:
-            write_json(path, content)
+        if not writes:
+            return lock.Lock()
+        held = lock.lock(workdir, '--workdir')
+        write_json(path, content)
+        _set_misplaced_aside(RunFiles(workdir))
+        return held
     except OSError as error:
         raise UserError(f'--workdir={workdir} cannot be written ({error.strerror}); name another directory.') from error
+
+
+def _of_a_first_moment(file: Path) -> bool:
+    """Whether a process leaves this file if it ends before config.json is written. A sweep leaves error.txt."""
+    return file.name in (lock.NAME, 'error.txt') or file.name.startswith('.config.json.')
+
+
+def _set_misplaced_aside(run_files: RunFiles) -> None:
+    """Sets files aside that have the name of a folder, and folders that have the name of a file."""
+    for path in (run_files.results, run_files.metrics, run_files.poison_manifest):
+        if path.is_dir():
+            set_aside(path, 'it is a folder')
+    for path in (run_files.tensorboard, run_files.report, run_files.export):
+        if path.exists() and not path.is_dir():
+            set_aside(path, 'it is no folder')
 
 
 def differences(workdir: Path, config: ml_collections.ConfigDict, defenses: Iterable[str] = ()) -> list[str]:
@@ -114,7 +148,7 @@ def differences(workdir: Path, config: ml_collections.ConfigDict, defenses: Iter
     Raises:
         OSError, ValueError: There is no config.json, or a damaged one.
     """
-    kept = flat(json.loads(RunFiles(workdir).config.read_text()))
+    kept = flat(json.loads(RunFiles(workdir).config.read_text(encoding='utf-8')))
     return _differing(kept, flat(json.loads(json.dumps(config.to_dict()))), _not_begun(workdir, defenses))
 
 
@@ -137,7 +171,9 @@ def _not_begun(workdir: Path, defenses: Iterable[str]) -> set[str]:
 
 
 def _differing(kept: dict[str, Any], current: dict[str, Any], open_sections: Iterable[str]) -> list[str]:
-    free = {*FREE_FIELDS, 'data_checksum', *open_sections}
+    free = {*FREE_FIELDS, *EXTRA_FIELDS, *open_sections}
+    if kept.get('data_checksum', 0) == current.get('data_checksum'):
+        free |= {name for name in PATH_FIELDS if kept.get(name) and current.get(name)}
     # A directory may be older than a field, which then has its default there.
     defaults = flat(default_config().to_dict())
     return [
@@ -149,7 +185,7 @@ def _differing(kept: dict[str, Any], current: dict[str, Any], open_sections: Ite
 
 def _check_same(path: Path, content: dict, open_sections: Iterable[str]) -> None:
     try:
-        kept = flat(json.loads(path.read_text()))
+        kept = flat(json.loads(path.read_text(encoding='utf-8')))
     except ValueError:
         raise UserError(
             f'{path} is damaged, so the owner of the directory is unknown; name another --workdir.'
@@ -161,6 +197,14 @@ def _check_same(path: Path, content: dict, open_sections: Iterable[str]) -> None
             f'the data set {current["dataset"]}{model} has changed since the run in --workdir={path.parent}; restore '
             'the old one, or name another directory.'
         )
+    for name, value in numerics.recorded().items():
+        # Older versions did not record the settings.
+        before = kept.get(f'numerics.{name}', numerics.DEFAULTS[name])
+        if before != value:
+            raise UserError(
+                f'the run in --workdir={path.parent} was made with {numerics.VARIABLES[name]}={before!r}, and here it '
+                f'is {value!r}, which changes the numbers; set it as it was, or name another directory.'
+            )
     if differing := _differing(kept, current, open_sections):
         shown = ', '.join(
             f'{name} is {kept.get(name)!r} there and {current.get(name)!r} here' for name in differing[:3]

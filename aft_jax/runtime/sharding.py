@@ -16,9 +16,27 @@ from aft_jax.errors import UserError
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """Creates a mesh of the devices (default: all devices of all processes)."""
-    devices = devices or jax.devices()
+    """Creates a mesh of the devices (default: all devices of all processes).
+
+    Raises:
+        UserError: JAX_PLATFORMS names a platform that this machine does not have.
+    """
+    devices = devices or _all_devices()
     return jax.make_mesh((len(devices),), ('data',), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+
+
+def _all_devices() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that the plugin of CUDA is installed
+        platforms = jax.config.values['jax_platforms']
+        if not platforms:
+            raise
+        reason = ' '.join(str(error).partition('(set JAX_PLATFORMS')[0].split()).rstrip('.') or 'it is not installed'
+        raise UserError(
+            f'JAX_PLATFORMS={platforms} cannot be used here ({reason}); unset it to use the devices that JAX finds, or '
+            'set JAX_PLATFORMS=cpu.'
+        ) from error
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

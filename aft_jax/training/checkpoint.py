@@ -5,14 +5,16 @@ reveals later damage. A damaged checkpoint is moved aside, and the one before it
 """
 
 import contextlib
+import errno
 import gc
 import itertools
 import json
 import logging
+import os
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +22,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from aft_jax import files
+from aft_jax.errors import UserError
 from aft_jax.runtime import processes
 
 log = logging.getLogger(__name__)
@@ -31,18 +35,41 @@ ABANDONED_READ_SECONDS = 0.05
 class Checkpoints:
     """The checkpoints of one stage in one directory; a context manager that waits for unfinished writes."""
 
-    def __init__(self, directory: Path, keep: int):
-        """Opens `directory`, creating it if needed; only the newest `keep` checkpoints are kept."""
+    def __init__(self, directory: Path, keep: int, read_only: bool = False):
+        """Opens `directory`, creating it if needed; only the newest `keep` checkpoints are kept.
+
+        Raises:
+            UserError: The directory cannot be written, and is not opened `read_only`.
+        """
         self.directory = Path(directory).absolute()
         self._keep = keep
+        if not read_only:
+            self._check_writable()
         self._manager = self._open()
 
     def __enter__(self) -> 'Checkpoints':
+        if not isinstance(sys.unraisablehook, _AbandonedWritesAreSilent):
+            sys.unraisablehook = _AbandonedWritesAreSilent(sys.unraisablehook)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error, the errors of writes in the background would hide it.
+        with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
+            self._manager.wait_until_finished()
+        with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
+            self._manager.close()
+        if kind is None and isinstance(sys.unraisablehook, _AbandonedWritesAreSilent):
+            sys.unraisablehook = sys.unraisablehook.before
+
+    def _check_writable(self) -> None:
+        """Raises a UserError if the directory cannot be written. Orbax notices it late, and then waits for minutes."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            reason = files.fault(self.directory)
+        except OSError as error:
+            reason = str(error.strerror)
+        if reason:
+            raise UserError(f'{self.directory} cannot be written ({reason}); correct this, or name another --workdir.')
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, enable_async_checkpointing=True)
@@ -56,6 +83,8 @@ class Checkpoints:
             state: Pytree of replicated arrays.
             info: JSON values stored with the state.
         """
+        if not self.directory.is_dir():  # Orbax would make it again, without the earlier checkpoints
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.directory))
         info = info | {'checksum': checksum(state)}
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info))
@@ -95,6 +124,8 @@ class Checkpoints:
         state, info = restored['state'], restored['info']
         if checksum(state) != info['checksum']:
             raise ValueError('its arrays do not have the checksum that was stored with them')
+        if not isinstance(info['seconds'], int | float) or not isinstance(info.get('pending', []), list):
+            raise ValueError('its info has values of another type')
         return state, info
 
     def _set_aside(self, step: int) -> None:
@@ -107,6 +138,23 @@ class Checkpoints:
             (self.directory / str(step)).rename(aside / name)
         processes.barrier('after a damaged checkpoint was moved')
         self._manager = self._open()
+
+
+class _AbandonedWritesAreSilent:
+    """A hook for errors that cannot be caught: it drops those of writes that Orbax abandons after one has failed.
+
+    They call back to an event loop that is closed, one traceback for each array, and the first error is raised anyway.
+    The hook stays after an error, because the calls come late.
+    """
+
+    def __init__(self, before: Callable[[Any], Any]):
+        """Creates the hook that passes all other errors to the hook `before`."""
+        self.before = before
+
+    def __call__(self, error: Any) -> None:
+        """Drops an error, or passes it on."""
+        if not (isinstance(error.exc_value, RuntimeError) and str(error.exc_value) == 'Event loop is closed'):
+            self.before(error)
 
 
 @contextlib.contextmanager

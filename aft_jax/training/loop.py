@@ -43,7 +43,7 @@ def fit(run: Run, stage: TrainingStage) -> Fitted:
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
-            Checkpoints(run.workdir / 'checkpoints' / stage.name, keep=options.keep_checkpoints)
+            Checkpoints(run.workdir / 'checkpoints' / stage.name, options.keep_checkpoints, run.must_be_finished)
         )
         state, earlier_seconds, metrics = restore_or_start(run, stage, checkpoints)
         step = int(state.step)
@@ -91,7 +91,7 @@ def fit(run: Run, stage: TrainingStage) -> Fitted:
                 seconds = earlier_seconds + time.monotonic() - started
                 checkpoints.save(step, state, {'seconds': seconds, 'pending': metrics.to_json()})
             if stops:
-                raise Preempted
+                raise Preempted(run.watch.signal)
     return Fitted(state, seconds)
 
 

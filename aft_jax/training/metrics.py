@@ -1,19 +1,18 @@
 """Writers of metrics: metrics.jsonl, TensorBoard events, and the terminal."""
 
-import contextlib
 import json
 import logging
 import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from aft_jax.files import write_text
+from aft_jax.files import set_aside, write_bytes
+from aft_jax.training.tensorboard import EventFile
 
 log = logging.getLogger(__name__)
 PLAIN_LINE_SECONDS = 10.0
@@ -27,32 +26,48 @@ class MetricWriter:
         """Creates a writer that appends to the files of `workdir`, or writes nothing if `read_only`."""
         self._path = workdir / 'metrics.jsonl'
         self._events_dir = workdir / 'tensorboard'
+        self._claim = workdir / 'config.json'
+        self._is_claimed = self._claim.exists()
         self._writes = jax.process_index() == 0 and not read_only
-        self._events: dict = {}
+        self._events: dict[str, EventFile] = {}
+        if self._writes and self._path.exists():
+            self._repair()
+
+    def _repair(self) -> None:
+        """Removes a last line that was cut short when the process died. A file with other damage is set aside first."""
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        good = [line for line in lines if _is_entry(line)]
+        if good == lines:
+            return
+        if good != lines[:-1] or lines[-1].endswith(b'\n'):
+            set_aside(self._path, f'{len(lines) - len(good)} of its {len(lines)} lines cannot be read')
+        write_bytes(self._path, b''.join(good))
 
     def rewind(self, stage: str, step: int) -> None:
         """Removes the lines of `stage` after `step`, because those steps are about to be repeated.
 
-        Step 0 removes all lines of the stage, including scores from before its first step. A last line that was cut
-        short when the process died is removed too.
+        Step 0 removes all lines of the stage, including scores from before its first step.
         """
         if not self._writes or not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue
+        for line in filter(_is_entry, self._path.read_bytes().splitlines(keepends=True)):
+            entry = json.loads(line)
             if entry['stage'] != stage or (step > 0 and entry['step'] <= step):
-                kept.append(line + '\n')
-        write_text(self._path, ''.join(kept))
+                kept.append(line)
+        write_bytes(self._path, b''.join(kept))
 
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """Writes scalars of a stage at a step."""
+        """Writes scalars of a stage at a step.
+
+        Raises:
+            OSError: The files cannot be written, or the work directory was removed. Others may have made it again.
+        """
         if not self._writes:
             return
-        with self._path.open('a') as file:
+        if self._is_claimed:
+            self._claim.stat()
+        with self._path.open('a', encoding='utf-8') as file:
             file.write(json.dumps({'step': step, 'stage': stage} | values) + '\n')
         for name, value in values.items():
             self._events_of(stage, step).add_scalar(name, value, step)
@@ -62,11 +77,11 @@ class MetricWriter:
         if not self._writes:
             return
         for name, image in images.items():
-            self._events_of(stage, 0).add_image(name, image, 0, dataformats='HWC')
+            self._events_of(stage, 0).add_image(name, image, 0)
 
-    def _events_of(self, stage: str, step: int) -> Any:
+    def _events_of(self, stage: str, step: int) -> EventFile:
         if stage not in self._events:
-            self._events[stage] = _import_summary_writer()(str(self._events_dir / stage), purge_step=step)
+            self._events[stage] = EventFile(self._events_dir / stage, step)
         return self._events[stage]
 
     def close(self) -> None:
@@ -116,11 +131,10 @@ class Progress:
         self._step = step
 
 
-def _import_summary_writer() -> Any:
-    """Imports tensorboardX without torch. It imports torch where it can, which takes seconds, and works without it."""
-    with contextlib.ExitStack() as stack:
-        if 'torch' not in sys.modules:
-            sys.modules['torch'] = None  # type: ignore[assignment]  # makes `import torch` fail
-            stack.callback(sys.modules.pop, 'torch')
-        from tensorboardX import SummaryWriter
-    return SummaryWriter
+def _is_entry(line: bytes) -> bool:
+    """Whether a line of metrics.jsonl is whole."""
+    try:
+        entry = json.loads(line)
+        return line.endswith(b'\n') and isinstance(entry['stage'], str) and isinstance(entry['step'], int)
+    except (ValueError, TypeError, KeyError):
+        return False

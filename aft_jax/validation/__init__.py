@@ -42,6 +42,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 def _validate_stages(config: ml_collections.ConfigDict) -> None:
     """Checks the fields of a run that infects its own model."""
+    if config.init_logits:
+        raise UserError('init_logits is for a given model: name it in init_from.')
     if 'infect' not in config.stages:
         raise UserError(
             "stages must contain 'infect', which loads a model that is finished; or name a model in init_from."

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import sys
+import zipfile
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ from aft_jax.errors import UserError
 from aft_jax.interchange.architecture import Architecture, check_data, check_model
 from aft_jax.interchange.card import write_card
 from aft_jax.interchange.convert import BFLOAT16
+from aft_jax.interchange.file_kind import check_folder
 from aft_jax.interchange.state_file import checksum, read
 from aft_jax.interchange.torch_names import namings
 
@@ -106,7 +109,6 @@ def test_save_rejects_faults(tmp_path, stored):
     large = jax.tree.map(lambda leaf: leaf + np.float32(1e5), half.variables)
     assert 'not finite in float16' in sentence(interchange.save, out, large, half)
     assert 'is the file that the model came from' in sentence(interchange.save, stored, imported.variables, imported)
-    assert 'should end in' in sentence(interchange.save, tmp_path / 'out.bin', imported.variables, imported)
     nowhere = tmp_path / 'nowhere' / 'out.safetensors'
     assert 'cannot be written (No such file' in sentence(interchange.save, nowhere, imported.variables, imported)
     assert not out.exists()
@@ -197,6 +199,64 @@ def test_load_shortens_a_long_list_of_keys(tmp_path):
     assert 'has 20 keys (zzz00, ' in text and 'zzz07 and 12 more) too many' in text and 'zzz08' not in text
 
 
+def test_load_judges_a_file_by_its_content(tmp_path):
+    path = write(tmp_path / 'pytorch_model.bin', mnist_state())
+    imported = interchange.load(path)
+    interchange.save(tmp_path / 'out.bin', imported.variables, imported)
+    assert_same_state(read(tmp_path / 'out.bin').tensors, read(path).tensors)
+
+
+@pytest.mark.parametrize(
+    'content, expected',
+    [
+        (b'version https://git-lfs.github.com/spec/v1\noid sha256:00', 'a pointer of Git LFS.*git lfs pull'),
+        (b'\n<!DOCTYPE html><html>', 'a web page'),
+        (b'\x89HDF\r\n\x1a\n' + bytes(20), 'an HDF5 file, as Keras writes it'),
+        (b'\x08\x07\x12\x07pytorch\x1a', 'an ONNX model'),
+        ({'net/code/__torch__.py': '', 'net/data.pkl': ''}, 'a TorchScript archive'),
+        ({'config.json': '{}', 'metadata.json': '{}', 'model.weights.h5': ''}, 'a Keras archive'),
+    ],
+)
+def test_load_says_what_another_kind_of_file_is(tmp_path, content, expected):
+    path = tmp_path / 'net.pth'
+    if isinstance(content, dict):
+        with zipfile.ZipFile(path, 'w') as file:
+            for name, text in content.items():
+                file.writestr(name, text)
+    else:
+        path.write_bytes(content)
+    assert re.search(f'{path} is {expected}', sentence(interchange.load, path))
+
+
+def test_check_folder_says_what_another_kind_of_folder_is(tmp_path):
+    check_folder(tmp_path)
+    (tmp_path / 'config.json').write_text('{"data_checksum": 3}')
+    check_folder(tmp_path)
+    (tmp_path / 'config.json').write_text('{"model_type": "resnet", "architectures": []}')
+    (tmp_path / 'model.safetensors').touch()
+    assert f'name its file of weights, init_from={tmp_path}/model.safetensors' in sentence(check_folder, tmp_path)
+    (tmp_path / 'saved_model.pb').touch()
+    assert 'is a SavedModel of TensorFlow' in sentence(check_folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    'prefix, others',
+    [
+        ('', ('n_averaged', 'criterion.weight', 'layer2.conv1.total_ops', 'mean', 'std')),
+        ('module.', ('n_averaged',)),
+        ('student.', ('teacher.conv1.weight', 'teacher.linear9.bias')),
+    ],
+)
+def test_load_leaves_tensors_beside_the_network_aside(tmp_path, caplog, prefix, others):
+    state = mnist_state(prefix) | {name: np.ones(10, np.float32) for name in others}
+    path = write(tmp_path / 'net.safetensors', state)
+    imported = interchange.load(path)
+    assert imported.architecture == MNIST
+    assert f'{len(others)} tensors are no part of the network' in caplog.text and others[0] in caplog.text
+    interchange.save(tmp_path / 'out.safetensors', imported.variables, imported)
+    assert_same_state(read(tmp_path / 'out.safetensors').tensors, read(path).tensors)
+
+
 def test_load_unknown_network(tmp_path):
     state = {f'blocks.{i}.attention.weight': np.zeros((2, 2), np.float32) for i in range(12)}
     text = sentence(interchange.load, write(tmp_path / 'vit.safetensors', state))
@@ -220,7 +280,6 @@ def test_load_faults_of_a_file(tmp_path, stored):
     folder.mkdir()
     assert f'{folder} is a directory' in sentence(interchange.load, folder)
     assert 'cannot be read (No such file or directory)' in sentence(interchange.load, tmp_path / 'absent.pt')
-    assert 'should end in .pt, .pth, .tar or .safetensors' in sentence(interchange.load, tmp_path / 'net.onnx')
     secret = write(tmp_path / 'secret.safetensors', mnist_state())
     secret.chmod(0)
     if not os.access(secret, os.R_OK):  # root may read everything

@@ -3,6 +3,8 @@
 Needs torch; tests/torch_models.py defines the networks a second time.
 """
 
+import argparse
+import datetime
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -137,6 +139,38 @@ def test_load_wrappers(tmp_path, wrapper, legacy):
     interchange.save(tmp_path / 'out.pth.tar', imported.variables, imported)
     back = torch.load(tmp_path / 'out.pth.tar')
     assert list(back) == [wrapper] and list(back[wrapper]) == list(state)
+
+
+@pytest.mark.parametrize(
+    'wrap, place',
+    [
+        (lambda state: {'model': {'state_dict': state}, 'epoch': 3}, 'model/state_dict'),
+        (lambda state: {'weights': state}, 'weights'),
+        (lambda state: {'optimizer': {'state': {'a': torch.zeros(3)}}, 'network': state}, 'network'),
+        (lambda state: {'net': {name: tensor.numpy() for name, tensor in state.items()}}, 'net'),
+        (lambda state: {'scalars': {'lr': torch.tensor(0.1)}, 'ours': state}, 'ours'),
+        (
+            lambda state: {
+                'state_dict': state,
+                'args': argparse.Namespace(lr=0.1, out=Path('runs')),
+                'when': datetime.datetime(2026, 11, 28),
+                'best': np.float64(0.5),
+            },
+            'state_dict',
+        ),
+    ],
+    ids=['nested', 'weights', 'beside an optimiser', 'arrays', 'the largest', 'arguments of a script'],
+)
+def test_load_finds_the_state_dict(tmp_path, wrap, place):
+    state = torch_state()
+    torch.save(wrap(state), tmp_path / 'last.ckpt')
+    imported = interchange.load(tmp_path / 'last.ckpt')
+    assert imported.source.wrapper == place
+    interchange.save(tmp_path / 'out.ckpt', imported.variables, imported)
+    back = torch.load(tmp_path / 'out.ckpt')
+    for key in place.split('/'):
+        back = back[key]
+    assert list(back) == list(state) and all(torch.equal(back[key], tensor) for key, tensor in state.items())
 
 
 def test_load_attack_result_of_backdoorbench(tmp_path):
