@@ -59,7 +59,9 @@ def quarters(weight: float, all2all: bool = False) -> dict:
 def search():
     """A function that searches for a trigger of a model, with the model without its backdoor as reference."""
     mesh = make_mesh(jax.devices()[:1])
-    trigger_searcher = TriggerSearch(Quarters(), mesh, (SIDE, SIDE, 1), CLASSES, SearchOptions(10, 1.0, 16))
+    trigger_searcher = TriggerSearch(
+        Quarters(), mesh, (SIDE, SIDE, 1), CLASSES, SearchOptions(10, 9.0, 1.0, 16), purified=False
+    )
     images, labels = structured_images(96, 5)
 
     def call(variables: dict) -> tuple[FoundChange, ...]:
@@ -194,12 +196,12 @@ def test_search_fields_has_the_verdict_of_the_change_furthest_above_its_limit(ab
     limit = limit_of('mask', purified)
     excess = limit + above
     changes = [change_of(0.0, 'all2all'), change_of(excess)]
-    fields = search_fields(changes, SearchOptions(5, 1.5, 8), purified)
+    fields = search_fields(changes, SearchOptions(5, 1.5, 0.75, 8), purified)
     shares = {'limit': limit, 'share': 0.875, 'reference_share': 0.25}
     assert fields == {
         'verdict': expected,
         'steps': 5,
-        'factor': 1.5,
+        'factor': 1.5 if purified else 0.75,
         'changes': [
             {'kind': 'mask', 'backdoor': 'all2one', 'label': 1, 'excess': round(excess, 6)} | shares,
             {'kind': 'mask', 'backdoor': 'all2all', 'label': None, 'excess': 0.0} | shares,
@@ -237,7 +239,7 @@ def plain(text: str) -> str:
         (
             given(INFECTED, aft=NOTHING, ft=NOT_ERASED),
             'Verdict on aft: no change of these kinds leads to one label any more: shift, rotation or scaling, mask '
-            r'with a pattern; sizes up to 2 times those that AFT trains with\. Other changes may\.',
+            r'with a pattern; of 2 times the largest size that AFT trains with\. Other changes may\.',
         ),
         # There was nothing to find before either.
         (given(NOTHING, aft=NOTHING), 'Verdict on aft: no change of these kinds leads to one label: shift, .* may.'),

@@ -120,7 +120,10 @@ class Scanner:
         # Scanners of the same setting do the same.
         self.setting = module, mesh, image_shape, num_classes, batch_size, options
         self._scorer = Scorer(ModelProbe(module, mesh, batch_size), module, mesh, batch_size)
-        self._search = TriggerSearch(module, mesh, image_shape, num_classes, options)
+        self._searches = {
+            purified: TriggerSearch(module, mesh, image_shape, num_classes, options, purified=purified)
+            for purified in (False, True)
+        }
 
     def scan(self, inputs: ScanInputs, variables: dict, *, purified: bool) -> Scan:
         """Scans a model.
@@ -134,7 +137,7 @@ class Scanner:
         result = self._scorer.score(variables, images, labels, num_classes)
         # Models are searched with the same random numbers, which no training has used.
         key = key_for(inputs.seed, 'scan/search')
-        changes = self._search.search(variables, inputs.reference, images, labels, key)
+        changes = self._searches[purified].search(variables, inputs.reference, images, labels, key)
         fields = {'images': len(labels), 'held_out': held_out} | scan_fields(result, len(labels))
         return Scan(fields | {'search': search_fields(changes, self._options, purified)}, changes)
 
@@ -179,7 +182,7 @@ def search_fields(changes: Sequence[FoundChange], options: SearchOptions, purifi
         purified: Whether the model was purified.
 
     Returns:
-        'verdict', one of INFECTED, NOT_ERASED and NOTHING_FOUND; 'steps' and 'factor' of the options; and 'changes', a
+        'verdict', one of INFECTED, NOT_ERASED and NOTHING_FOUND; 'steps' and 'factor' of the search; and 'changes', a
         dict for each kind, the one that is furthest above its 'limit' first. 'label' is the label that the change leads
         to, None for an all2all backdoor.
     """
@@ -200,6 +203,6 @@ def search_fields(changes: Sequence[FoundChange], options: SearchOptions, purifi
     return {
         'verdict': (NOT_ERASED if purified else INFECTED) if found else NOTHING_FOUND,
         'steps': options.steps,
-        'factor': options.factor,
+        'factor': options.factor_for(purified),
         'changes': fields,
     }

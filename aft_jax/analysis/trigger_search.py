@@ -46,13 +46,20 @@ class SearchOptions(NamedTuple):
 
     Attributes:
         steps: Steps of the optimisation.
-        factor: Factor of the largest size of each kind, 1 for the sizes that AFT trains with.
+        factor: Size of the changes of a purified model, in multiples of the largest that AFT trains with.
+        factor_before: The same for a model that was not purified. Smaller changes tell better whether it is infected,
+            since large ones command every model.
         images: Images of a step, for each change.
     """
 
     steps: int
     factor: float
+    factor_before: float
     images: int
+
+    def factor_for(self, purified: bool) -> float:
+        """Returns the factor for a model."""
+        return self.factor if purified else self.factor_before
 
 
 class FoundChange(NamedTuple):
@@ -77,7 +84,14 @@ class TriggerSearch:
     """Searches for triggers of models of one architecture."""
 
     def __init__(
-        self, module: nn.Module, mesh: Mesh, image_shape: tuple[int, int, int], num_classes: int, options: SearchOptions
+        self,
+        module: nn.Module,
+        mesh: Mesh,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        options: SearchOptions,
+        *,
+        purified: bool,
     ):
         """Prepares the search. Its functions are compiled at the first call.
 
@@ -87,10 +101,13 @@ class TriggerSearch:
             image_shape: (H, W, C).
             num_classes: Number of classes K.
             options: How hard the search is.
+            purified: Whether the models were purified.
         """
         self._mesh, self._options, self._classes = mesh, options, num_classes
-        specs = tuple(spec_of_any_size(kind, image_shape, factor=options.factor) for kind in KINDS)
-        self._kinds = kinds = Kinds(specs, tuple(options.factor * area for area in MASK_AREAS))
+        factor = options.factor_for(purified)
+        # A random size would favour the labels that draw a large one.
+        specs = tuple(spec_of_any_size(kind, image_shape, factor=factor)._replace(smallest=0.0) for kind in KINDS)
+        self._kinds = kinds = Kinds(specs, tuple(factor * area for area in MASK_AREAS))
         whole = replicated(mesh)
         compiled = partial(jax.jit, in_shardings=whole, out_shardings=whole, compiler_options=compiler_options(module))
         self._init = compiled(partial(searched_changes.init_changes, module, kinds))

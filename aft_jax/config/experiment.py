@@ -74,7 +74,8 @@ TUNING = {
 }
 SCAN = {
     'steps': Field(120, 'Steps of the search for triggers.', POSITIVE),
-    'factor': Field(2.0, 'Largest sizes of its changes, in multiples of those that AFT trains with.', POSITIVE),
+    'factor': Field(2.0, 'Size of its changes of a purified model, in multiples of the largest of AFT.', POSITIVE),
+    'factor_before': Field(0.5, 'The same for the first model.', POSITIVE),
     'images': Field(16, 'Images of a step, for each change.', POSITIVE),
 }
 SAFETY = {

@@ -92,7 +92,7 @@ def nothing_found(results: Results, name: str) -> str:
 def kinds_tried(search: dict[str, Any]) -> str:
     """Lists the kinds of changes that a search has tried, and their sizes."""
     kinds = ', '.join(KIND_NAMES[change['kind']] for change in search['changes'])
-    return f'{kinds}; sizes up to {search["factor"]:g} times those that AFT trains with'
+    return f'{kinds}; of {search["factor"]:g} times the largest size that AFT trains with'
 
 
 def class_names(results: Results) -> tuple[str, ...]:
