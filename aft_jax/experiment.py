@@ -26,6 +26,7 @@ from aft_jax.evaluation.scores import PoisonDetection, Scores, poison_detection
 from aft_jax.models.cpu_compilation import compiler_options, steps_per_call
 from aft_jax.pipeline import export, given_model, stages
 from aft_jax.pipeline.assumptions import assumptions
+from aft_jax.pipeline.clean_set import check_clean_set
 from aft_jax.pipeline.given_model import FromFile, GivenModel
 from aft_jax.pipeline.normalisation import check_normalisation
 from aft_jax.pipeline.reference_outputs import check_reference_outputs
@@ -43,6 +44,9 @@ from aft_jax.runtime.sharding import make_mesh
 from aft_jax.training.checkpoint import checksum
 from aft_jax.training.metrics import MetricWriter
 from aft_jax.training.stage import EvalHook, EvalPoint, Run, RunOptions
+
+# Defense that is tried if the others lose too much accuracy.
+MILDER = 'ft'
 
 
 class Experiment(NamedTuple):
@@ -128,6 +132,7 @@ def load(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         elif isinstance(given.origin, FromFile) and _writes():
             print('\n'.join(assumptions(config, dataset)), flush=True)
         given = check_normalisation(given, scenario.module, config, dataset, mesh)
+        given = check_clean_set(given, scenario.module, config, dataset, mesh)
     return Experiment(config, scenario, given)
 
 
@@ -137,20 +142,31 @@ def run_stages(run: Run, experiment: Experiment) -> Results:
     run_files = RunFiles(run.workdir)
     evaluator = stages.evaluator_for(run, scenario)
     infected = obtain_model(run, experiment, evaluator)
-    scanner = scan_stage.prepare(run, scenario, infected, config) if 'scan' in config.stages else None
-    scans = {UNPURIFIED: scanner.scan(infected.variables, purified=False)} if scanner else {}
+    scan = scan_stage.scan_function(run, scenario, infected, config) if 'scan' in config.stages else None
+    scans = {UNPURIFIED: scan(infected.variables, purified=False)} if scan else {}
     before = evaluator.evaluate(infected.variables, infected.attack)
     results = begin_results(run, experiment, infected, before, scans.get(UNPURIFIED))
-    purified = {}
-    for name in split_names(config.defenses) if 'purify' in config.stages else ():
+    purified: dict[str, dict] = {}
+
+    def purify_and_measure(name: str) -> None:
         variables, seconds, detection = purify(run, name, experiment, infected, evaluator)
         after = evaluator.evaluate(variables, infected.attack)
-        if scanner:
-            scans[name] = scanner.scan(variables, purified=True)
-        scan = scans[name].fields if scanner else None
-        scores = PurifiedScores.compared(before, after, seconds, detection=detection, scan=scan)
+        if scan:
+            scans[name] = scan(variables, purified=True)
+        found = scans[name].fields if scan else None
+        scores = PurifiedScores.compared(before, after, seconds, detection=detection, scan=found)
         results.add_purified(name, scores)
         purified[name] = variables
+
+    if 'purify' in config.stages:
+        for name in split_names(config.defenses):
+            purify_and_measure(name)
+        if given is not None:
+            results.withhold(config.safety.largest_loss)
+            # Fine-tuning is milder.
+            if purified and purified.keys() <= results.withheld.keys() and not given.doubt and MILDER not in purified:
+                purify_and_measure(MILDER)
+                results.withhold(config.safety.largest_loss)
     if _writes():
         files.write_json(run_files.results, results.to_json())
         if given is not None and purified:
@@ -191,7 +207,9 @@ def begin_results(
         scan: Its scan; None without the stage 'scan'.
     """
     config, scenario, given = experiment
-    facts = GivenFacts(config.init_from, scenario.dataset.class_names, given.warning) if given is not None else None
+    facts = None
+    if given is not None:
+        facts = GivenFacts(config.init_from, scenario.dataset.class_names, given.warning, given.doubt)
     seconds = infected.seconds if given is None else None
     initial = ModelScores.of(scores, seconds, scan=scan.fields if scan else None)
     trigger = DrawnTrigger.of(config, scenario.dataset.image_shape)

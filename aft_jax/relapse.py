@@ -23,32 +23,23 @@ command continues), 130 interrupted.
 """
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-from jax.sharding import Mesh
 
 from aft_jax import cli, files
 from aft_jax.analysis.observation_table import control_of
 from aft_jax.analysis.retuning import COLUMNS, Retuning, RetuningOptions, retune
-from aft_jax.config import as_options
 from aft_jax.errors import UserError, user_path
 from aft_jax.evaluation.evaluator import Evaluator
-from aft_jax.models.cpu_compilation import compiler_options
 from aft_jax.pipeline import saved_run, stages
 from aft_jax.pipeline.saved_run import SavedRun
 from aft_jax.report import relapse_figure, requirements
 from aft_jax.results import table_rows
 from aft_jax.runtime import numerics
 from aft_jax.runtime.allocator import keep_freed_memory
-from aft_jax.runtime.preemption import Watch
 from aft_jax.runtime.sharding import make_mesh
-from aft_jax.training.metrics import MetricWriter
-from aft_jax.training.stage import Run, RunOptions
+from aft_jax.training.stage import Run
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -104,25 +95,14 @@ def relapse(flags: argparse.Namespace) -> list[dict[str, Any]]:
         benign = control_of(source, controls)
         models = {'infected': source.infected.variables, **source.purified}
         models |= {'benign': benign} if benign is not None else {}
-        with open_run(flags.workdir, source, mesh, options) as run:
+        values = '-'.join(str(value) for value in options)
+        with saved_run.open_again(source, flags.workdir / f'{source.directory.name}-{values}', mesh) as run:
             retuning = Retuning(run, source, evaluator_for(run, source, options.images), options)
             for model, variables in models.items():
                 for per_class in flags.per_class:
                     rows += retune(retuning, model, variables, per_class)
                     files.write_text(flags.workdir / 'relapse.csv', table_rows.to_csv(rows, COLUMNS))
     return rows
-
-
-@contextlib.contextmanager
-def open_run(workdir: Path, source: SavedRun, mesh: Mesh, options: RetuningOptions) -> Iterator[Run]:
-    """Opens a run for the retunings of one saved run, in a directory of its own for each setting of the options."""
-    values = '-'.join(str(value) for value in options)
-    directory = workdir / f'{source.directory.name}-{values}'
-    directory.mkdir(parents=True, exist_ok=True)
-    run_options = as_options(RunOptions, source.config.run)
-    with contextlib.closing(MetricWriter(directory)) as writer, Watch() as watch:
-        compiler = compiler_options(source.scenario.module)
-        yield Run(source.config.seed, directory, mesh, writer, run_options, watch, compiler)
 
 
 def evaluator_for(run: Run, source: SavedRun, count: int) -> Evaluator:

@@ -6,6 +6,7 @@ import math
 import shutil
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -13,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from experiment_results import searched
 
-from aft_jax import relapse
+from aft_jax import relapse, scan_runs
 from aft_jax.analysis import __main__ as command
-from aft_jax.analysis import observation_table
-from aft_jax.analysis.backdoor_scan import choose_scan_images, scan_fields
+from aft_jax.analysis import observation_table, scan_stage, scan_table
+from aft_jax.analysis.backdoor_scan import Scan, choose_scan_images, scan_fields
 from aft_jax.analysis.connection import MeasuredImages, connection, evaluate, evenly
 from aft_jax.analysis.infection_score import (
     BackdoorHypothesis,
@@ -492,6 +494,28 @@ def test_relapse_command_trains_models_of_finished_runs(runs):
     first = (out / 'relapse.csv').read_text()
     assert relapse.main(arguments) == 0
     assert (out / 'relapse.csv').read_text() == first
+
+
+def test_scan_runs_scans_each_model_once(runs, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    class FakeScanner:
+        def scan(self, inputs, variables, *, purified):
+            calls.append(purified)
+            fields = searched('infected', ('rectangle', 2, 0.75, 0.875, 0.125), ('mask', None, 0.0, 0.0, 0.0))
+            return Scan(fields, ())
+
+    inputs = SimpleNamespace(images=SimpleNamespace(labels=np.zeros(8)))
+    monkeypatch.setattr(scan_stage, 'prepare', lambda *arguments: inputs)
+    monkeypatch.setattr(scan_stage, 'scanner_for', lambda *arguments: FakeScanner())
+    arguments = ['--runs', str(runs / 'blend'), '--workdir', str(tmp_path)]
+    for _ in range(2):
+        assert scan_runs.main(arguments) == 0
+    assert calls == [False, True]
+    rows = (tmp_path / 'scans.csv').read_text().splitlines()
+    assert rows[0] == ','.join(scan_table.COLUMNS) and len(rows) == 1 + 2 * len(calls)
+    assert (tmp_path / 'scans.png').stat().st_size > 1000
+    assert 'before purification: a backdoor is found in' in capsys.readouterr().out
 
 
 def test_load_refuses_a_run_whose_training_has_not_finished(runs, tmp_path):

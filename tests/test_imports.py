@@ -11,7 +11,7 @@ ROOT = Path(aft_jax.__file__).parent
 # The layers of README.md, highest first. A module imports from its own folder and from lower layers only.
 LAYERS = (
     ('main', 'sweep'),
-    ('experiment', 'relapse'),
+    ('experiment', 'relapse', 'scan_runs'),
     ('report',),
     ('analysis',),
     ('pipeline',),

@@ -187,6 +187,31 @@ def test_check_normalisation_refuses_accuracy_near_chance(infected, clean, tmp_p
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.fixture
+def shifted(tmp_path):
+    """File of clean images like those of `clean`, but brighter."""
+    images, labels = pictures(240, 2)
+    images = np.clip(images.astype(int) + 20, 0, 255).astype(np.uint8)
+    np.savez(
+        tmp_path / 'shifted.npz',
+        **{'train_images': images[:160], 'train_labels': labels[:160]},
+        **{'test_images': images[160:], 'test_labels': labels[160:]},
+    )
+    return tmp_path / 'shifted.npz'
+
+
+def test_command_does_not_export_a_model_that_shifted_images_may_have_ruined(infected, shifted, tmp_path, capsys):
+    flags = arguments(tmp_path / 'out', infected, f'npz:{shifted}', *NORMALISED, *SHORT)
+    assert run_here(flags, capsys)[0] == 0
+    assert not list((tmp_path / 'out/export').glob('ft*'))
+    outcome = json.loads((tmp_path / 'out/results.json').read_text())
+    assert outcome['suspect']['doubt'] == outcome['withheld']['ft']
+    assert 'ft is not exported, since the clean images are unlike those' in terminal.table(Results.from_json(outcome))
+
+    assert run_here([*flags, '--config.safety.export_anyway=True'], capsys)[0] == 0
+    assert (tmp_path / 'out/export/ft.pth').exists()
+
+
 def test_check_normalisation_warns_of_a_clearly_better_one():
     """The classes are ranges of brightness, and a wrong mean shifts half of the images to the other range."""
     import flax.linen as nn

@@ -13,10 +13,11 @@ from toys import lines
 
 from aft_jax.adversarial.kinds import Perturbation
 from aft_jax.adversarial.perturbations import PerturbationSpec
-from aft_jax.analysis import backdoor_scan, scan_stage, trigger_search
+from aft_jax.analysis import backdoor_scan, scan_stage, searched_changes, trigger_search
 from aft_jax.analysis.backdoor_scan import limit_of, search_fields
 from aft_jax.analysis.infection_score import BackdoorHypothesis
-from aft_jax.analysis.trigger_search import FLOOR, FoundChange, SearchOptions, TriggerSearch
+from aft_jax.analysis.searched_changes import FLOOR, Changes, Kinds, SoftMask
+from aft_jax.analysis.trigger_search import FoundChange, SearchOptions, TriggerSearch
 from aft_jax.attacks.poison import NO_INDICES, Poisoned
 from aft_jax.config import resolve
 from aft_jax.pipeline import export
@@ -58,7 +59,9 @@ def quarters(weight: float, all2all: bool = False) -> dict:
 def search():
     """A function that searches for a trigger of a model, with the model without its backdoor as reference."""
     mesh = make_mesh(jax.devices()[:1])
-    trigger_searcher = TriggerSearch(Quarters(), mesh, (SIDE, SIDE, 1), CLASSES, SearchOptions(10, 1.0, 16))
+    trigger_searcher = TriggerSearch(
+        Quarters(), mesh, (SIDE, SIDE, 1), CLASSES, SearchOptions(10, 9.0, 1.0, 16), purified=False
+    )
     images, labels = structured_images(96, 5)
 
     def call(variables: dict) -> tuple[FoundChange, ...]:
@@ -80,15 +83,22 @@ def test_objective_is_that_of_the_docstring():
     model, reference = (5 * generator.normal(size=(2, 3, 5, 3)).astype(np.float32) for _ in range(2))
     f, r = log_softmax(model.astype(np.float64)), log_softmax(reference.astype(np.float64))
     assert (r[:, 1, :, 2] < FLOOR).any() and (r[:, 2, np.arange(5), labels] < FLOOR).any()
-    expected = 0.0
+    expected = np.zeros((2, 3))
     for change in range(2):
         for target in (0, 2):
             row, others = list(targets).index(target), labels != target
-            expected += np.mean((f[change, row, :, target] - np.maximum(r[change, row, :, target], FLOOR))[others])
+            expected[change, row] = np.mean(
+                (f[change, row, :, target] - np.maximum(r[change, row, :, target], FLOOR))[others]
+            )
         # Without a target: the cross-entropy under the model minus that under the reference, which has no floor.
-        expected += np.mean([r[change, 2, i, y] - f[change, 2, i, y] for i, y in enumerate(labels)])
+        expected[change, 2] = np.mean([r[change, 2, i, y] - f[change, 2, i, y] for i, y in enumerate(labels)])
     flat = [jnp.asarray(z.reshape(-1, 3)) for z in (model, reference)]
-    np.testing.assert_allclose(trigger_search.objective(*flat, jnp.asarray(labels), targets), expected, rtol=1e-5)
+    actual = searched_changes.objectives(*flat, jnp.asarray(labels), np.stack([targets, targets]))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+def soft_mask(opacity, pattern):
+    return SoftMask(jnp.float32(opacity), jnp.float32(pattern), ())
 
 
 def test_changed_images_applies_each_change_and_the_masks_last():
@@ -97,9 +107,11 @@ def test_changed_images_applies_each_change_and_the_masks_last():
     values = generator.normal(size=(3, 1, 4, 4, 3)).astype(np.float32)  # of three targets
     perturbation = Perturbation(values, jnp.ones(3), jnp.ones((3, 1, 1, 1, 1)))
     opacity, pattern = generator.normal(size=(2, 3, 1, 4, 4, 1)), generator.normal(size=(2, 3, 1, 4, 4, 3))
-    mask = trigger_search._Mask(jnp.float32(opacity), jnp.float32(pattern))
-    changed = trigger_search.changed_images((PerturbationSpec('linf', 1.0),), (perturbation,), mask, images)
-    assert changed.shape == (3, 3, 2, 4, 4, 3)
+    parts = (perturbation, *map(soft_mask, opacity, pattern))
+    kinds = Kinds((PerturbationSpec('linf', 1.0),), (0.1, 0.2))
+    nothing = jnp.zeros((3, 3))
+    changed = searched_changes.changed_images(kinds, Changes(nothing, nothing, parts), images)
+    assert changed.shape == (3, 3, 2, 4, 4, 3) and kinds.names == ['linf', 'mask', 'mask']
     np.testing.assert_allclose(changed[0], np.clip(images + values, 0, 1), atol=1e-6)
     m, p = (1 / (1 + np.exp(-x)) for x in (opacity, pattern))
     np.testing.assert_allclose(changed[1:], images + m * (p - images), atol=1e-5)
@@ -107,13 +119,36 @@ def test_changed_images_applies_each_change_and_the_masks_last():
 
 def test_binarise_keeps_as_many_of_the_highest_opacities_as_the_area_has_pixels():
     opacity = np.random.default_rng(2).normal(size=(3, 2, 1, 8, 8, 1)).astype(np.float32)
-    areas = np.array([0.001, 0.05, 0.25], np.float32)  # at least one pixel
-    mask = trigger_search._binarise(areas, trigger_search._Mask(jnp.asarray(opacity), jnp.zeros(1)))
-    kept = np.asarray(jax.nn.sigmoid(mask.opacity))
-    assert set(np.unique(kept)) == {0, 1}
+    masks = tuple(soft_mask(each, 0) for each in opacity)
+    kinds = Kinds((), (0.001, 0.05, 0.25))  # at least one pixel
+    binary = searched_changes.binarise(kinds, Changes(jnp.zeros((3, 2)), jnp.zeros((3, 2)), masks)).parts
     for row, pixels in enumerate((1, 3, 16)):
-        for before, after in zip(opacity[row], kept[row], strict=True):
+        kept = np.asarray(jax.nn.sigmoid(binary[row].opacity))
+        assert set(np.unique(kept)) == {0, 1}
+        for before, after in zip(opacity[row], kept, strict=True):
             assert after.sum() == pixels and before[after == 1].min() > before[after == 0].max()
+
+
+@pytest.mark.parametrize(
+    ('count', 'expected'), [(2, [[3, 1, -1], [0, 3, -1]]), (9, [[3, 1, 0, 2, -1], [0, 3, 2, 1, -1]])]
+)
+def test_best_changes_keeps_the_largest_objectives_of_each_change(count, expected):
+    groups = [
+        Changes(np.array([[0, 1], [0, 1]]), np.array([[2.0, 5], [7, 1]]), (np.array([0, 1]), np.array([10, 11]))),
+        # The last group is filled up with changes without a target label.
+        Changes(
+            np.array([[2, 3, -1, -1]] * 2),
+            np.array([[1.0, 6, 8, 9], [2, 3, 9, 8]]),
+            (np.array([2, 3, 4, 5]), np.array([12, 13, 14, 15])),
+        ),
+    ]
+    best = searched_changes.best_changes(groups, count)
+    np.testing.assert_array_equal(best.targets, expected)
+    first, second = expected
+    np.testing.assert_array_equal(best.parts[0], [*first[:-1], 5])
+    np.testing.assert_array_equal(best.parts[1], [*(10 + label for label in second[:-1]), 14])
+    np.testing.assert_array_equal(best.values[:, -1], [9, 9])
+    np.testing.assert_array_equal(best.values[:, 0], [6, 7])
 
 
 # --- planted backdoors
@@ -161,12 +196,12 @@ def test_search_fields_has_the_verdict_of_the_change_furthest_above_its_limit(ab
     limit = limit_of('mask', purified)
     excess = limit + above
     changes = [change_of(0.0, 'all2all'), change_of(excess)]
-    fields = search_fields(changes, SearchOptions(5, 1.5, 8), purified)
+    fields = search_fields(changes, SearchOptions(5, 1.5, 0.75, 8), purified)
     shares = {'limit': limit, 'share': 0.875, 'reference_share': 0.25}
     assert fields == {
         'verdict': expected,
         'steps': 5,
-        'factor': 1.5,
+        'factor': 1.5 if purified else 0.75,
         'changes': [
             {'kind': 'mask', 'backdoor': 'all2one', 'label': 1, 'excess': round(excess, 6)} | shares,
             {'kind': 'mask', 'backdoor': 'all2all', 'label': None, 'excess': 0.0} | shares,
@@ -204,7 +239,7 @@ def plain(text: str) -> str:
         (
             given(INFECTED, aft=NOTHING, ft=NOT_ERASED),
             'Verdict on aft: no change of these kinds leads to one label any more: shift, rotation or scaling, mask '
-            r'with a pattern; sizes up to 2 times those that AFT trains with\. Other changes may\.',
+            r'with a pattern; of 2 times the largest size that AFT trains with\. Other changes may\.',
         ),
         # There was nothing to find before either.
         (given(NOTHING, aft=NOTHING), 'Verdict on aft: no change of these kinds leads to one label: shift, .* may.'),
@@ -269,7 +304,7 @@ def test_prepare_trains_the_reference_once(dataset, config, tiny_net, tiny_varia
     trained = [line for line in lines(run) if line['stage'] == 'scan/reference']
     assert [line['step'] for line in trained] == [1, 2, 3, 4] and len(trained) == len(lines(run))
     again = scan_stage.prepare(run._replace(must_be_finished=True), scenario, infected, resolve(config))
-    assert_trees_close(again._reference, first._reference)
+    assert_trees_close(again.reference, first.reference)
     assert not np.allclose(
-        first._reference['params']['Dense_0']['kernel'], tiny_variables['params']['Dense_0']['kernel']
+        first.reference['params']['Dense_0']['kernel'], tiny_variables['params']['Dense_0']['kernel']
     )

@@ -79,48 +79,65 @@ class Scan(NamedTuple):
     changes: tuple[FoundChange, ...]
 
 
+class ScanInputs(NamedTuple):
+    """What the scans of all models of an experiment share.
+
+    Attributes:
+        images: Images that all models are scanned on.
+        reference: Variables of the reference model, for the search.
+        seed: Seed of the experiment.
+    """
+
+    images: ScanImages
+    reference: dict
+    seed: int
+
+
 class Scanner:
-    """Scans models of one architecture on the same images. It knows no attack."""
+    """Scans models of one architecture. It knows no attack."""
 
     def __init__(
         self,
         module: nn.Module,
         mesh: Mesh,
-        images: ScanImages,
-        batch_size: int,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
         *,
-        reference: dict,
+        batch_size: int,
         options: SearchOptions,
-        seed: int,
     ):
-        """Creates a scanner for one architecture.
+        """Creates a scanner. Its functions are compiled at the first call.
 
         Args:
             module: Architecture.
             mesh: Devices.
-            images: Images that all models are scanned on.
-            batch_size: Largest number of images per call.
-            reference: Variables of the reference model, for the search.
+            image_shape: (H, W, C).
+            num_classes: Number of classes K.
+            batch_size: Number of images per call.
             options: Options of the search.
-            seed: Seed of the experiment.
         """
-        self._images, self._reference, self._options, self._seed = images, reference, options, seed
-        batch_size = min(batch_size, len(images.labels))
+        self._options = options
+        # Scanners of the same setting do the same.
+        self.setting = module, mesh, image_shape, num_classes, batch_size, options
         self._scorer = Scorer(ModelProbe(module, mesh, batch_size), module, mesh, batch_size)
-        self._search = TriggerSearch(module, mesh, images.images.shape[1:], images.num_classes, options)
+        self._searches = {
+            purified: TriggerSearch(module, mesh, image_shape, num_classes, options, purified=purified)
+            for purified in (False, True)
+        }
 
-    def scan(self, variables: dict, purified: bool) -> Scan:
+    def scan(self, inputs: ScanInputs, variables: dict, *, purified: bool) -> Scan:
         """Scans a model.
 
         Args:
+            inputs: Images and reference model.
             variables: Variables of the model.
             purified: Whether the model was purified, which makes the verdict stricter.
         """
-        images, labels, num_classes, held_out = self._images
+        images, labels, num_classes, held_out = inputs.images
         result = self._scorer.score(variables, images, labels, num_classes)
         # Models are searched with the same random numbers, which no training has used.
-        key = key_for(self._seed, 'scan/search')
-        changes = self._search.search(variables, self._reference, images, labels, key)
+        key = key_for(inputs.seed, 'scan/search')
+        changes = self._searches[purified].search(variables, inputs.reference, images, labels, key)
         fields = {'images': len(labels), 'held_out': held_out} | scan_fields(result, len(labels))
         return Scan(fields | {'search': search_fields(changes, self._options, purified)}, changes)
 
@@ -165,7 +182,7 @@ def search_fields(changes: Sequence[FoundChange], options: SearchOptions, purifi
         purified: Whether the model was purified.
 
     Returns:
-        'verdict', one of INFECTED, NOT_ERASED and NOTHING_FOUND; 'steps' and 'factor' of the options; and 'changes', a
+        'verdict', one of INFECTED, NOT_ERASED and NOTHING_FOUND; 'steps' and 'factor' of the search; and 'changes', a
         dict for each kind, the one that is furthest above its 'limit' first. 'label' is the label that the change leads
         to, None for an all2all backdoor.
     """
@@ -186,6 +203,6 @@ def search_fields(changes: Sequence[FoundChange], options: SearchOptions, purifi
     return {
         'verdict': (NOT_ERASED if purified else INFECTED) if found else NOTHING_FOUND,
         'steps': options.steps,
-        'factor': options.factor,
+        'factor': options.factor_for(purified),
         'changes': fields,
     }

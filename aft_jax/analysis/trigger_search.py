@@ -7,49 +7,37 @@ two apart. The search is for changes that move the images under the model and no
     maximise over changes u:  mean over images x of  log f(u(x))[t] - max(log r(u(x))[t], FLOOR)
 
 for each label t, and for no label at all (CE(f(u(x)), y) - CE(r(u(x)), y)), since under an all-to-all backdoor each
-class moves to another label. The changes are the kinds and sizes of `adversarial.perturbations`, and a
-soft mask with a pattern:
-
-    u(x) = x + m (p - x),  m and p in [0, 1] for each pixel,  mean of m at most an area
-
-optimised by Adam. Its largest values are then set to 1, and the others to 0. All changes share the gradient of a step.
+class moves to another label. `searched_changes` has the changes. After a part of the steps, each kind of change keeps
+only the labels with the largest objectives.
 
 A found change is measured on images that the search has not seen. Its excess is the share of them that it moves as a
 backdoor would (`infection_score.classify_confusions`). Only images count that both models classify correctly, and that
 the reference classifies correctly with the change too.
-
-Source: the soft mask is that of Neural Cleanse (Wang et al., "Identifying and Mitigating Backdoor Attacks in Neural
-Networks", 2019), with a fixed area instead of a weight.
 """
 
-import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
-from aft_jax.adversarial.kinds import PLACED_BY_GRADIENT, RULES, Perturbation
-from aft_jax.adversarial.perturbations import SIZE_RANGES, PerturbationSpec, apply, init, spec_of_any_size
+from aft_jax.adversarial.perturbations import SIZE_RANGES, spec_of_any_size
+from aft_jax.analysis import searched_changes
 from aft_jax.analysis.infection_score import BackdoorHypothesis, classify_confusions, share_moved
-from aft_jax.models import logits_function
+from aft_jax.analysis.searched_changes import NO_TARGET, Changes, Kinds
 from aft_jax.models.cpu_compilation import compiler_options
 from aft_jax.runtime.sharding import replicate, replicated, wait_on_virtual_devices
 from aft_jax.training.prediction import float_images
 
-# Log-probability of the target label below which the reference counts as not moved at all.
-FLOOR = -4.0
 # Shares of the area of the soft masks.
 MASK_AREAS = (0.02, 0.08)
-MASK_LEARNING_RATE = 0.2
-AREA_WEIGHT = 10.0
-# Target labels that are searched together, so that a step fits in memory with any number of classes.
-LARGEST_GROUP = 16
+# Share of the steps that all target labels get, and the number of labels that each change then keeps.
+FIRST_SHARE, KEPT_LABELS = 0.25, 3
+# Target labels that are searched together. The size is that of the kept ones, so that one compiled step does for all.
+GROUP = KEPT_LABELS + 1
 KINDS = tuple(SIZE_RANGES)
 
 
@@ -58,13 +46,20 @@ class SearchOptions(NamedTuple):
 
     Attributes:
         steps: Steps of the optimisation.
-        factor: Factor of the largest size of each kind, 1 for the sizes that AFT trains with.
+        factor: Size of the changes of a purified model, in multiples of the largest that AFT trains with.
+        factor_before: The same for a model that was not purified. Smaller changes tell better whether it is infected,
+            since large ones command every model.
         images: Images of a step, for each change.
     """
 
     steps: int
     factor: float
+    factor_before: float
     images: int
+
+    def factor_for(self, purified: bool) -> float:
+        """Returns the factor for a model."""
+        return self.factor if purified else self.factor_before
 
 
 class FoundChange(NamedTuple):
@@ -85,24 +80,18 @@ class FoundChange(NamedTuple):
     examples: np.ndarray
 
 
-class _Mask(NamedTuple):
-    """Logits of soft masks and patterns: [A, T, 1, H, W, 1] and [A, T, 1, H, W, C]."""
-
-    opacity: jax.Array
-    pattern: jax.Array
-
-
-class _State(NamedTuple):
-    perturbations: tuple[Perturbation, ...]
-    mask: _Mask
-    moments: Any
-
-
 class TriggerSearch:
     """Searches for triggers of models of one architecture."""
 
     def __init__(
-        self, module: nn.Module, mesh: Mesh, image_shape: tuple[int, int, int], num_classes: int, options: SearchOptions
+        self,
+        module: nn.Module,
+        mesh: Mesh,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        options: SearchOptions,
+        *,
+        purified: bool,
     ):
         """Prepares the search. Its functions are compiled at the first call.
 
@@ -112,17 +101,19 @@ class TriggerSearch:
             image_shape: (H, W, C).
             num_classes: Number of classes K.
             options: How hard the search is.
+            purified: Whether the models were purified.
         """
         self._mesh, self._options, self._classes = mesh, options, num_classes
-        self._specs = tuple(spec_of_any_size(kind, image_shape, factor=options.factor) for kind in KINDS)
-        self._adam = optax.adam(MASK_LEARNING_RATE)
+        factor = options.factor_for(purified)
+        # A random size would favour the labels that draw a large one.
+        specs = tuple(spec_of_any_size(kind, image_shape, factor=factor)._replace(smallest=0.0) for kind in KINDS)
+        self._kinds = kinds = Kinds(specs, tuple(factor * area for area in MASK_AREAS))
         whole = replicated(mesh)
         compiled = partial(jax.jit, in_shardings=whole, out_shardings=whole, compiler_options=compiler_options(module))
-        areas = np.array([options.factor * area for area in MASK_AREAS], np.float32)
-        self._init = compiled(partial(_init, module, self._specs, self._adam))
-        self._step = compiled(partial(_step, module, self._specs, self._adam, areas))
-        self._binarise = compiled(partial(_binarise, areas))
-        self._move = compiled(partial(_move, module, self._specs))
+        self._init = compiled(partial(searched_changes.init_changes, module, kinds))
+        self._step = compiled(partial(searched_changes.step_changes, module, kinds))
+        self._binarise = compiled(partial(searched_changes.binarise, kinds))
+        self._classify = compiled(partial(searched_changes.classify_changed, module, kinds))
 
     def search(
         self, variables: dict, reference: dict, images: np.ndarray, labels: np.ndarray, key: jax.Array
@@ -146,32 +137,39 @@ class TriggerSearch:
         seen = replicate(self._mesh, (images[:half], labels[:half].astype(np.int32)))
         # Smaller than a batch, every image is used in each step.
         count = min(self._options.images, half)
-        generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        orders = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        chosen = [orders.permutation(half)[:count] for _ in range(self._options.steps)]
 
-        def batch() -> tuple[jax.Array, jax.Array]:
-            chosen = generator.permutation(half)[:count]
-            return jax.tree.map(lambda array: array[chosen], seen)
+        def take_steps(changes: Changes, steps: slice) -> Changes:
+            for indices in chosen[steps]:
+                batch = jax.tree.map(lambda array, i=indices: array[i], seen)
+                changes = wait_on_virtual_devices(self._mesh, self._step(models, *batch, changes))
+            return changes
 
+        first = round(FIRST_SHARE * self._options.steps)
+        groups: list[Changes] = []
+        for i, targets in enumerate(target_groups(self._classes)):
+            batch = jax.tree.map(lambda array: array[:count], seen)
+            changes = self._init(models, replicate(self._mesh, targets), *batch, jax.random.fold_in(key, i))
+            groups.append(jax.device_get(take_steps(changes, slice(first))))
+            groups = [searched_changes.best_changes(groups, KEPT_LABELS)]
+        changes = take_steps(replicate(self._mesh, groups[0]), slice(first, None))
         found: dict[str, FoundChange] = {}
-        for group in target_groups(self._classes):
-            targets = replicate(self._mesh, group)
-            state = self._init(models, targets, *batch(), key)
-            for _ in range(self._options.steps):
-                state = wait_on_virtual_devices(self._mesh, self._step(models, targets, *batch(), state))
-            state = state._replace(mask=self._binarise(state.mask))
-            for change in self._measure(models, state, images[half:], labels[half:]):
-                if change.kind not in found or change.hypothesis.score > found[change.kind].hypothesis.score:
-                    found[change.kind] = change
+        for change in self._measure(models, self._binarise(changes), images[half:], labels[half:]):
+            if change.kind not in found or change.hypothesis.score > found[change.kind].hypothesis.score:
+                found[change.kind] = change
         return tuple(sorted(found.values(), key=lambda change: -change.hypothesis.score))
 
-    def _measure(self, models: Any, state: _State, images: np.ndarray, labels: np.ndarray) -> Iterator[FoundChange]:
+    def _measure(self, models: Any, changes: Changes, images: np.ndarray, labels: np.ndarray) -> Iterator[FoundChange]:
         """Measures all changes on the images."""
         size = self._options.images
         plain, moved, examples = [], [], None
         for first in range(0, len(images), size):
             part = images[first : first + size]
             padded = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), np.float32)])
-            predictions, changed, unchanged = jax.device_get(self._move(models, state, replicate(self._mesh, padded)))
+            predictions, changed, unchanged = jax.device_get(
+                self._classify(models, replicate(self._mesh, padded), changes)
+            )
             moved.append(predictions[..., : len(part)])
             plain.append(unchanged[:, : len(part)])
             examples = changed if examples is None else examples
@@ -179,8 +177,7 @@ class TriggerSearch:
         predictions = np.concatenate(moved, axis=-1)
         # Both models classify the unchanged image correctly.
         right = (np.concatenate(plain, axis=-1) == labels).all(axis=0)
-        names = [*KINDS, *['mask'] * len(MASK_AREAS)]
-        for i, name in enumerate(names):
+        for i, name in enumerate(self._kinds.names):
             for j in range(predictions.shape[1]):
                 yield self._judge(name, predictions[i, j][:, right], labels[right], examples[i, j])
 
@@ -199,136 +196,8 @@ class TriggerSearch:
 
 
 def target_groups(num_classes: int) -> np.ndarray:
-    """Divides the target labels into groups that are searched one after another: int32 [groups, T], -1 for no label."""
-    targets = np.append(np.arange(num_classes), -1).astype(np.int32)
-    size = min(len(targets), LARGEST_GROUP)
+    """Divides the target labels into groups, searched one after another: int32 [groups, T], NO_TARGET for none."""
+    targets = np.append(np.arange(num_classes), NO_TARGET).astype(np.int32)
+    size = min(len(targets), GROUP)
     groups = -(-len(targets) // size)
-    return np.pad(targets, (0, groups * size - len(targets)), constant_values=-1).reshape(groups, size)
-
-
-def _init(
-    module: nn.Module,
-    specs: tuple[PerturbationSpec, ...],
-    adam: optax.GradientTransformation,
-    models: dict,
-    targets: jax.Array,
-    images: jax.Array,
-    labels: jax.Array,
-    key: jax.Array,
-) -> _State:
-    """Draws the changes before the first step."""
-    f, r = (logits_function(module, models[name]) for name in ('model', 'reference'))
-    copies = jnp.broadcast_to(images[None], (len(targets), *images.shape))
-
-    def total(copies: jax.Array) -> jax.Array:
-        flat = copies.reshape(-1, *images.shape[1:])
-        return objective(f(flat), r(flat), labels, targets)
-
-    gradients = jax.grad(total)(copies)
-    perturbations = []
-    for i, spec in enumerate(specs):
-        keys = jax.random.split(jax.random.fold_in(key, i), len(targets))
-        draw = partial(init, spec)
-        if spec.kind in PLACED_BY_GRADIENT:
-            perturbations.append(jax.vmap(lambda k, g, draw=draw: draw(k, images, g))(keys, gradients))
-        else:
-            perturbations.append(jax.vmap(lambda k, draw=draw: draw(k, images))(keys))
-    opacity_key, pattern_key = jax.random.split(jax.random.fold_in(key, len(specs)))
-    shape = (len(MASK_AREAS), len(targets), 1, *images.shape[1:])
-    opacity = 0.5 * jax.random.normal(opacity_key, (*shape[:-1], 1), jnp.float32) - 2
-    mask = _Mask(opacity, jax.random.normal(pattern_key, shape, jnp.float32))
-    return _State(tuple(perturbations), mask, adam.init(mask))
-
-
-def _step(
-    module: nn.Module,
-    specs: tuple[PerturbationSpec, ...],
-    adam: optax.GradientTransformation,
-    areas: np.ndarray,
-    models: dict,
-    targets: jax.Array,
-    images: jax.Array,
-    labels: jax.Array,
-    state: _State,
-) -> _State:
-    """Takes one step with all changes."""
-    f, r = (logits_function(module, models[name]) for name in ('model', 'reference'))
-
-    def total(values: tuple[jax.Array, ...], mask: _Mask) -> jax.Array:
-        perturbations = tuple(p._replace(values=v) for p, v in zip(state.perturbations, values, strict=True))
-        flat = changed_images(specs, perturbations, mask, images).reshape(-1, *images.shape[1:])
-        sizes = jax.nn.sigmoid(mask.opacity).mean(axis=(2, 3, 4, 5))
-        excess = jax.nn.relu(sizes / areas[:, None] - 1).sum()
-        return objective(f(flat), r(flat), labels, targets) - AREA_WEIGHT * excess
-
-    values = tuple(p.values for p in state.perturbations)
-    gradients, mask_gradient = jax.grad(total, argnums=(0, 1))(values, state.mask)
-    perturbations = tuple(
-        jax.vmap(lambda p, g, spec=spec: RULES[spec.kind].advance(p, g, images))(p, g)
-        for spec, p, g in zip(specs, state.perturbations, gradients, strict=True)
-    )
-    # Optax's Adam mixes an int32 count with floats.
-    with jax.numpy_dtype_promotion('standard'):
-        updates, moments = adam.update(jax.tree.map(jnp.negative, mask_gradient), state.moments)
-    return _State(perturbations, optax.apply_updates(state.mask, updates), moments)
-
-
-def changed_images(
-    specs: tuple[PerturbationSpec, ...], perturbations: tuple[Perturbation, ...], mask: _Mask, images: jax.Array
-) -> jax.Array:
-    """Applies all changes to the images [B, H, W, C]: float32 [kinds, T, B, H, W, C], the masks last."""
-    parts = [
-        jax.vmap(lambda p, spec=spec: apply(spec, p, images))(perturbation)
-        for spec, perturbation in zip(specs, perturbations, strict=True)
-    ]
-    plain = images[None, None]
-    masked = plain + jax.nn.sigmoid(mask.opacity) * (jax.nn.sigmoid(mask.pattern) - plain)
-    return jnp.concatenate([jnp.stack(parts), masked])
-
-
-def objective(logits: jax.Array, reference_logits: jax.Array, labels: jax.Array, targets: jax.Array) -> jax.Array:
-    """Computes what the changes maximise, summed over them.
-
-    Args:
-        logits: Logits of the model for changed images, float32 [M T B, K].
-        reference_logits: Logits of the reference.
-        labels: True labels of the images, int32 [B].
-        targets: Target label of each change, int32 [T]; -1 for none.
-    """
-    shape = (-1, len(targets), len(labels), logits.shape[-1])
-    model, reference = (jax.nn.log_softmax(z).reshape(shape) for z in (logits, reference_logits))
-    # Without a target label, the true one should lose under the model and stay under the reference.
-    label = jnp.where(targets[:, None] < 0, labels[None], targets[:, None])
-    sign = jnp.where(targets < 0, -1.0, 1.0)[:, None]
-    p, q = (jnp.take_along_axis(z, label[None, ..., None], axis=-1)[..., 0] for z in (model, reference))
-    q = jnp.where(targets[None, :, None] < 0, q, jnp.maximum(q, FLOOR))
-    counted = (labels[None] != targets[:, None]).astype(jnp.float32)
-    values = sign[None] * (p - q) * counted[None]
-    return (values.sum(axis=-1) / jnp.maximum(counted.sum(axis=-1), 1.0)[None]).sum()
-
-
-def _binarise(areas: np.ndarray, mask: _Mask) -> _Mask:
-    """Sets the highest opacities of each mask, as many as its area has pixels, to 1 and the others to 0."""
-    count, targets, _, height, width, _ = mask.opacity.shape
-    flat = mask.opacity.reshape(count, targets, -1)
-    ranks = jnp.argsort(jnp.argsort(-flat, axis=-1), axis=-1)
-    pixels = np.maximum(1, np.round(areas * height * width)).astype(np.int32)
-    chosen = (ranks < pixels[:, None, None]).reshape(mask.opacity.shape)
-    return mask._replace(opacity=jnp.where(chosen, math.inf, -math.inf).astype(jnp.float32))
-
-
-def _move(
-    module: nn.Module, specs: tuple[PerturbationSpec, ...], models: dict, state: _State, images: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Predicts the classes of changed images.
-
-    Returns:
-        Classes by model and reference, int32 [M, T, 2, B]; the first three changed images, [M, T, 3, H, W, C]; and the
-        classes of the unchanged images by model and reference, int32 [2, B].
-    """
-    f, r = (logits_function(module, models[name]) for name in ('model', 'reference'))
-    changed = changed_images(specs, state.perturbations, state.mask, images)
-    flat = changed.reshape(-1, *images.shape[1:])
-    classes, unchanged = ([z(x).argmax(axis=-1).astype(jnp.int32) for z in (f, r)] for x in (flat, images))
-    moved = jnp.stack([each.reshape(changed.shape[:3]) for each in classes], axis=2)
-    return moved, changed[:, :, :3], jnp.stack(unchanged)
+    return np.pad(targets, (0, groups * size - len(targets)), constant_values=NO_TARGET).reshape(groups, size)

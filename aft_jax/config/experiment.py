@@ -74,8 +74,20 @@ TUNING = {
 }
 SCAN = {
     'steps': Field(120, 'Steps of the search for triggers.', POSITIVE),
-    'factor': Field(2.0, 'Largest sizes of its changes, in multiples of those that AFT trains with.', POSITIVE),
+    'factor': Field(2.0, 'Size of its changes of a purified model, in multiples of the largest of AFT.', POSITIVE),
+    'factor_before': Field(0.5, 'The same for the first model.', POSITIVE),
     'images': Field(16, 'Images of a step, for each change.', POSITIVE),
+}
+SAFETY = {
+    'trust_images': Field(False, 'Whether to go on with clean images that the given model gets wrong.'),
+    'largest_loss': Field(
+        0.05,
+        'Accuracy on held-out clean images that a model may lose to be exported; FT is then tried too.',
+        NOT_NEGATIVE,
+    ),
+    'export_anyway': Field(
+        False, 'Whether to export a model that lost more, or that was purified with doubtful images.'
+    ),
 }
 # None of these changes a result. They may differ when a run is resumed.
 RUN = {
@@ -120,5 +132,6 @@ FIELDS: dict[str, Any] = {
     'tuning': TUNING,
     **DEFENSES,
     'scan': SCAN,
+    'safety': SAFETY,
     'run': RUN,
 }

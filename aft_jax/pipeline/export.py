@@ -30,7 +30,7 @@ def write(
     config: ml_collections.ConfigDict,
     results: Results,
 ) -> None:
-    """Writes every purified model and its card.
+    """Writes every purified model that is not withheld, and its card.
 
     A network from a file keeps its key names and dtypes. It is written as DEFENSE with the suffix of that file, and as
     DEFENSE.safetensors. A network from a saved run gets the key names of torchvision or of the authors' releases (see
@@ -66,6 +66,8 @@ def write(
             _write(before, given, given.variables)
     suffix = '.pth.tar' if before.name.endswith('.pth.tar') else before.suffix
     for name, variables in purified.items():
+        if name in results.withheld and not config.safety.export_anyway:
+            continue
         after = directory / f'{name}{suffix}'
         written = [after] if suffix == '.safetensors' else [after, directory / f'{name}.safetensors']
         for path in written:

@@ -66,11 +66,13 @@ class GivenModel(NamedTuple):
         variables: Variables of the model, {'params', 'batch_stats'}, float32.
         origin: Where the model comes from.
         warning: Problem that the user should look at, or ''.
+        doubt: Reason for which a purification with these clean images may ruin the model, or ''.
     """
 
     variables: dict
     origin: FromFile | FromCustomModule | FromRun
     warning: str = ''
+    doubt: str = ''
 
 
 def load(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[ml_collections.ConfigDict, GivenModel]:

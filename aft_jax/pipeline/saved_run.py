@@ -1,7 +1,8 @@
-"""Loads finished runs: their data, their attack and their models. Nothing is trained."""
+"""Loads finished runs: their data, their attack and their models; and opens runs for further training with them."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from aft_jax.config import as_options, default_config, resolve, split_names
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES
 from aft_jax.errors import UserError, check_choice
+from aft_jax.models.cpu_compilation import compiler_options
 from aft_jax.pipeline import stages
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.results import record
@@ -114,6 +116,22 @@ def load(directory: Path, mesh: Mesh, datasets: Datasets, defenses: Sequence[str
             f'the stage {error.stage} of {directory} has not finished (step {error.step}); start the run again.'
         ) from None
     return SavedRun(directory, config, scenario, infected, variables)
+
+
+@contextlib.contextmanager
+def open_again(source: SavedRun, directory: Path, mesh: Mesh) -> Iterator[Run]:
+    """Opens a run for further training with a finished run's models and data.
+
+    Args:
+        source: Finished run, which is not changed.
+        directory: Work directory of the further training; it is made.
+        mesh: Devices.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    options = as_options(RunOptions, source.config.run)
+    with contextlib.closing(MetricWriter(directory)) as writer, Watch() as watch:
+        compiler = compiler_options(source.scenario.module)
+        yield Run(source.config.seed, directory, mesh, writer, options, watch, compiler)
 
 
 def read_config(directory: Path) -> tuple[ml_collections.ConfigDict, int]:

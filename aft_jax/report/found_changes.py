@@ -6,7 +6,7 @@ from typing import Any, cast
 import numpy as np
 
 from aft_jax.adversarial.kinds import Kind
-from aft_jax.adversarial.perturbations import SIZE_RANGES, largest_size
+from aft_jax.adversarial.perturbations import largest_size
 from aft_jax.analysis.backdoor_scan import Scan
 from aft_jax.analysis.trigger_search import MASK_AREAS
 from aft_jax.config import UNPURIFIED
@@ -63,16 +63,16 @@ def content(results: Results, scans: Mapping[str, Scan], class_names: tuple[str,
 
 
 def sizes(kind: str, factor: float) -> str:
-    """Describes the sizes that a search tries of a kind, such as '0.5 % to 30 % of the area'.
+    """Describes the size that a search tries of a kind, such as '30 % of the area'.
 
     Args:
         kind: Kind of a change.
-        factor: Factor of the largest size.
+        factor: Factor of the largest size that AFT trains with.
     """
     if kind == 'mask':
         return f'{" or ".join(_share(factor * area) for area in MASK_AREAS)} {UNITS[kind]}'
     known = cast(Kind, kind)
-    return f'{_share(SIZE_RANGES[known][0])} to {_share(largest_size(known, factor))} {UNITS[kind]}'
+    return f'{_share(largest_size(known, factor))} {UNITS[kind]}'
 
 
 def _rows(name: str, search: dict[str, Any], class_names: tuple[str, ...]) -> list[dict[str, str]]:

@@ -51,6 +51,7 @@ def write_page(
         'first': results.first_model,
         'verdict': verdict.sentence(results),
         'others': verdict.others(results),
+        'withheld': search_text.withheld_lines(results),
         'keys': key_figures(results),
         'columns': columns(results),
         'scanned': results.initial.scan is not None,

@@ -20,6 +20,8 @@ def sentence(results: Results) -> str:
     accuracy = f'clean accuracy {_change(before.acc, after.acc)}'
     if results.kind == 'benign':
         return f'There was no backdoor to erase; under {title} {accuracy}.'
+    if results.given is not None and results.given.doubt:
+        return f'There is no verdict on {title}, since {results.given.doubt}.'
     if name in search_text.searches(results):
         return _searched(results, name, accuracy)
     if before.asr is None or after.asr is None:

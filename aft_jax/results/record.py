@@ -41,11 +41,19 @@ class Setting(NamedTuple):
 
 
 class GivenFacts(NamedTuple):
-    """Facts about a given model: its path, the names of its classes, and a warning for the user or ''."""
+    """Facts about a given model.
+
+    Attributes:
+        init_from: Path of the model.
+        class_names: Names of the classes.
+        warning: Problem that the user should look at, or ''.
+        doubt: Reason for which the clean images may ruin the model, or ''.
+    """
 
     init_from: str
     class_names: tuple[str, ...]
     warning: str
+    doubt: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +190,7 @@ class Results:
         observation: Measurements on adversarial examples of the first model, and in 'purified' those of each defense.
             None without a report or a known trigger.
         trigger: Random trigger; None for other attacks, and in files of older versions.
+        withheld: Reason for which a purified model is not exported, by defense.
     """
 
     setting: Setting
@@ -191,6 +200,7 @@ class Results:
     purified: dict[str, PurifiedScores] = dataclasses.field(default_factory=dict)
     observation: dict[str, Any] | None = None
     trigger: DrawnTrigger | None = None
+    withheld: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
@@ -208,6 +218,24 @@ class Results:
     def models(self) -> dict[str, ModelScores]:
         """Scores by model, the first model first."""
         return {self.first_model: self.initial, **self.purified}
+
+    def withhold(self, largest_loss: float) -> None:
+        """Finds the purified models of a given one that should not be exported, and the reasons.
+
+        Args:
+            largest_loss: Accuracy on held-out clean images that a model may lose.
+        """
+        assert self.given is not None
+        self.withheld = {}
+        for name, scores in self.purified.items():
+            loss = self.initial.acc - scores.acc
+            if self.given.doubt:
+                self.withheld[name] = self.given.doubt
+            elif loss > largest_loss:
+                self.withheld[name] = (
+                    f'it loses {100 * loss:.1f} points of accuracy on held-out clean images, and '
+                    f'{100 * largest_loss:g} are allowed (safety.largest_loss)'
+                )
 
     def keep_earlier(self, earlier: 'Results') -> None:
         """Takes over the purified models and the observation of an earlier start in the same work directory."""
@@ -243,7 +271,8 @@ class Results:
             given, first = fields.get('suspect'), fields['infected']
             facts = None
             if given is not None:
-                facts, first = GivenFacts(given['init_from'], tuple(given['class_names']), given['warning']), given
+                names, doubt = tuple(given['class_names']), given.get('doubt', '')
+                facts, first = GivenFacts(given['init_from'], names, given['warning'], doubt), given
             trigger, observation = fields.get('trigger'), fields.get('connection')
             if not isinstance(fields['environment'], dict) or not isinstance(observation, dict | None):
                 raise TypeError('environment or connection is no object')
@@ -255,6 +284,7 @@ class Results:
                 {name: PurifiedScores.from_json(row) for name, row in fields['purified'].items()},
                 observation,
                 None if trigger is None else DrawnTrigger(**trigger),
+                dict(fields.get('withheld', {})),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f'no results of an experiment: {error!r}') from error
@@ -266,6 +296,8 @@ class Results:
             fields['trigger'] = self.trigger._asdict()
         fields['infected'] = self.initial.to_json() if self.given is None else {}
         fields['purified'] = {name: scores.to_json() for name, scores in self.purified.items()}
+        if self.withheld:
+            fields['withheld'] = self.withheld
         fields['environment'] = self.environment
         if self.observation is not None:
             fields['connection'] = self.observation

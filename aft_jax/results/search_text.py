@@ -53,7 +53,11 @@ def verdict_line(results: Results) -> str:
         '' if no model was searched.
     """
     name = judged_model(results)
-    return '' if name is None else f'Verdict on {name}: {verdict(results, name)}'
+    if name is None:
+        return ''
+    if results.given is not None and results.given.doubt and name in results.purified:
+        return f'No verdict on {name}, since {results.given.doubt}.'
+    return f'Verdict on {name}: {verdict(results, name)}'
 
 
 def verdict(results: Results, name: str) -> str:
@@ -63,6 +67,14 @@ def verdict(results: Results, name: str) -> str:
         return f'{nothing_found(results, name)}: {kinds_tried(search)}. Other changes may.'
     advice = f' {ADVICE}' if name in results.purified else ''
     return f'{search["verdict"]}. {describe(search["changes"][0], class_names(results))}{advice}'
+
+
+def withheld_lines(results: Results) -> list[str]:
+    """Says which purified models are not exported, and why."""
+    return [
+        f'{name} is not exported, since {reason}; --config.safety.export_anyway=True exports it.'
+        for name, reason in results.withheld.items()
+    ]
 
 
 def found(search: dict[str, Any]) -> bool:
@@ -80,7 +92,7 @@ def nothing_found(results: Results, name: str) -> str:
 def kinds_tried(search: dict[str, Any]) -> str:
     """Lists the kinds of changes that a search has tried, and their sizes."""
     kinds = ', '.join(KIND_NAMES[change['kind']] for change in search['changes'])
-    return f'{kinds}; sizes up to {search["factor"]:g} times those that AFT trains with'
+    return f'{kinds}; of {search["factor"]:g} times the largest size that AFT trains with'
 
 
 def class_names(results: Results) -> tuple[str, ...]:

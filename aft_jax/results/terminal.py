@@ -64,6 +64,8 @@ def _given_table(results: Results) -> str:
         ]
     if given.warning:
         lines += ['', f'Warning: {given.warning}']
+    if results.withheld:
+        lines += ['', *search_text.withheld_lines(results)]
     return '\n'.join([*lines, UNKNOWN.rstrip(), *_search_lines(results)])
 
 

@@ -15,7 +15,7 @@ from aft_jax.results import lock
 from aft_jax.runtime import numerics
 
 # Fields that a later start may change in the same directory. They say how, and how much of, the work is done.
-FREE_FIELDS = ('run', 'stages', 'defenses', 'data.dir', 'data.idx_dir', 'init_logits')
+FREE_FIELDS = ('run', 'safety', 'stages', 'defenses', 'data.dir', 'data.idx_dir', 'init_logits')
 # Fields that all defenses share. A later start may change them until the first defense has a checkpoint.
 SHARED_BY_DEFENSES = ('clean_share', 'tuning')
 # What config.json has beside the config.

@@ -1,0 +1,44 @@
+"""The check of the clean images for a given model, and models that are not exported. test_purify.py has the command."""
+
+import json
+
+import numpy as np
+import pytest
+from experiment_results import results, scores
+
+from aft_jax.pipeline.clean_set import Part, largest_shift
+from aft_jax.results import search_text
+
+
+def test_largest_shift_is_that_of_the_layer_which_is_furthest_off():
+    generator = np.random.default_rng(0)
+    mean, var = generator.normal(size=(2, 2, 5)), generator.uniform(0.5, 2, size=(2, 5))
+    own = {'a': {'mean': mean[0, 0], 'var': var[0]}, 'b': {'norm': {'mean': mean[0, 1], 'var': var[1]}}}
+    measured = {'a': {'mean': mean[1, 0], 'var': var[1]}, 'b': {'norm': {'mean': mean[1, 1], 'var': var[0]}}}
+    shifts = np.mean(np.abs(mean[1] - mean[0]) / np.sqrt(var + 1e-5), axis=-1)
+    layer, shift = largest_shift(own, measured)
+    assert layer == ('a', 'b/norm')[shifts.argmax()] and shift == pytest.approx(shifts.max())
+    assert largest_shift({}, {}) == ('', 0.0)
+
+
+def test_weak_classes_have_less_than_half_of_the_accuracy():
+    labels = np.array([0] * 6 + [1] * 6 + [2] * 4)
+    predictions = np.array([0] * 6 + [1] * 2 + [0] * 4 + [0] * 4)
+    part = Part('training', predictions, labels)
+    # Class 2 has too few images.
+    assert part.accuracy == 0.5 and part.weak_classes(3) == []
+    predictions[7] = 0
+    assert Part('training', predictions, labels).weak_classes(3) == [(1, 1, 6)]
+
+
+def test_withhold_names_models_that_lose_too_much():
+    measured = results(scores(0.95), given=True, aft=scores(0.86), ft=scores(0.92))
+    measured.withhold(0.05)
+    assert search_text.withheld_lines(measured) == [
+        'aft is not exported, since it loses 9.0 points of accuracy on held-out clean images, and 5 are allowed '
+        '(safety.largest_loss); --config.safety.export_anyway=True exports it.'
+    ]
+    again = type(measured).from_json(json.loads(json.dumps(measured.to_json())))
+    assert again.withheld == measured.withheld
+    measured.withhold(0.1)
+    assert measured.withheld == {}
