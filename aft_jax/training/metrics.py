@@ -88,6 +88,7 @@ class MetricWriter:
         """Flushes the TensorBoard events to disk."""
         for events in self._events.values():
             events.close()
+        self._events.clear()
 
 
 class Progress:
