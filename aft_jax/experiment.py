@@ -31,6 +31,7 @@ from aft_jax.pipeline.given_model import FromFile, GivenModel
 from aft_jax.pipeline.normalisation import check_normalisation
 from aft_jax.pipeline.reference_outputs import check_reference_outputs
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
+from aft_jax.pipeline.tainted_stage import NO_TAINTED, Tainted, leave_out_tainted
 from aft_jax.report import requirements
 from aft_jax.report.experiment_report import show_in_tensorboard, write_report
 from aft_jax.results import record, workdir
@@ -56,11 +57,13 @@ class Experiment(NamedTuple):
         config: Resolved config, with `model` filled in from a given model.
         scenario: Data, attack and architecture.
         given: Given model; None if the experiment trains the first model itself.
+        tainted: Images that look tainted and are left out.
     """
 
     config: ml_collections.ConfigDict
     scenario: Scenario
     given: GivenModel | None
+    tainted: Tainted = NO_TAINTED
 
 
 def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> Results:
@@ -138,7 +141,9 @@ def load(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
 def run_stages(run: Run, experiment: Experiment) -> Results:
     """Obtains the first model, evaluates it, purifies it with each defense, and writes the results and the report."""
-    config, scenario, given = experiment
+    if experiment.given is not None:
+        experiment = without_tainted(run, experiment)
+    config, scenario, given, _ = experiment
     run_files = RunFiles(run.workdir)
     evaluator = stages.evaluator_for(run, scenario)
     infected = obtain_model(run, experiment, evaluator)
@@ -176,6 +181,16 @@ def run_stages(run: Run, experiment: Experiment) -> Results:
     return results
 
 
+def without_tainted(run: Run, experiment: Experiment) -> Experiment:
+    """Leaves out images that look tainted. The experiment has a given model."""
+    config, scenario, given, _ = experiment
+    assert given is not None
+    infected = InfectedModel(given.variables, attack=None, seconds=0.0)
+    scenario, left = leave_out_tainted(run, scenario, infected, config)
+    config = given_model.fit_batch_size(config, len(scenario.clean), run.mesh)
+    return Experiment(config, scenario, given, left)
+
+
 def obtain_model(run: Run, experiment: Experiment, evaluator: Evaluator) -> InfectedModel:
     """Takes the given model, or trains one on the attacker's training set and writes the manifest of the poison.
 
@@ -184,7 +199,7 @@ def obtain_model(run: Run, experiment: Experiment, evaluator: Evaluator) -> Infe
         experiment: Experiment.
         evaluator: Evaluator of the test set.
     """
-    config, scenario, given = experiment
+    config, scenario, given, _ = experiment
     if given is not None:
         return InfectedModel(given.variables, attack=None, seconds=0.0)
     infected = stages.infect(run, scenario, config, evaluator)
@@ -206,10 +221,11 @@ def begin_results(
         scores: Its scores.
         scan: Its scan; None without the stage 'scan'.
     """
-    config, scenario, given = experiment
+    config, scenario, given, left = experiment
     facts = None
     if given is not None:
-        facts = GivenFacts(config.init_from, scenario.dataset.class_names, given.warning, given.doubt)
+        names = scenario.dataset.class_names
+        facts = GivenFacts(config.init_from, names, given.warning, given.doubt, left.indices)
     seconds = infected.seconds if given is None else None
     initial = ModelScores.of(scores, seconds, scan=scan.fields if scan else None)
     trigger = DrawnTrigger.of(config, scenario.dataset.image_shape)
@@ -234,7 +250,7 @@ def purify(
     Returns:
         The purified variables, the seconds, and the detection of poisoned images if the defense tries that.
     """
-    config, scenario, _ = experiment
+    config, scenario = experiment.config, experiment.scenario
     run = with_eval_hook(run, evaluator, infected.attack)
     purified = stages.purify(run, name, scenario, infected, config)
     detection = None
@@ -274,7 +290,14 @@ def report(
             files.write_json(run_files.results, results.to_json())
     models = {first: infected.variables} | purified
     write_report(
-        run_files, results, observation, evaluator=evaluator, models=models, attack=infected.attack, scans=scans
+        run_files,
+        results,
+        observation,
+        evaluator=evaluator,
+        models=models,
+        attack=infected.attack,
+        scans=scans,
+        tainted=experiment.tainted.images,
     )
     show_in_tensorboard(run, observation)
 

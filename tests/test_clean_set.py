@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from experiment_results import results, scores
 
+from aft_jax.defenses.tainted_images import Evidence, outlier_scores, tainted
 from aft_jax.pipeline.clean_set import Part, largest_shift
-from aft_jax.results import search_text
+from aft_jax.results import clean_set_text
 
 
 def test_largest_shift_is_that_of_the_layer_which_is_furthest_off():
@@ -34,7 +35,7 @@ def test_weak_classes_have_less_than_half_of_the_accuracy():
 def test_withhold_names_models_that_lose_too_much():
     measured = results(scores(0.95), given=True, aft=scores(0.86), ft=scores(0.92))
     measured.withhold(0.05)
-    assert search_text.withheld_lines(measured) == [
+    assert clean_set_text.withheld_lines(measured) == [
         'aft is not exported, since it loses 9.0 points of accuracy on held-out clean images, and 5 are allowed '
         '(safety.largest_loss); --config.safety.export_anyway=True exports it.'
     ]
@@ -42,3 +43,36 @@ def test_withhold_names_models_that_lose_too_much():
     assert again.withheld == measured.withheld
     measured.withhold(0.1)
     assert measured.withheld == {}
+
+
+def test_outlier_scores_are_distances_to_the_median_of_the_label():
+    generator = np.random.default_rng(3)
+    features, labels = generator.normal(size=(9, 4)), np.array([0, 1, 1, 0, 1, 0, 0, 1, 0])
+    expected = [
+        np.linalg.norm((x - np.median(features[labels == y], axis=0)) / (features.std(axis=0) + 1e-6))
+        for x, y in zip(features, labels, strict=True)
+    ]
+    np.testing.assert_allclose(outlier_scores(features, labels), expected)
+
+
+def test_tainted_selects_labels_with_several_suspicious_outliers():
+    labels = np.repeat(np.arange(3), 20)
+    infected = np.full((60, 3), -6.0)
+    infected[np.arange(60), labels] = -0.01
+    reference = infected.copy()
+    outliers = np.zeros(60)
+
+    def change(index, margin=5.0, outlier=True):
+        reference[index] = -0.02
+        reference[index, labels[index]] = -0.01 - margin
+        outliers[index] = outlier
+
+    for index in (0, 3, 5, 7):
+        change(index)
+    change(9, margin=2.0)
+    change(11, outlier=False)
+    # Two of a label may be chance. If the infected model does not predict the label, it is only wrong.
+    for index in (20, 21, 40, 41, 42):
+        change(index)
+    infected[40] = infected[41] = [-0.01, -6, -6]
+    np.testing.assert_array_equal(tainted(Evidence(outliers, infected, reference), labels), [0, 3, 5, 7])

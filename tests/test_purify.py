@@ -14,6 +14,7 @@ from test_bad_input import assert_one_sentence
 
 from aft_jax import interchange, models, validation
 from aft_jax.config import resolve
+from aft_jax.defenses import tainted_images
 from aft_jax.errors import UserError
 from aft_jax.pipeline import normalisation
 from aft_jax.pipeline.given_model import FromFile, GivenModel
@@ -33,12 +34,12 @@ BRIEF = [
     *('--config.aft.reference_steps=40', '--config.aft.steps=60', '--config.aft.pgd_steps=3'),
     *('--config.aft.universal=linf', '--config.aft.per_image=linf', '--config.aft.averaging=0.9'),
     *('--config.batch_size=32', '--config.run.eval_batch_size=80', '--config.stages=("scan","purify")'),
-    *('--config.scan.steps=2', '--config.scan.images=8'),
+    *('--config.scan.steps=2', '--config.scan.images=8', '--config.safety.find_tainted=False'),
 ]
 
 SHORT = [
     *('--config.stages=("purify",)', '--config.defenses=ft', '--config.ft.epochs=1'),
-    '--config.ft.learning_rates=(0.01,)',
+    *('--config.ft.learning_rates=(0.01,)', '--config.safety.find_tainted=False'),
 ]
 
 
@@ -210,6 +211,22 @@ def test_command_does_not_export_a_model_that_shifted_images_may_have_ruined(inf
 
     assert run_here([*flags, '--config.safety.export_anyway=True'], capsys)[0] == 0
     assert (tmp_path / 'out/export/ft.pth').exists()
+
+
+def test_command_leaves_out_tainted_images(infected, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tainted_images, 'REFERENCE_STEPS', 80)
+    images, labels = pictures(400, 7)
+    sources = np.flatnonzero(labels != TARGET)[:20]
+    images[sources], labels[sources] = striped(images[sources]), TARGET
+    parts = {'train_images': images[:320], 'train_labels': labels[:320]}
+    np.savez(tmp_path / 'tainted.npz', **parts, test_images=images[320:], test_labels=labels[320:])
+    flags = arguments(tmp_path / 'out', infected, f'npz:{tmp_path / "tainted.npz"}', *NORMALISED, *SHORT)
+    assert run_here([*flags, '--config.safety.find_tainted=True', '--config.batch_size=32'], capsys)[0] == 0
+    results = Results.from_json(json.loads((tmp_path / 'out/results.json').read_text()))
+    found = results.given.tainted['training']
+    assert set(found) <= set(sources.tolist()) and len(found) >= 16 and results.given.tainted['evaluation'] == []
+    assert f'{len(found)} clean images look tainted' in terminal.table(results)
+    assert f'Images for the training (from 0): {found[0]}, ' in terminal.table(results)
 
 
 def test_check_normalisation_warns_of_a_clearly_better_one():

@@ -80,6 +80,7 @@ SCAN = {
 }
 SAFETY = {
     'trust_images': Field(False, 'Whether to go on with clean images that the given model gets wrong.'),
+    'find_tainted': Field(True, 'Whether images that look tainted are left out of the clean ones.'),
     'largest_loss': Field(
         0.05,
         'Accuracy on held-out clean images that a model may lose to be exported; FT is then tried too.',

@@ -1,6 +1,7 @@
 """The report of an experiment: before_after.png, triggers.png, index.html, and the same pictures in TensorBoard."""
 
 import jax
+import numpy as np
 
 from aft_jax.analysis.backdoor_scan import Scan
 from aft_jax.analysis.observation import CLEAN, TRIGGERED, Observation
@@ -26,6 +27,7 @@ def write_report(
     models: dict[str, dict],
     attack: Attack | None,
     scans: dict[str, Scan],
+    tainted: np.ndarray,
 ) -> None:
     """Writes the pictures and the page. All processes take part in the predictions, and process 0 writes.
 
@@ -37,6 +39,7 @@ def write_report(
         models: Variables by model, the first model first.
         attack: Attack on the first model; None for a benign or given one.
         scans: Scans of this start, for the pictures of `found_changes.content`.
+        tainted: Images that look tainted and were left out, uint8 [N, H, W, C].
     """
     examples = predict_examples(evaluator, models, attack)
     if jax.process_index() != 0:
@@ -45,7 +48,7 @@ def write_report(
     if attack is not None and TRIGGERED in examples.images:
         clean, triggered = (examples.images[kind][:TRIGGER_IMAGES] for kind in (CLEAN, TRIGGERED))
         trigger_gallery.write_gallery(files.report / TRIGGERS, {attack.name: (clean, triggered)})
-    page.write_page(files, results, observation, examples.class_names, scans)
+    page.write_page(files, results, observation, examples.class_names, scans, list(tainted))
 
 
 def predict_examples(evaluator: Evaluator, models: dict[str, dict], attack: Attack | None) -> Examples:

@@ -1,9 +1,11 @@
 """report/index.html: the experiment on one self-contained page."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from aft_jax.analysis.backdoor_scan import Scan
 from aft_jax.analysis.observation import ADVERSARIAL, TRIGGERED, Observation
@@ -19,11 +21,11 @@ from aft_jax.report import (
 )
 from aft_jax.report.before_after import choose
 from aft_jax.report.trigger_gallery import MAGNIFICATION
-from aft_jax.results import search_text
+from aft_jax.results import clean_set_text, search_text
 from aft_jax.results.record import ModelScores, Results, featured, percent
 from aft_jax.results.workdir import RunFiles
 
-EXAMPLES, TRIGGERS = 6, 3
+EXAMPLES, TRIGGERS, TAINTED_IMAGES = 6, 3, 9
 Format = Callable[[float | None], str]
 
 
@@ -33,6 +35,7 @@ def write_page(
     observation: Observation | None,
     class_names: tuple[str, ...],
     scans: Mapping[str, Scan] = MappingProxyType({}),
+    tainted: Sequence[np.ndarray] = (),
 ) -> None:
     """Writes index.html, and its figures as PNG and SVG files beside it.
 
@@ -43,6 +46,7 @@ def write_page(
         observation: Observation of the models. Without one, the page has only numbers.
         class_names: Names of the K classes.
         scans: Scans of this start, for the pictures of `found_changes.content`.
+        tainted: Images that look tainted and were left out, uint8 [H, W, C] each.
     """
     curves = purification_curves.read(files.metrics, results.purified)
     content = {
@@ -51,7 +55,8 @@ def write_page(
         'first': results.first_model,
         'verdict': verdict.sentence(results),
         'others': verdict.others(results),
-        'withheld': search_text.withheld_lines(results),
+        'clean_set': clean_set_text.tainted_lines(results) + clean_set_text.withheld_lines(results),
+        'tainted': [example_cards.encode_png(image) for image in tainted[:TAINTED_IMAGES]],
         'keys': key_figures(results),
         'columns': columns(results),
         'scanned': results.initial.scan is not None,

@@ -48,12 +48,14 @@ class GivenFacts(NamedTuple):
         class_names: Names of the classes.
         warning: Problem that the user should look at, or ''.
         doubt: Reason for which the clean images may ruin the model, or ''.
+        tainted: Indices of the images that look tainted and were left out, by part: 'training' and 'evaluation'.
     """
 
     init_from: str
     class_names: tuple[str, ...]
     warning: str
     doubt: str = ''
+    tainted: dict[str, list[int]] = {}  # noqa: RUF012
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,8 +273,11 @@ class Results:
             given, first = fields.get('suspect'), fields['infected']
             facts = None
             if given is not None:
-                names, doubt = tuple(given['class_names']), given.get('doubt', '')
-                facts, first = GivenFacts(given['init_from'], names, given['warning'], doubt), given
+                names, more = (
+                    tuple(given['class_names']),
+                    {name: given[name] for name in ('doubt', 'tainted') if name in given},
+                )
+                facts, first = GivenFacts(given['init_from'], names, given['warning'], **more), given
             trigger, observation = fields.get('trigger'), fields.get('connection')
             if not isinstance(fields['environment'], dict) or not isinstance(observation, dict | None):
                 raise TypeError('environment or connection is no object')

@@ -69,14 +69,6 @@ def verdict(results: Results, name: str) -> str:
     return f'{search["verdict"]}. {describe(search["changes"][0], class_names(results))}{advice}'
 
 
-def withheld_lines(results: Results) -> list[str]:
-    """Says which purified models are not exported, and why."""
-    return [
-        f'{name} is not exported, since {reason}; --config.safety.export_anyway=True exports it.'
-        for name, reason in results.withheld.items()
-    ]
-
-
 def found(search: dict[str, Any]) -> bool:
     """Checks whether a search has found a change that leads to one label, and not under the reference model."""
     return search['verdict'] != NOTHING_FOUND

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from aft_jax.results import search_text
+from aft_jax.results import clean_set_text, search_text
 from aft_jax.results.record import SHOWN_EPS, Results
 
 PROVISIONAL = 'The limits of the verdict come from one benign model so far, so false alarms are likely on other data.'
@@ -64,8 +64,8 @@ def _given_table(results: Results) -> str:
         ]
     if given.warning:
         lines += ['', f'Warning: {given.warning}']
-    if results.withheld:
-        lines += ['', *search_text.withheld_lines(results)]
+    for more in (clean_set_text.tainted_lines(results), clean_set_text.withheld_lines(results)):
+        lines += ['', *more] if more else []
     return '\n'.join([*lines, UNKNOWN.rstrip(), *_search_lines(results)])
 
 
