@@ -24,7 +24,7 @@ from aft_jax.defenses import DEFENSES
 from aft_jax.evaluation.evaluator import Evaluator, test_metrics
 from aft_jax.evaluation.scores import PoisonDetection, Scores, poison_detection
 from aft_jax.models.cpu_compilation import compiler_options, steps_per_call
-from aft_jax.pipeline import export, given_model, stages
+from aft_jax.pipeline import export, given_model, network, stages
 from aft_jax.pipeline.given_model import GivenModel
 from aft_jax.pipeline.normalisation import check_normalisation
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
@@ -76,13 +76,15 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> Result
     config = resolve(config)
     compile_cache.use(config.run.compile_cache)
     mesh = make_mesh()
-    experiment = load(config, mesh)
+    experiment = load(config, mesh, directory)
     # Only now: a config that cannot be run must not claim the directory.
     contents: Any = experiment.scenario.dataset.arrays
     if experiment.given is not None:
         contents = contents, experiment.given.variables
     content = checksum(contents)
     processes.process_zero_first(lambda: workdir.claim(directory, config, content, _writes(), DEFENSES))
+    if _writes():
+        network.store(experiment.scenario.module, directory)
     with contextlib.closing(MetricWriter(directory)) as writer, Watch() as watch:
         module = experiment.scenario.module
         on_cpu = compiler_options(module), steps_per_call(module)
@@ -90,12 +92,13 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> Result
         return run_stages(run, experiment)
 
 
-def load(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
+def load(config: ml_collections.ConfigDict, mesh: Mesh, directory: Path) -> Experiment:
     """Loads the data and the given model, if there is one, and checks that they fit the config.
 
     Args:
         config: Resolved config.
         mesh: Devices.
+        directory: Work directory, which is only read.
 
     Raises:
         UserError: Something cannot be loaded, or does not fit.
@@ -105,9 +108,10 @@ def load(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         config, given = processes.raise_everywhere(partial(given_model.load, config, mesh))
     # Process 0 prepares data that are not there yet.
     dataset = processes.process_zero_first(lambda: data.load(config.dataset, config.data))
-    scenario = processes.raise_everywhere(lambda: stages.prepare(config, dataset, mesh))
+    scenario = processes.raise_everywhere(lambda: stages.prepare(config, dataset, mesh, directory))
     if given is not None:
-        processes.raise_everywhere(partial(given_model.check_compatible, given, scenario.module, config, dataset))
+        check = partial(given_model.check_compatible, given, scenario.module, config, dataset)
+        given = processes.raise_everywhere(check)
         given = check_normalisation(given, scenario.module, config, dataset, mesh)
     return Experiment(config, scenario, given)
 

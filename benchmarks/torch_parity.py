@@ -12,7 +12,8 @@ import torch
 from flax.traverse_util import flatten_dict
 
 from aft_jax.interchange import torch_model
-from aft_jax.interchange.torch_program import Program, TorchProgram, to_torch, to_variables
+from aft_jax.interchange.program import Program, to_torch, to_variables
+from aft_jax.interchange.torch_program import TorchProgram
 from aft_jax.training.steps import cross_entropy
 
 
@@ -25,6 +26,8 @@ class Parity(NamedTuple):
         gradient: Gradient with respect to the parameters, in evaluation mode, as one vector.
         train_loss: Loss in training mode without dropout, relative.
         train_gradient: Gradient with respect to the parameters in training mode, as one vector.
+        torch_noise: Change of that gradient in torch itself, when the images change by a millionth. A ReLU or a maximum
+            that switches changes a gradient much more than rounding does.
         statistics: New running statistics, each tensor by itself.
         exact: Whether the weights come back bit for bit.
         import_seconds: Seconds from the network in torch to the program here.
@@ -35,6 +38,7 @@ class Parity(NamedTuple):
     gradient: float
     train_loss: float
     train_gradient: float
+    torch_noise: float
     statistics: float
     exact: bool
     import_seconds: float
@@ -73,6 +77,8 @@ def compare(model: torch.nn.Module, image_shape: tuple[int, int, int], count: in
     labels = generator.integers(0, program.num_classes, count)
     ours = {train: _ours(module, variables, images, labels, train) for train in (False, True)}
     theirs = {train: _theirs(model, images, labels, train) for train in (False, True)}
+    noisy_images = images * (1 + 1e-6 * generator.normal(size=images.shape).astype(np.float32))
+    noisy = _theirs(model, noisy_images, labels, train=True)
     names = [key for key, place in program.places.items() if place[0] == 'params']
 
     def flat(gradient: Mapping[str, Any]) -> np.ndarray:
@@ -87,10 +93,13 @@ def compare(model: torch.nn.Module, image_shape: tuple[int, int, int], count: in
     statistics = [difference(new[place[1:]], theirs[True]['state'][key]) for key, place in running.items()]
     before = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
     leaves = flatten_dict(to_variables(program, program.file.tensors))
-    exact = all(
-        np.array_equal(to_torch(leaves[place], place), program.file.tensors[key].astype(np.float32))
-        for key, place in program.places.items()
-    ) and before.keys() >= program.places.keys()
+    exact = (
+        all(
+            np.array_equal(to_torch(leaves[place], place), program.file.tensors[key].astype(np.float32))
+            for key, place in program.places.items()
+        )
+        and before.keys() >= program.places.keys()
+    )
     loss, torch_loss = float(ours[True]['loss']), float(theirs[True]['loss'])
     return Parity(
         logits=difference(ours[False]['logits'], theirs[False]['logits']),
@@ -98,6 +107,7 @@ def compare(model: torch.nn.Module, image_shape: tuple[int, int, int], count: in
         gradient=difference(flat(ours[False]['params']), theirs_flat(theirs[False]['params'])),
         train_loss=abs(loss - torch_loss) / abs(torch_loss),
         train_gradient=difference(flat(ours[True]['params']), theirs_flat(theirs[True]['params'])),
+        torch_noise=difference(theirs_flat(noisy['params']), theirs_flat(theirs[True]['params'])),
         statistics=max(statistics, default=0.0),
         exact=exact,
         import_seconds=seconds,

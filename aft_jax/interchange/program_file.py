@@ -101,8 +101,10 @@ def decode(content: bytes, path: Path = Path()) -> ProgramFile:
 def encode(file: ProgramFile, tensors: Mapping[str, np.ndarray]) -> bytes:
     """Encodes the file with other values of its tensors, which keep their keys, shapes and dtypes."""
     index = json.loads(file.entries[file.folder + WEIGHTS_INDEX])['config']
-    storages = {meta['path_name']: bytearray(file.entries[f'{file.folder}{WEIGHTS}{meta["path_name"]}'])
-                for meta in index.values()}
+    storages = {
+        meta['path_name']: bytearray(file.entries[f'{file.folder}{WEIGHTS}{meta["path_name"]}'])
+        for meta in index.values()
+    }
     for key, meta in index.items():
         view = _view(storages[meta['path_name']], meta['tensor_meta'])
         view[...] = tensors[key].astype(view.dtype)
@@ -120,7 +122,9 @@ def _tensors(entries: Mapping[str, bytes], folder: str, index: str, path: Path) 
     tensors = {}
     for key, meta in json.loads(entries[index])['config'].items():
         if meta['use_pickle'] or not meta.get('tensor_meta'):
-            raise UserError(f'{key} of {path} is pickled, and unpickling could run code; save a model of plain tensors.')
+            raise UserError(
+                f'{key} of {path} is pickled, and unpickling could run code; save a model of plain tensors.'
+            )
         tensors[key] = _view(entries[folder + meta['path_name']], meta['tensor_meta']).copy()
     return tensors
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from aft_jax.interchange.torch_graph import Graph, Node, Ref
+from aft_jax.interchange.torch_graph import Graph, Node
 from aft_jax.interchange.torch_operators.values import Maps, maps
 
 POOLS = frozenset(('adaptive_avg_pool2d', 'adaptive_max_pool2d', 'mean', 'amax', 'sum'))
@@ -22,12 +22,12 @@ class Features(NamedTuple):
     Attributes:
         name: Name of the value in the graph.
         channels_last: Whether its axes are [B, H, W, C] in torch.
-        head_reads: Name of the output of the first dense layer after the maps; '' if there is none.
+        dense: Name of the output of the first dense layer after the maps; '' if there is none.
     """
 
     name: str
     channels_last: bool
-    head_reads: str
+    dense: str
 
 
 def find_features(graph: Graph) -> Features | None:

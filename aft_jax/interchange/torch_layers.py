@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aft_jax.interchange.torch_graph import Graph, Node, Ref
+from aft_jax.interchange.torch_graph import Graph
+from aft_jax.interchange.torch_nodes import Node, Ref
 from aft_jax.interchange.torch_operators.layers import convolve
 from aft_jax.interchange.torch_operators.values import Maps, maps, plain
 from aft_jax.ops.batch_norm import BatchNorm, moments, normalised, normalised_by_batch
@@ -161,13 +162,13 @@ class TorchBatchNorm(BatchNorm):
             y = normalised(x, mean, var, scale, bias, self.epsilon)
         if not self.is_initializing():
             number = x.size // x.shape[-1]
-            share = 1 - self.momentum
+            share: float | jax.Array = 1 - self.momentum
             if 'count' in running:
                 running['count'].value = running['count'].value + 1
                 share = 1 / running['count'].value if self.cumulative else share
-            statistics = {'mean': mean, 'var': var * (number / max(number - 1, 1))}
-            for name, value in statistics.items():
-                running[name].value = (1 - share) * running[name].value + share * value
+            unbiased = var * (number / max(number - 1, 1))
+            running['mean'].value = (1 - share) * running['mean'].value + share * mean
+            running['var'].value = (1 - share) * running['var'].value + share * unbiased
         return y
 
 

@@ -58,8 +58,8 @@ def parse_name(text: str) -> Name:
             raise ValueError
     except (SyntaxError, ValueError) as error:
         raise UserError(
-            f"model.torch={text!r} should be 'package.module:function', 'torchvision:NAME' or 'timm:NAME', with options "
-            "if needed: 'torchvision:vit_b_16(image_size=32)'."
+            f"model.torch={text!r} should be 'package.module:function', 'torchvision:NAME' or 'timm:NAME', with "
+            "options if needed: 'torchvision:vit_b_16(image_size=32)'."
         ) from error
     return Name(place, function, options)
 
@@ -135,13 +135,13 @@ def _with_switchable_depth(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         kind = type(module)
         if kind.__name__ == 'StochasticDepth' and kind.__module__.startswith('torchvision.') and module.mode == 'row':
-            rate = module.p
+            rate = float(module.p)  # type: ignore[arg-type]
         elif kind.__name__ == 'DropPath' and kind.__module__.startswith('timm.') and module.scale_by_keep:
-            rate = module.drop_prob
+            rate = float(module.drop_prob or 0.0)  # type: ignore[arg-type]
         else:
             continue
         if rate:
-            module.forward = make_forward(module, float(rate))
+            module.forward = make_forward(module, rate)  # type: ignore[method-assign]
     return model
 
 
@@ -198,8 +198,8 @@ def _from_user(text: str, name: Name) -> Callable:
         function = getattr(importlib.import_module(name.place), name.function)
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f'model.torch={text} cannot be imported ({error}); name a function that `import {name.place}` finds from the '
-            'current directory.'
+            f'model.torch={text} cannot be imported ({error}); name a function that `import {name.place}` finds from '
+            'the current directory.'
         ) from error
     except Exception as error:  # The user's file may raise anything.
         raise UserError(f'model.torch={text}: its file cannot be run ({_line(error)}).') from error

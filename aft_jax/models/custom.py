@@ -49,8 +49,11 @@ def make(factory: str, num_classes: int, mean: tuple[float, ...], std: tuple[flo
 
 
 def shows_features(module: nn.Module) -> bool:
-    """Returns whether a module can return its feature maps."""
-    return 'features' in inspect.signature(type(module).__call__).parameters
+    """Returns whether a module can return its feature maps.
+
+    A module whose `__call__` takes `features` may still deny it by an attribute `has_features`.
+    """
+    return getattr(module, 'has_features', True) and 'features' in inspect.signature(type(module).__call__).parameters
 
 
 def _line(error: Exception) -> str:

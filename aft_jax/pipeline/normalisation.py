@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from aft_jax.data.dataset import Dataset
 from aft_jax.errors import UserError
 from aft_jax.pipeline.given_model import FromFile, GivenModel
+from aft_jax.pipeline.given_program import FromProgram
 from aft_jax.randomness import generator_for
 from aft_jax.training.prediction import Predictor
 
@@ -51,7 +52,7 @@ def check_normalisation(
         return float(np.mean(predict(given.variables, normalised * std + mean) == labels))
 
     own = accuracy(config.model.mean, config.model.std)
-    candidates = NORMALISATIONS if isinstance(given.origin, FromFile) else {}
+    candidates = NORMALISATIONS if isinstance(given.origin, FromFile | FromProgram) else {}
     accuracies = {
         name: accuracy(*values) for name, values in candidates.items() if len(values[0]) in (1, images.shape[-1])
     }

@@ -1,28 +1,14 @@
-"""Operators that work on each element: arithmetic, activations, comparisons, conversions."""
+"""Operators that work on each element: arithmetic, activations, comparisons."""
 
 import operator as python
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from aft_jax.interchange.torch_operators.registry import elementwise, operator, unary
-from aft_jax.interchange.torch_operators.values import Maps
 
-# Numbers of torch's dtypes in a graph; JAX computes 64-bit numbers in 32 bits.
-DTYPES = {
-    1: jnp.uint8,
-    2: jnp.int8,
-    3: jnp.int16,
-    4: jnp.int32,
-    5: jnp.int32,
-    6: jnp.float16,
-    7: jnp.float32,
-    8: jnp.float32,
-    12: jnp.bool_,
-    13: jnp.bfloat16,
-}
 ROUNDINGS = {None: lambda x: x, 'floor': jnp.floor, 'trunc': jnp.trunc}
 
 
@@ -38,7 +24,9 @@ def subtract(x, other, *, alpha=1):
 
 def divide(x, other, *, rounding_mode=None):
     """Divides as torch does: integers give floating-point numbers unless the result is rounded."""
-    integers = all(isinstance(value, int) or jnp.issubdtype(jnp.result_type(value), jnp.integer) for value in (x, other))
+    integers = all(
+        isinstance(value, int) or jnp.issubdtype(jnp.result_type(value), jnp.integer) for value in (x, other)
+    )
     if hasattr(x, 'astype') and integers:
         x = x.astype(jnp.float32)
         other = other.astype(jnp.float32) if hasattr(other, 'astype') else other
@@ -99,7 +87,7 @@ def where(condition, x, other):
     return jnp.where(condition.astype(bool), x, other)
 
 
-for _name, _function in {
+UNARY: dict[str, Callable[..., Any]] = {
     'relu': jax.nn.relu,
     'sigmoid': jax.nn.sigmoid,
     'tanh': jnp.tanh,
@@ -134,10 +122,11 @@ for _name, _function in {
     'clip': clamp,
     'clamp_min': lambda x, low: clamp(x, low),
     'clamp_max': lambda x, high: clamp(x, None, high),
-}.items():
+}
+for _name, _function in UNARY.items():
     unary(_name, _function)
 
-for _name, _function in {
+BINARY: dict[str, Callable[..., Any]] = {
     'add': add,
     'sub': subtract,
     'rsub': lambda x, other, alpha=1: subtract(other, x, alpha=alpha),
@@ -159,7 +148,8 @@ for _name, _function in {
     'ge': python.ge,
     'logical_and': jnp.logical_and,
     'logical_or': jnp.logical_or,
-}.items():
+}
+for _name, _function in BINARY.items():
     elementwise(_name, 2, _function)
 
 
@@ -190,61 +180,3 @@ def prelu(x, weight):
     if x.ndim > 1:
         shape[1] = weight.size
     return jnp.where(x > 0, x, x * weight.reshape(shape))
-
-
-@operator('to', '_to_copy', takes_maps=True)
-def convert(x: Any, *arguments: Any, dtype: int | None = None, **options: Any) -> Any:
-    """Converts to a dtype, if the arguments name one; devices and memory formats have no meaning here."""
-    numbers = [a for a in arguments if isinstance(a, int) and not isinstance(a, bool)]
-    dtype = dtype if dtype is not None else next(iter(numbers), None)
-    if dtype is None:
-        return x
-    return Maps(x.array.astype(DTYPES[dtype])) if isinstance(x, Maps) else x.astype(DTYPES[dtype])
-
-
-@operator('type_as', takes_maps=True)
-def type_as(x: Any, other: Any) -> Any:
-    """Converts to the dtype of another tensor."""
-    return Maps(x.array.astype(other.dtype)) if isinstance(x, Maps) else x.astype(other.dtype)
-
-
-@operator(
-    'contiguous', 'clone', 'detach', 'detach_', 'alias', 'lift_fresh_copy', 'identity', 'item', 'lift_fresh', takes_maps=True
-)
-def same(x: Any, *arguments: Any, **options: Any) -> Any:
-    """Returns its first argument: copies and memory formats have no meaning here."""
-    return x
-
-
-for _name in ('zeros', 'ones', 'full'):
-
-    def _filled(shape, *arguments, _value={'zeros': 0, 'ones': 1}.get(_name), dtype=None, **options):
-        value = arguments[0] if _value is None else _value
-        number = jnp.float32 if isinstance(value, float) or _value is not None else jnp.int32
-        return jnp.full(shape, value, DTYPES[dtype] if dtype is not None else number)
-
-    operator(_name)(_filled)
-
-
-def _like(x: jax.Array, *arguments: Any, value: float | None, dtype: int | None = None, **options: Any) -> jax.Array:
-    filled = arguments[0] if value is None else value
-    return jnp.full(x.shape, filled, DTYPES[dtype] if dtype is not None else x.dtype)
-
-
-for _name, _value in (('zeros_like', 0), ('ones_like', 1), ('full_like', None)):
-    operator(_name)(partial(_like, value=_value))
-
-
-def _new(x: jax.Array, shape: Any, *arguments: Any, value: float | None, dtype: int | None = None, **options: Any):
-    filled = arguments[0] if value is None else value
-    return jnp.full(shape, filled, DTYPES[dtype] if dtype is not None else x.dtype)
-
-
-for _name, _value in (('new_zeros', 0), ('new_ones', 1), ('new_full', None)):
-    operator(_name)(partial(_new, value=_value))
-
-
-@operator('arange')
-def arange(*bounds: Any, dtype: int | None = None, **options: Any) -> jax.Array:
-    """Counts from the first bound to the last."""
-    return jnp.arange(*bounds, dtype=None if dtype is None else DTYPES[dtype])

@@ -30,7 +30,7 @@ def padding_of(padding: Any, sizes: Pair, dilation: Pair) -> tuple[Pair, Pair]:
 def convolve(
     x: jax.Array, kernel: jax.Array, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> jax.Array:
-    """Convolves maps [B, H, W, C] with a kernel [h, w, C / groups, C']; plain convolutions are those of `aft_jax.ops`."""
+    """Convolves maps [B, H, W, C] with a kernel [h, w, C / groups, C'], by `aft_jax.ops` if that fits."""
     strides, dilations = pair(stride), pair(dilation)
     margins = padding_of(padding, (kernel.shape[0], kernel.shape[1]), dilations)
     if groups == 1 and dilations == (1, 1):

@@ -23,9 +23,7 @@ def pair(value: int | Sequence[int]) -> Pair:
 
 
 @operator('max_pool2d', takes_maps=True)
-def max_pool(
-    x: Any, size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
-) -> Maps:
+def max_pool(x: Any, size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False) -> Maps:
     """Computes the maximum of each window, as pairwise maxima (see `models.layers.max_pool`)."""
     array = maps(x)
     sizes, strides, margins, dilations = pair(size), pair(stride or size), pair(padding), pair(dilation)
@@ -81,7 +79,12 @@ def average_pool(
     array = maps(x)
     matrices = []
     for axis in (0, 1):
-        length, reach, step, margin = array.shape[1 + axis], pair(size)[axis], pair(stride or size)[axis], pair(padding)[axis]
+        length, reach, step, margin = (
+            array.shape[1 + axis],
+            pair(size)[axis],
+            pair(stride or size)[axis],
+            pair(padding)[axis],
+        )
         count, _ = windows(length, reach, step, margin, ceil_mode)
         matrix = np.zeros((count, length), np.float32)
         for i in range(count):
@@ -103,7 +106,9 @@ def adaptive_average_pool(x: Any, size: Any) -> Maps:
     sizes = [length if target is None else target for target, length in zip(pair(size), array.shape[1:3], strict=True)]
     if sizes == [1, 1]:
         return Maps(array.mean((1, 2), keepdims=True))
-    return Maps(weighted(array, *(averaging_matrix(length, n) for length, n in zip(array.shape[1:3], sizes, strict=True))))
+    return Maps(
+        weighted(array, *(averaging_matrix(length, n) for length, n in zip(array.shape[1:3], sizes, strict=True)))
+    )
 
 
 @operator('adaptive_max_pool2d', takes_maps=True)

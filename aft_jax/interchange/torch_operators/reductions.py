@@ -31,7 +31,7 @@ reduction('amax', lambda x, axes, keepdims: x.max(axes, keepdims=keepdims))
 reduction('amin', lambda x, axes, keepdims: x.min(axes, keepdims=keepdims))
 
 
-def _spread(root: bool, x: jax.Array, *arguments: Any, correction: float | None = 1, keepdim: bool = False) -> jax.Array:
+def _spread(root: bool, x: jax.Array, *arguments: Any, correction: int | None = 1, keepdim: bool = False) -> jax.Array:
     """Computes the variance or its root. The arguments are (unbiased), (dims, unbiased, keepdim) or (dims)."""
     dims, *rest = arguments if arguments and not isinstance(arguments[0], bool) else (None, *arguments)
     if rest:

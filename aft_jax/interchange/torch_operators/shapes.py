@@ -102,9 +102,7 @@ def squeeze(x: jax.Array, dims: int | Sequence[int] | None = None) -> jax.Array:
 def expand(x: jax.Array, shape: Sequence[int], *, implicit: bool = False) -> jax.Array:
     """Repeats axes of length 1; -1 keeps a length."""
     old = (1,) * (len(shape) - x.ndim) + x.shape
-    return jnp.broadcast_to(
-        x.reshape(old), tuple(o if n == -1 else n for n, o in zip(shape, old, strict=True))
-    )
+    return jnp.broadcast_to(x.reshape(old), tuple(o if n == -1 else n for n, o in zip(shape, old, strict=True)))
 
 
 @operator('expand_as')

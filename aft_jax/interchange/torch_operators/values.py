@@ -1,7 +1,7 @@
 """Values of a PyTorch graph in JAX: plain arrays with torch's axes, and feature maps with the channels last.
 
-torch's feature maps are [B, C, H, W], and the fast operations of `aft_jax.ops` take [B, H, W, C]. So feature maps stay in
-the second layout as long as the operators allow it, and an operator sees which layout it gets.
+torch's feature maps are [B, C, H, W], and the fast operations of `aft_jax.ops` take [B, H, W, C]. So feature maps stay
+in the second layout as long as the operators allow it, and an operator sees which layout it gets.
 """
 
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ def aligned(values: Sequence[Any]) -> tuple[list[Any], bool]:
     for value in values:
         if _is_tensor(value):
             value = value if isinstance(value, Maps) and as_maps else plain(value)
-            if value.ndim < ndim:
+            if not isinstance(value, Maps) and value.ndim < ndim:
                 value = value.reshape((1,) * (ndim - value.ndim) + value.shape)
             value = maps(value) if as_maps else value
         results.append(value)
