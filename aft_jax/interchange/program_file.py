@@ -109,11 +109,15 @@ def encode(file: ProgramFile, tensors: Mapping[str, np.ndarray]) -> bytes:
         view = _view(storages[meta['path_name']], meta['tensor_meta'])
         view[...] = tensors[key].astype(view.dtype)
     changed = {f'{file.folder}{WEIGHTS}{name}': bytes(content) for name, content in storages.items()}
+    return pack(file.entries | changed)
+
+
+def pack(entries: Mapping[str, bytes]) -> bytes:
+    """Packs an archive. Its date is fixed, so that equal models give equal files."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, 'w', zipfile.ZIP_STORED) as archive:
-        for name, content in file.entries.items():
-            # A fixed date, so that equal models give equal files.
-            archive.writestr(zipfile.ZipInfo(name), changed.get(name, content))
+        for name, content in entries.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
     return buffer.getvalue()
 
 

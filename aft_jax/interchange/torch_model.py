@@ -85,7 +85,7 @@ def build(text: str, num_classes: int, channels: int, seed: int) -> torch.nn.Mod
         arguments = {'num_classes': num_classes, 'in_chans': channels}
     else:
         function = _from_user(text, name)
-        arguments = {'num_classes': num_classes} if 'num_classes' in inspect.signature(function).parameters else {}
+        arguments = {'num_classes': num_classes} if 'num_classes' in _parameters(function) else {}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -206,6 +206,13 @@ def _from_user(text: str, name: Name) -> Callable:
     if not callable(function):
         raise UserError(f'model.torch={text} is a {type(function).__name__}; name a function or a class.')
     return function
+
+
+def _parameters(function: Callable) -> set[str]:
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # written in C
+        return set()
 
 
 def _line(error: Exception) -> str:
