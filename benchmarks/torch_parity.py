@@ -23,11 +23,12 @@ class Parity(NamedTuple):
     Attributes:
         logits: Logits in evaluation mode.
         image_gradient: Gradient of the loss with respect to the images, in evaluation mode.
+        image_noise: Change of that gradient in torch itself, when the images change by a millionth. A ReLU or a maximum
+            that switches changes a gradient much more than rounding does.
         gradient: Gradient with respect to the parameters, in evaluation mode, as one vector.
         train_loss: Loss in training mode without dropout, relative.
         train_gradient: Gradient with respect to the parameters in training mode, as one vector.
-        torch_noise: Change of that gradient in torch itself, when the images change by a millionth. A ReLU or a maximum
-            that switches changes a gradient much more than rounding does.
+        train_noise: Change of that gradient in torch itself, when the images change by a millionth.
         statistics: New running statistics, each tensor by itself.
         exact: Whether the weights come back bit for bit.
         import_seconds: Seconds from the network in torch to the program here.
@@ -35,10 +36,11 @@ class Parity(NamedTuple):
 
     logits: float
     image_gradient: float
+    image_noise: float
     gradient: float
     train_loss: float
     train_gradient: float
-    torch_noise: float
+    train_noise: float
     statistics: float
     exact: bool
     import_seconds: float
@@ -78,7 +80,7 @@ def compare(model: torch.nn.Module, image_shape: tuple[int, int, int], count: in
     ours = {train: _ours(module, variables, images, labels, train) for train in (False, True)}
     theirs = {train: _theirs(model, images, labels, train) for train in (False, True)}
     noisy_images = images * (1 + 1e-6 * generator.normal(size=images.shape).astype(np.float32))
-    noisy = _theirs(model, noisy_images, labels, train=True)
+    noisy = {train: _theirs(model, noisy_images, labels, train) for train in (False, True)}
     names = [key for key, place in program.places.items() if place[0] == 'params']
 
     def flat(gradient: Mapping[str, Any]) -> np.ndarray:
@@ -104,10 +106,11 @@ def compare(model: torch.nn.Module, image_shape: tuple[int, int, int], count: in
     return Parity(
         logits=difference(ours[False]['logits'], theirs[False]['logits']),
         image_gradient=difference(ours[False]['images'].transpose(0, 3, 1, 2), theirs[False]['images']),
+        image_noise=difference(noisy[False]['images'], theirs[False]['images']),
         gradient=difference(flat(ours[False]['params']), theirs_flat(theirs[False]['params'])),
         train_loss=abs(loss - torch_loss) / abs(torch_loss),
         train_gradient=difference(flat(ours[True]['params']), theirs_flat(theirs[True]['params'])),
-        torch_noise=difference(theirs_flat(noisy['params']), theirs_flat(theirs[True]['params'])),
+        train_noise=difference(theirs_flat(noisy[True]['params']), theirs_flat(theirs[True]['params'])),
         statistics=max(statistics, default=0.0),
         exact=exact,
         import_seconds=seconds,

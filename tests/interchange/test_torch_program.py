@@ -35,7 +35,7 @@ def torchvision():
 
 def assert_parity(parity):
     assert parity.exact
-    errors = parity._replace(torch_noise=0.0, exact=0.0, import_seconds=0.0)
+    errors = parity._replace(image_noise=0.0, train_noise=0.0, exact=0.0, import_seconds=0.0)
     assert max(errors) < LIMIT, errors
 
 
