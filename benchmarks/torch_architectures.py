@@ -3,9 +3,12 @@
     python -m benchmarks.torch_architectures --out=docs/results/torch_architectures/table.csv [--select=resnet18,...]
         [--machine='AMD EPYC, 2 cores'] [--date=2026-11-28]
 
-Every network has random weights and 10 classes. The images are random and small. XLA compiles without most of its
-optimisations, which takes half the time. Each row of the table is appended as
-soon as it is measured; networks that the table has already are left out. It needs torch, torchvision and timm.
+    python -m benchmarks.torch_architectures --out=docs/results/torch_architectures/table.csv --print
+
+The second command prints the table of docs/torch-architectures.md. Every network has random weights and 10 classes. The
+images are random and small. XLA compiles without most of its optimisations, which takes half the time. Each row of the
+table is appended as soon as it is measured; networks that the table has already are left out. It needs torch,
+torchvision and timm.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import torch
 
 from aft_jax.errors import UserError
 from aft_jax.interchange import torch_model
+from aft_jax.interchange.program import Program
 from benchmarks.torch_parity import Parity, compare, randomise
 
 IMAGES = 8
@@ -66,7 +70,19 @@ ARCHITECTURES = {
     'torchvision:maxvit_t(input_size=(64,64),partition_size=2)': 64,
     'timm:beit_base_patch16_224(img_size=32,patch_size=8)': 32,
 }
-COLUMNS = ('network', 'side', 'parameters', *Parity._fields, 'seconds', 'error', 'torch', 'machine', 'date', 'command')
+COLUMNS = (
+    'network',
+    'side',
+    'parameters',
+    *Parity._fields,
+    'import_seconds',
+    'seconds',
+    'error',
+    'torch',
+    'machine',
+    'date',
+    'command',
+)
 
 
 def measure(name: str, side: int) -> dict[str, object]:
@@ -76,12 +92,38 @@ def measure(name: str, side: int) -> dict[str, object]:
     try:
         model = randomise(torch_model.build(name, 10, 3, seed=0))
         row['parameters'] = sum(parameter.numel() for parameter in model.parameters())
-        parity = compare(model, (side, side, 3), IMAGES, name)
+        importing = time.perf_counter()
+        program = Program(torch_model.export(model, (side, side, 3), name), name)
+        row['import_seconds'] = f'{time.perf_counter() - importing:.1f}'
+        parity = compare(model, program, IMAGES)
         row |= {field: f'{x:.1e}' if isinstance(x, float) else x for field, x in parity._asdict().items()}
-        row['import_seconds'] = f'{parity.import_seconds:.1f}'
     except UserError as error:
         row['error'] = str(error)
     return row | {'seconds': round(time.perf_counter() - started)}
+
+
+def markdown(path: Path) -> str:
+    """Formats the table for the page."""
+    shown = {
+        'network': 'network',
+        'side': 'pixels',
+        'logits': 'logits',
+        'image_gradient': 'gradient of images',
+        'image_noise': 'noise of it',
+        'gradient': 'gradient of parameters',
+        'train_loss': 'loss of a step',
+        'train_gradient': 'gradient of a step',
+        'train_noise': 'noise of it',
+        'statistics': 'running statistics',
+        'exact': 'round trip exact',
+        'import_seconds': 's to import',
+    }
+    lines = [f'| {" | ".join(shown.values())} |', f'| --- |{" ---: |" * (len(shown) - 1)}']
+    with path.open(newline='') as file:
+        for row in csv.DictReader(file):
+            cells = [row['error']] if row['error'] else [row[column] for column in list(shown)[1:]]
+            lines.append(f'| {row["network"]} | {" | ".join(cells)} |')
+    return '\n'.join(lines)
 
 
 def main() -> None:
@@ -91,7 +133,11 @@ def main() -> None:
     parser.add_argument('--select', default='')
     parser.add_argument('--machine', default='')
     parser.add_argument('--date', default='')
+    parser.add_argument('--print', action='store_true')
     options = parser.parse_args()
+    if options.print:
+        print(markdown(options.out))
+        return
     torch.set_num_threads(1)
     jax.config.update('jax_disable_most_optimizations', True)
     selected = [name for name in ARCHITECTURES if any(part in name for part in options.select.split(','))]

@@ -1,6 +1,5 @@
 """Compares one network in torch with the same network imported by its graph: logits, gradients, a training step."""
 
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 from flax.traverse_util import flatten_dict
 
-from aft_jax.interchange import torch_model
 from aft_jax.interchange.program import Program, to_torch, to_variables
 from aft_jax.interchange.torch_program import TorchProgram
 from aft_jax.training.steps import cross_entropy
@@ -31,7 +29,6 @@ class Parity(NamedTuple):
         train_noise: Change of that gradient in torch itself, when the images change by a millionth.
         statistics: New running statistics, each tensor by itself.
         exact: Whether the weights come back bit for bit.
-        import_seconds: Seconds from the network in torch to the program here.
     """
 
     logits: float
@@ -43,7 +40,6 @@ class Parity(NamedTuple):
     train_noise: float
     statistics: float
     exact: bool
-    import_seconds: float
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -60,22 +56,19 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def compare(model: torch.nn.Module, image_shape: tuple[int, int, int], count: int, source: str) -> Parity:
+def compare(model: torch.nn.Module, program: Program, count: int = 8) -> Parity:
     """Compares a network on random images.
 
     Args:
         model: Network in torch; its dropout and stochastic depth are switched off for the training step.
-        image_shape: (H, W, C).
+        program: Program of the network.
         count: Number of images.
-        source: Name of the network.
     """
-    started = time.perf_counter()
-    program = Program(torch_model.export(model, image_shape, source), source)
     variables = to_variables(program, program.file.tensors)
-    seconds = time.perf_counter() - started
+    channels, height, width = program.graph.image_shape
     module = TorchProgram(program=program, mean=(0.0,), std=(1.0,))
     generator = np.random.default_rng(0)
-    images = generator.normal(size=(count, *image_shape)).astype(np.float32)
+    images = generator.normal(size=(count, height, width, channels)).astype(np.float32)
     labels = generator.integers(0, program.num_classes, count)
     ours = {train: _ours(module, variables, images, labels, train) for train in (False, True)}
     theirs = {train: _theirs(model, images, labels, train) for train in (False, True)}
@@ -113,7 +106,6 @@ def compare(model: torch.nn.Module, image_shape: tuple[int, int, int], count: in
         train_noise=difference(theirs_flat(noisy[True]['params']), theirs_flat(theirs[True]['params'])),
         statistics=max(statistics, default=0.0),
         exact=exact,
-        import_seconds=seconds,
     )
 
 

@@ -50,7 +50,7 @@ def build(config: ml_collections.ConfigDict, dataset: Dataset, directory: Path |
 
 
 def store(module: nn.Module, directory: Path) -> None:
-    """Writes the program of a PyTorch network into the work directory, unless it is there.
+    """Writes the program of an exported PyTorch network into the work directory, unless it is there.
 
     Raises:
         UserError: The file cannot be written.
@@ -59,6 +59,8 @@ def store(module: nn.Module, directory: Path) -> None:
     if not isinstance(module, TorchProgram) or path.exists():
         return
     program: Program = module.program
+    if program.file.path.suffix == '.pt2':  # the user's own file
+        return
     try:
         write_bytes(path, program_file.encode(program.file, program.file.tensors))
     except OSError as error:
