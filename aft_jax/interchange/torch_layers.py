@@ -207,7 +207,8 @@ def make_layer(layer: Layer, node: Node, initial: Initial, train: bool, dtype: A
         momentum=1 - (momentum or 0.0),
         epsilon=epsilon,
         initial=initial,
-        cumulative=momentum is None,
+        # A program in evaluation mode has 0 in place of torch's None.
+        cumulative=not momentum,
         name=layer.name,
     )
 
