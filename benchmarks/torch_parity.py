@@ -155,6 +155,8 @@ def _theirs(model: torch.nn.Module, images: np.ndarray, labels: np.ndarray, trai
         'params': {key: p.grad.numpy().copy() for key, p in model.named_parameters() if p.grad is not None},
         'state': {key: tensor.numpy().copy() for key, tensor in model.state_dict().items()},
     }
-    model.load_state_dict(state)
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            tensor.copy_(state[key])
     model.eval()
     return result
