@@ -24,7 +24,7 @@ from aft_jax.defenses import DEFENSES
 from aft_jax.evaluation.evaluator import Evaluator, test_metrics
 from aft_jax.evaluation.scores import PoisonDetection, Scores, poison_detection
 from aft_jax.models.cpu_compilation import compiler_options, steps_per_call
-from aft_jax.pipeline import export, given_model, stages
+from aft_jax.pipeline import export, given_model, network, stages
 from aft_jax.pipeline.assumptions import assumptions
 from aft_jax.pipeline.clean_set import check_clean_set
 from aft_jax.pipeline.given_model import FromFile, GivenModel
@@ -86,7 +86,7 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> Result
     compile_cache.use(config.run.compile_cache)
     numerics.pin()
     mesh = make_mesh()
-    experiment = load(config, mesh)
+    experiment = load(config, mesh, directory)
     # Only now: a config that cannot be run must not claim the directory.
     contents: Any = experiment.scenario.dataset.arrays
     if experiment.given is not None:
@@ -99,18 +99,21 @@ def run_experiment(config: ml_collections.ConfigDict, directory: Path) -> Result
         contextlib.closing(MetricWriter(directory)) as writer,
         Watch() as watch,
     ):
+        if _writes():
+            network.store(experiment.scenario.module, directory)
         module = experiment.scenario.module
         on_cpu = compiler_options(module), steps_per_call(module)
         run = Run(config.seed, directory, mesh, writer, as_options(RunOptions, config.run), watch, *on_cpu)
         return run_stages(run, experiment)
 
 
-def load(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
+def load(config: ml_collections.ConfigDict, mesh: Mesh, directory: Path) -> Experiment:
     """Loads the data and the given model, if there is one, and checks that they fit the config.
 
     Args:
         config: Resolved config.
         mesh: Devices.
+        directory: Work directory, which is only read.
 
     Raises:
         UserError: Something cannot be loaded, or does not fit.
@@ -127,9 +130,10 @@ def load(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     if given is not None:
         processes.raise_everywhere(partial(given_model.check_count, config, dataset))
         config = given_model.fit_batch_size(config, len(dataset.train_labels), mesh)
-    scenario = processes.raise_everywhere(lambda: stages.prepare(config, dataset, mesh))
+    scenario = processes.raise_everywhere(lambda: stages.prepare(config, dataset, mesh, directory))
     if given is not None:
-        processes.raise_everywhere(partial(given_model.check_compatible, given, scenario.module, config, dataset))
+        check = partial(given_model.check_compatible, given, scenario.module, config, dataset)
+        given = processes.raise_everywhere(check)
         if config.init_logits:
             check_reference_outputs(given.variables, scenario.module, config, dataset.image_shape, mesh)
         elif isinstance(given.origin, FromFile) and _writes():

@@ -30,7 +30,7 @@ ONLY_IMPORTER = {
     'matplotlib': 'aft_jax.report',
     'jinja2': 'aft_jax.report',
     'sklearn': 'aft_jax.report',
-    'torch': 'aft_jax.interchange.torch_file',
+    'torch': 'aft_jax.interchange',
     'safetensors': 'aft_jax.interchange.safetensors_file',
 }
 IMPORT_FUNCTIONS = ('import_module', '__import__')

@@ -346,22 +346,24 @@ def test_purify_notices_other_contents_of_the_same_file(done, capsys):
     assert_one_sentence(*run_here(flags, capsys), 'or the model of init_from, has changed since the run')
 
 
-def test_purify_takes_the_custom_module_of_the_walk_through(clean, tmp_path, capsys, monkeypatch):
-    """The module in docs/own-model.md can be scanned, purified and exported."""
+@pytest.mark.parametrize(('form', 'name'), [(0, 'make_model'), (1, 'MyNetwork')])
+def test_purify_takes_the_custom_modules_of_the_walk_through(clean, tmp_path, capsys, monkeypatch, form, name):
+    """Both modules in docs/own-model.md, of Flax linen and of NNX, can be scanned, purified and exported."""
     from safetensors.numpy import load_file, save_file
 
     page = (ROOT / 'docs' / 'own-model.md').read_text()
-    source = re.search(r'```python\n(.*?)```', page, re.DOTALL)[1]
+    source = re.findall(r'```python\n(.*?)```', page, re.DOTALL)[form]
     assert len(source.splitlines()) <= 24
     (tmp_path / 'my_own_module.py').write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    factory = '--config.model.factory=my_own_module:make_model'
+    monkeypatch.delitem(sys.modules, 'my_own_module', raising=False)
+    factory = f'--config.model.factory=my_own_module:{name}'
 
     import jax
     from flax.traverse_util import flatten_dict
 
     config = purify.get_config()
-    config.model.factory = 'my_own_module:make_model'
+    config.model.factory = f'my_own_module:{name}'
     module = models.build(resolve(config), CLASSES)
     variables = flatten_dict(models.initialise(module, jax.random.key(0), (SIDE, SIDE, 1)), sep='/')
     tensors = {path: np.asarray(leaf) for path, leaf in variables.items()}

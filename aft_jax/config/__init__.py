@@ -51,8 +51,8 @@ def _defaults(table: dict[str, Any]) -> dict[str, Any]:
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Copies a config and sets every value that it leaves open: those of presets, and names with a depth.
 
-    The presets of the AFT_SECTIONS must be among AFT_PRESETS. With a `model.factory` the name becomes the factory's:
-    config.json and the column `model` of the results have always held it there.
+    The presets of the AFT_SECTIONS must be among AFT_PRESETS. With a `model.factory` or `model.torch` the name
+    becomes theirs: config.json and the column `model` of the results have always held it there.
     """
     resolved = ml_collections.ConfigDict(config.to_dict())
     for name in AFT_SECTIONS:
@@ -62,8 +62,8 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
                 options[field] = value
     if resolved.model.name in COMBINED:
         resolved.model.name, resolved.model.depth = COMBINED[resolved.model.name]
-    if resolved.model.factory:
-        resolved.model.name = resolved.model.factory
+    if resolved.model.factory or resolved.model.torch:
+        resolved.model.name = resolved.model.factory or resolved.model.torch
     return resolved
 
 

@@ -50,6 +50,12 @@ MODEL = {
         "'' takes the network of the file.",
     ),
     'factory': Field('', "Function 'package.module:function' that builds your own Flax module, in place of name."),
+    'torch': Field(
+        '',
+        "PyTorch network in place of name: 'torchvision:NAME', 'timm:NAME', or your own function "
+        "'package.module:function' that returns a torch.nn.Module. With options: "
+        "'torchvision:vit_b_16(image_size=32)'.",
+    ),
     'depth': Field(18, 'Layers. preact_resnet and resnet: 18, 34 or 50; vgg_bn: 11, 13, 16 or 19.'),
     'width': Field(64, 'Channels of the first stage; not for mnist_cnn.', POSITIVE),
     'final_norm': Field(False, 'preact_resnet: whether BatchNorm and ReLU come before the pooling.'),
@@ -109,8 +115,8 @@ FIELDS: dict[str, Any] = {
     ),
     'init_from': Field(
         '',
-        'Model to purify in place of infecting one: a .pt, .pth or .safetensors file, or the work directory of a run. '
-        "Its trigger is unknown, so attack.name must be 'none'.",
+        'Model to purify in place of infecting one: a .pt, .pth, .pt2 or .safetensors file, or the work directory of a '
+        "run. Its trigger is unknown, so attack.name must be 'none'.",
     ),
     'init_mapping': Field('', 'JSON file that maps unusual names of weights (see aft_jax/interchange).'),
     'init_logits': Field(

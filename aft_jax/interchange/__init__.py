@@ -66,7 +66,7 @@ def load(path: Path, mapping: Path | None = None) -> Imported:
     leaves, keys = {}, {}
     for key, ours in matched.naming.paths.items():
         name = matched.keys[key]
-        values = _checked(source.tensors[name], name, path)
+        values = checked(source.tensors[name], name, path)
         if ours.endswith('/var') and values.min(initial=0) < 0:
             raise UserError(f'{name} of {path} has negative variances.')
         leaves[ours], keys[ours] = to_flax(values, architecture.flat_side if key == flat else 0), name
@@ -162,7 +162,12 @@ def read_mapping(path: Path) -> dict[str, str | None]:
     return mapping
 
 
-def _checked(tensor: np.ndarray, name: str, path: Path) -> np.ndarray:
+def checked(tensor: np.ndarray, name: str, path: Path) -> np.ndarray:
+    """Converts a tensor of weights to float32.
+
+    Raises:
+        UserError: If it does not hold finite floating-point numbers.
+    """
     if tensor.dtype not in DTYPES:
         raise UserError(f'{name} of {path} is of {tensor.dtype}; weights should be floating-point numbers.')
     with np.errstate(over='ignore'):

@@ -1,4 +1,4 @@
-"""PyTorch's own format, a pickle of tensors. Only this module imports torch.
+"""PyTorch's own format, a pickle of tensors. This module and `torch_model` alone import torch.
 
 A pickle is a program. torch's restricted loader only builds tensors and plain containers, and refuses everything else.
 Placeholders stand for some harmless objects beside the weights, see `inert`.

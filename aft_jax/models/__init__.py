@@ -62,7 +62,12 @@ def build(config: ml_collections.ConfigDict, num_classes: int) -> nn.Module:
 
 
 def initialise(module: nn.Module, key: jax.Array, image_shape: tuple[int, int, int]) -> dict:
-    """Draws fresh variables {'params', 'batch_stats'} for images of shape (H, W, C)."""
+    """Draws fresh variables {'params', 'batch_stats'} for images of shape (H, W, C).
+
+    A module with a method `initial_variables` brings its own, and the key has no influence.
+    """
+    if hasattr(module, 'initial_variables'):
+        return module.initial_variables()
     return jax.jit(module.init)(key, jnp.zeros((1, *image_shape), jnp.float32))
 
 

@@ -11,17 +11,31 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from aft_jax.errors import UserError
+
 InputFunction = Callable[[jax.Array], jax.Array]
 
 
 def first_dense(module: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> str:
     """Finds the name in 'params' of the first dense layer. In all our networks it follows the last feature map.
 
+    Another module names the dense layer that follows its last feature map in an attribute `layer_after_maps`.
+
     Args:
         module: Classifier.
         variables: Variables of the classifier.
         image_shape: (H, W, C').
+
+    Raises:
+        UserError: If no dense layer reads the channels of the last feature map.
     """
+    if hasattr(module, 'layer_after_maps'):
+        if not module.layer_after_maps:
+            raise UserError(
+                'this network has no dense layer that reads the channels of its last feature map, so they cannot be '
+                "pruned; leave the defense 'fp' out."
+            )
+        return module.layer_after_maps
     names = []
 
     def intercept(call, arguments, options, context):

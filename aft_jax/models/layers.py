@@ -75,12 +75,13 @@ def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
     Cell i averages the pixels from floor(i H / size) to ceil((i + 1) H / size). So cells overlap, or repeat a pixel, if
     H is not a multiple of the size.
     """
-    rows, columns = (_averaging_matrix(length, size) for length in x.shape[1:3])
+    rows, columns = (averaging_matrix(length, size) for length in x.shape[1:3])
     averages = jnp.einsum('bhwc,ph,qw->bpqc', x.astype(jnp.float32), rows, columns, precision=lax.Precision.HIGHEST)
     return averages.astype(x.dtype)
 
 
-def _averaging_matrix(length: int, size: int) -> np.ndarray:
+def averaging_matrix(length: int, size: int) -> np.ndarray:
+    """Computes the weights float32 [size, length] of `adaptive_average_pool` along one axis."""
     matrix = np.zeros((size, length), np.float32)
     for i in range(size):
         cell = slice(i * length // size, math.ceil((i + 1) * length / size))

@@ -38,12 +38,12 @@ class BatchNorm(nn.BatchNorm):
         scale = self.param('scale', nn.initializers.ones, shape, jnp.float32)
         bias = self.param('bias', nn.initializers.zeros, shape, jnp.float32)
         if average:
-            return _normalised(x, mean.value, var.value, scale, bias, self.epsilon)
+            return normalised(x, mean.value, var.value, scale, bias, self.epsilon)
         if mask is None:
             y, batch_mean, batch_var = normalised_by_batch(x, scale, bias, self.epsilon)
         else:
-            batch_mean, batch_var = _moments(x, mask)
-            y = _normalised(x, batch_mean, batch_var, scale, bias, self.epsilon)
+            batch_mean, batch_var = moments(x, mask)
+            y = normalised(x, batch_mean, batch_var, scale, bias, self.epsilon)
         if not self.is_initializing():
             mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
             var.value = self.momentum * var.value + (1 - self.momentum) * batch_var
@@ -65,8 +65,8 @@ def normalised_by_batch(
     Returns:
         float32 [B, ..., C]; mean and variance over all axes but the last, float32 [C].
     """
-    mean, var = _moments(x)
-    return _normalised(x, mean, var, scale, bias, epsilon), mean, var
+    mean, var = moments(x)
+    return normalised(x, mean, var, scale, bias, epsilon), mean, var
 
 
 def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[Any, Any]:
@@ -94,14 +94,16 @@ def _backward(_: float, saved: Any, gradients: Any) -> tuple[jax.Array, jax.Arra
 normalised_by_batch.defvjp(_forward, _backward)
 
 
-def _moments(x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def moments(x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Computes mean and variance over all axes but the last, float32 [C]; the mask is that of `BatchNorm`."""
     mean, square = (values.mean(_axes(x), where=mask) for values in (x, x * x))
     return mean, jnp.maximum(0.0, square - mean * mean)
 
 
-def _normalised(
+def normalised(
     x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> jax.Array:
+    """Computes (x - mean) / sqrt(var + epsilon) * scale + bias; the last axis of x is that of the other arrays."""
     wide = partial(_wide, like=x)
     return (x - wide(mean)) * wide(lax.rsqrt(var + epsilon) * scale) + wide(bias)
 

@@ -13,7 +13,10 @@ from aft_jax.errors import UserError
 from aft_jax.interchange import state_file
 from aft_jax.interchange.architecture import Architecture
 from aft_jax.interchange.card import write_card
+from aft_jax.interchange.program import Program
+from aft_jax.pipeline import given_program
 from aft_jax.pipeline.given_model import FromCustomModule, FromFile, FromRun, GivenModel
+from aft_jax.pipeline.given_program import FromProgram
 from aft_jax.results import search_text
 from aft_jax.results.record import SHOWN_EPS, Results
 
@@ -35,6 +38,7 @@ def write(
     A network from a file keeps its key names and dtypes. It is written as DEFENSE with the suffix of that file, and as
     DEFENSE.safetensors. A network from a saved run gets the key names of torchvision or of the authors' releases (see
     `interchange.with_usual_names`). It is written as DEFENSE.safetensors, with suspect.safetensors for comparison.
+    A PyTorch program keeps the key names of its state dict, and one from a .pt2 file is written as DEFENSE.pt2 too.
     A network without such names is not exported, and a message says so.
 
     Args:
@@ -47,7 +51,7 @@ def write(
     Raises:
         UserError: A file cannot be written.
     """
-    if isinstance(given.origin, FromRun) and given.origin.architecture is None:
+    if isinstance(given.origin, FromRun) and given.origin.architecture is None and given.origin.program is None:
         print('aft_jax: this network has no standard key names, so it is not exported; use its checkpoints instead.')
         return
     try:
@@ -59,7 +63,7 @@ def write(
     match given.origin:
         case FromFile(imported):
             before = imported.source.path
-        case FromCustomModule(source):
+        case FromCustomModule(source) | FromProgram(source):
             before = source.path
         case FromRun():
             before = directory / 'suspect.safetensors'
@@ -137,5 +141,10 @@ def _write(path: Path, given: GivenModel, variables: dict) -> None:
             leaves = flatten_dict(variables, sep='/')
             tensors = {key: np.asarray(leaves[key]).astype(old.dtype) for key, old in source.tensors.items()}
             state_file.write(path, source._replace(tensors=tensors))
+        case FromProgram() as origin:
+            given_program.save(path, variables, origin)
+        case FromRun(program=Program() as program):
+            source = state_file.StateFile(Path(), program.file.tensors)
+            given_program.save(path, variables, FromProgram(source, program))
         case FromRun(architecture=Architecture() as architecture):
             interchange.save(path, variables, interchange.with_usual_names(architecture, variables))

@@ -19,7 +19,10 @@ from aft_jax.errors import UserError, user_path
 from aft_jax.interchange import state_file
 from aft_jax.interchange.architecture import Architecture, check_data, check_model
 from aft_jax.interchange.file_kind import check_folder
-from aft_jax.pipeline import saved_run
+from aft_jax.interchange.program import Program
+from aft_jax.interchange.torch_program import TorchProgram
+from aft_jax.pipeline import given_program, saved_run
+from aft_jax.pipeline.given_program import FromProgram
 
 log = logging.getLogger(__name__)
 # Clean images that are needed to purify a model and to measure the result.
@@ -53,24 +56,27 @@ class FromRun(NamedTuple):
         trained_for: Shape of the images and number of classes, (H, W, C, K).
         architecture: Architecture as other programs know it; None for a module of the user, or for feature maps that
             are not square.
+        program: Program of a PyTorch network, else None.
     """
 
     trained_for: tuple[int, ...]
     architecture: Architecture | None
+    program: Program | None = None
 
 
 class GivenModel(NamedTuple):
     """Model that the user gives.
 
     Attributes:
-        variables: Variables of the model, {'params', 'batch_stats'}, float32.
+        variables: Variables of the model, {'params', 'batch_stats'}, float32. Those of a PyTorch program in a file
+            are empty until `check_compatible`.
         origin: Where the model comes from.
         warning: Problem that the user should look at, or ''.
         doubt: Reason for which a purification with these clean images may ruin the model, or ''.
     """
 
     variables: dict
-    origin: FromFile | FromCustomModule | FromRun
+    origin: FromFile | FromCustomModule | FromProgram | FromRun
     warning: str = ''
     doubt: str = ''
 
@@ -87,13 +93,19 @@ def load(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[ml_collections.
     """
     path = user_path(config.init_from, 'init_from')
     filled = config.copy_and_resolve_references()
-    kind = 'run' if path.is_dir() else 'custom module' if config.model.factory else 'file'
+    program = config.model.torch or path.suffix == '.pt2'
+    kind = 'run' if path.is_dir() else 'program' if program else 'custom module' if config.model.factory else 'file'
     match kind:
         case 'run':
             if config.init_mapping:
                 raise UserError(f'init_mapping is for the keys of a file, and init_from={path} is a directory.')
             check_folder(path)
             given = _load_run(path, filled, mesh)
+        case 'program':
+            if config.init_mapping:
+                raise UserError('init_mapping is for the networks of models/, not for a PyTorch program.')
+            given = GivenModel({}, given_program.read(path))
+            filled.model.name = filled.model.name or path.name
         case 'custom module':
             if config.init_mapping:
                 raise UserError('init_mapping is for the networks of models/, not for one of model.factory.')
@@ -132,8 +144,10 @@ def _load_run(directory: Path, config: ml_collections.ConfigDict, mesh: Mesh) ->
         )
     dataset = run.scenario.dataset
     config.model, config.dtype = actual, run.config.dtype
-    architecture = None if actual.factory else _architecture(actual, dataset)
-    origin = FromRun((*dataset.image_shape, dataset.num_classes), architecture)
+    module = run.scenario.module
+    architecture = None if actual.factory or actual.torch else _architecture(actual, dataset)
+    program = module.program if isinstance(module, TorchProgram) else None
+    origin = FromRun((*dataset.image_shape, dataset.num_classes), architecture, program)
     return GivenModel(jax.tree.map(np.asarray, run.infected.variables), origin)
 
 
@@ -186,8 +200,13 @@ def fit_batch_size(config: ml_collections.ConfigDict, count: int, mesh: Mesh) ->
     return fitted
 
 
-def check_compatible(given: GivenModel, module: nn.Module, config: ml_collections.ConfigDict, dataset: Dataset) -> None:
+def check_compatible(
+    given: GivenModel, module: nn.Module, config: ml_collections.ConfigDict, dataset: Dataset
+) -> GivenModel:
     """Checks that a given model fits the data and its module.
+
+    Returns:
+        The model with its variables.
 
     Raises:
         UserError: The classes, channels, sizes or variables differ.
@@ -195,15 +214,20 @@ def check_compatible(given: GivenModel, module: nn.Module, config: ml_collection
     match given.origin:
         case FromFile(imported):
             check_data(imported.architecture, dataset.num_classes, dataset.image_shape, config.init_from)
+        case FromProgram() as origin:
+            assert isinstance(module, TorchProgram)
+            origin, variables = given_program.bind(origin, module.program)
+            return GivenModel(variables, origin, given.warning)
         case FromCustomModule():
             _check_variables(given.variables, module, dataset.image_shape, config)
-        case FromRun(trained_for, architecture):
+        case FromRun(trained_for, architecture, _):
             shape = (*dataset.image_shape, dataset.num_classes)
             if trained_for != shape:
                 model, data = (f'{h}x{w}x{c} images of {k} classes' for h, w, c, k in (trained_for, shape))
                 raise UserError(f'{config.init_from} is a model for {model}, but {config.dataset} has {data}.')
             if architecture is None:
                 _check_variables(given.variables, module, dataset.image_shape, config)
+    return given
 
 
 def _check_variables(

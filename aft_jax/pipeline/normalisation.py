@@ -19,6 +19,7 @@ from aft_jax.data.dataset import Dataset
 from aft_jax.errors import UserError
 from aft_jax.models import logits_function
 from aft_jax.pipeline.given_model import FromFile, GivenModel
+from aft_jax.pipeline.given_program import FromProgram
 from aft_jax.pipeline.other_inputs import best_other_input
 from aft_jax.randomness import generator_for
 from aft_jax.training.prediction import BatchedFunction
@@ -63,7 +64,7 @@ def check_normalisation(
         return float(np.mean(answer(given.variables, other_images)[0] == other_labels))
 
     own = accuracy(config.model.mean, config.model.std)
-    candidates = NORMALISATIONS if isinstance(given.origin, FromFile) else {}
+    candidates = NORMALISATIONS if isinstance(given.origin, FromFile | FromProgram) else {}
     accuracies = {
         name: accuracy(*values) for name, values in candidates.items() if len(values[0]) in (1, images.shape[-1])
     }

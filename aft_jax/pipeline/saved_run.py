@@ -98,7 +98,7 @@ def load(directory: Path, mesh: Mesh, datasets: Datasets, defenses: Sequence[str
     dataset, data_checksum = datasets.load(config)
     if recorded_checksum != data_checksum:
         raise UserError(f'the data set {config.dataset} has changed since the run in {directory}; restore the old one.')
-    scenario = stages.prepare(config, dataset, mesh)
+    scenario = stages.prepare(config, dataset, mesh, directory)
     run = Run(
         config.seed,
         directory,

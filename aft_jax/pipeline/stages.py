@@ -1,5 +1,7 @@
 """The stages of an experiment up to its models: prepare the scenario, infect a classifier, purify it."""
 
+from pathlib import Path
+
 import ml_collections
 from jax.sharding import Mesh
 
@@ -14,6 +16,7 @@ from aft_jax.defenses.defender import TuningOptions, require_head
 from aft_jax.errors import UserError
 from aft_jax.evaluation.evaluator import Evaluator, test_metrics
 from aft_jax.models.custom import shows_features
+from aft_jax.pipeline import network
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
 from aft_jax.randomness import key_for
 from aft_jax.runtime.sharding import check_batch_size
@@ -80,13 +83,14 @@ def purify(
     return DEFENSES[name].purify(run, f'purify/{name}', data, defense_settings(name, config))
 
 
-def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh) -> Scenario:
+def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh, directory: Path | None = None) -> Scenario:
     """Builds the attack and the classifier, poisons the training set and draws the defender's clean images.
 
     Args:
         config: Resolved config.
         dataset: Clean data.
         mesh: Devices.
+        directory: Work directory, which may hold the program of a PyTorch network.
 
     Raises:
         UserError: The config does not fit the data, the devices or the classifier.
@@ -95,12 +99,12 @@ def prepare(config: ml_collections.ConfigDict, dataset: Dataset, mesh: Mesh) -> 
     check_batch_size(mesh, config.batch_size, 'batch_size')
     attack = attacks.build(config, dataset.image_shape, dataset.num_classes)
     poisoned = poison(attack, dataset.train_images, dataset.train_labels, poisoning_options(config))
-    module = models.build(config, dataset.num_classes)
+    module = network.build(config, dataset, directory)
     for name in split_names(config.defenses) if 'purify' in config.stages else ():
         if DEFENSES[name].needs_feature_maps and not shows_features(module):
             raise UserError(
-                f'the defense {name!r} reads feature maps, but the __call__ of model.factory='
-                f'{config.model.factory} takes no `features`; add it, or leave {name!r} out.'
+                f'the defense {name!r} reads feature maps, but the __call__ of {config.model.name} takes no `features` '
+                f'or its graph has no feature maps; add them, or leave {name!r} out.'
             )
         if DEFENSES[name].needs_head:
             require_head(name, module, dataset.image_shape)

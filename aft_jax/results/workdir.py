@@ -39,6 +39,11 @@ class RunFiles(NamedTuple):
         return self.workdir / 'config.json'
 
     @property
+    def program(self) -> Path:
+        """Program of a PyTorch network with its initial weights, a file of `torch.export.save`."""
+        return self.workdir / 'model.pt2'
+
+    @property
     def results(self) -> Path:
         """Results, see `aft_jax.results.record`."""
         return self.workdir / 'results.json'

@@ -78,8 +78,14 @@ def _validate_given_model(config: ml_collections.ConfigDict) -> None:
 def _validate_model(config: ml_collections.ConfigDict) -> None:
     """Checks the network's name and depth. A factory is checked when it is called, and a file names its network."""
     options = config.model
+    if options.factory and options.torch:
+        raise UserError('model.factory and model.torch are both set; use one of them.')
+    if config.init_from.endswith('.pt2') and (options.factory or options.torch or options.name):
+        raise UserError(
+            f'init_from={config.init_from} holds its network; leave model.name, model.torch and model.factory empty.'
+        )
     name, depth = models.COMBINED.get(options.name, (options.name, options.depth))
-    if not (options.factory or (config.init_from and not name)):
+    if not (options.factory or options.torch or (config.init_from and not name)):
         one_of(*models.NAMES).verify('model.name', name)
     if name in models.DEPTHS:
         one_of(*models.DEPTHS[name]).verify('model.depth', depth)
