@@ -5,7 +5,7 @@ from typing import Any
 from aft_jax.results import clean_set_text, search_text
 from aft_jax.results.record import SHOWN_EPS, Results
 
-PROVISIONAL = 'The limits of the verdict come from one benign model so far, so false alarms are likely on other data.'
+PROVISIONAL = 'The limits of the verdict come from two benign models so far, so false alarms are likely on other data.'
 UNKNOWN = """
 What cannot be known without the trigger: whether the model had a backdoor, how often the trigger worked (ASR), and
 whether it still does. A high score is evidence of a backdoor, but a low score does not rule one out. After a
