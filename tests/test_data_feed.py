@@ -142,12 +142,16 @@ def test_watch_in_another_thread_handles_no_signals():
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGHUP'])
 def test_watch_notes_a_signal_and_restores_the_handler(name):
     number = signal.Signals[name]
-    before = signal.getsignal(number)
-    with Watch() as watch:
-        assert not watch.must_stop()
-        os.kill(os.getpid(), number)
-        assert watch.must_stop() and watch.signal == name
-    assert signal.getsignal(number) is before
+    # Under nohup SIGHUP is ignored.
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with Watch() as watch:
+            assert not watch.must_stop()
+            os.kill(os.getpid(), number)
+            assert watch.must_stop() and watch.signal == name
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_watch_leaves_sighup_ignored_as_under_nohup():

@@ -88,7 +88,7 @@ def test_retune_starts_again_after_an_interruption(tiny_retuning, monkeypatch, t
     (tmp_path / 'other').mkdir()
     run = tiny_retuning.run._replace(workdir=tmp_path / 'other')
     stops = iter([False, True])
-    watch = type('', (), {'must_stop': lambda self: next(stops, False)})()
+    watch = type('', (), {'must_stop': lambda self: next(stops, False), 'signal': 'SIGTERM'})()
     with pytest.raises(Preempted):
         retune(tiny_retuning._replace(run=run._replace(watch=watch)), 'infected', PLANTED, 2)
     assert list(run.workdir.glob('checkpoints/relapse/*')) and not list(run.workdir.glob('relapse/*'))

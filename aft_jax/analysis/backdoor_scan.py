@@ -20,8 +20,8 @@ from aft_jax.randomness import generator_for, key_for
 MIN_IMAGES_PER_CLASS = 20
 # More images per class only cost time.
 MAX_IMAGES_PER_CLASS = 50
-# Excess of a found change of each kind, above which a model counts as infected, and a purified one as not erased. Changes
-# of some kinds also work on benign models. PROVISIONAL: see docs/results/random_triggers.
+# Excess of a found change of each kind, above which a model counts as infected, and a purified one as not erased. Some
+# changes also work on benign models. PROVISIONAL: see docs/results/random_triggers.
 LIMITS = {'linf': 0.68, 'l2': 0.88, 'mask': 0.72, 'low_frequency': 0.42}
 OTHER_LIMIT = 0.35
 PURIFIED_LIMITS = {'linf': 0.65, 'l2': 0.6, 'mask': 0.55, 'rectangle': 0.6, 'region': 0.6, 'low_frequency': 0.4}

@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses.batch_norm_statistics import Statistics
 from aft_jax.errors import UserError
+from aft_jax.pipeline import normalisation
 from aft_jax.pipeline.given_model import GivenModel
-from aft_jax.pipeline.normalisation import near_chance
 from aft_jax.training.prediction import Predictor
 
 # Shift from which the images count as unlike those of the training.
@@ -84,7 +84,7 @@ def check_clean_set(
     ]
     warnings = [given.warning] if given.warning else []
     for part in parts:
-        if part.accuracy < near_chance(dataset.num_classes):
+        if part.accuracy < normalisation.near_chance(dataset.num_classes):
             message = (
                 f'{config.init_from} gets {100 * part.accuracy:.1f} % of {len(part.labels)} clean images for the '
                 f'{part.name} right, which is near chance'

@@ -57,10 +57,10 @@ FAMILIES = {f.__name__: f for f in (resnet, densenet, mobilenet, shufflenet, squ
 # Family -> shape of its last feature maps, without the batch.
 MAPS = {
     'resnet': (1, 1, 512),
-    'densenet': (1, 1, 9),
-    'mobilenet': (8, 8, 192),
+    'densenet': (1, 1, 8),
+    'mobilenet': (8, 8, 144),
     'shufflenet': (1, 1, 32),
-    'squeezenet': (1, 1, 512),
+    'squeezenet': (2, 2, 512),
     'convnext': (2, 2, 16),
     'vit': (5, 1, 16),
     'swin': (4, 4, 16),
