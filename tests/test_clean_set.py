@@ -2,24 +2,40 @@
 
 import json
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 from experiment_results import results, scores
 
 from aft_jax.defenses.tainted_images import Evidence, outlier_scores, tainted
-from aft_jax.pipeline.clean_set import Part, largest_shift
+from aft_jax.pipeline.clean_set import Part, shift_of
 from aft_jax.results import clean_set_text
 
 
-def test_largest_shift_is_that_of_the_layer_which_is_furthest_off():
+class TwoNorms(nn.Module):
+    """Calls its layers in another order than that of their names."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        first = nn.BatchNorm(not train, name='z')(images)
+        return nn.BatchNorm(not train, name='a')(first).mean(axis=(1, 2))
+
+
+def test_shift_of_is_that_of_the_layer_which_is_called_first():
     generator = np.random.default_rng(0)
-    mean, var = generator.normal(size=(2, 2, 5)), generator.uniform(0.5, 2, size=(2, 5))
-    own = {'a': {'mean': mean[0, 0], 'var': var[0]}, 'b': {'norm': {'mean': mean[0, 1], 'var': var[1]}}}
-    measured = {'a': {'mean': mean[1, 0], 'var': var[1]}, 'b': {'norm': {'mean': mean[1, 1], 'var': var[0]}}}
-    shifts = np.mean(np.abs(mean[1] - mean[0]) / np.sqrt(var + 1e-5), axis=-1)
-    layer, shift = largest_shift(own, measured)
-    assert layer == ('a', 'b/norm')[shifts.argmax()] and shift == pytest.approx(shifts.max())
-    assert largest_shift({}, {}) == ('', 0.0)
+    mean, new = generator.normal(size=(2, 2, 3)).astype(np.float32)
+    var = generator.uniform(0.5, 2, size=(2, 3)).astype(np.float32)
+    module, images = TwoNorms(), np.zeros((1, 4, 4, 3), np.float32)
+    params = module.init(jax.random.key(0), images)['params']
+    own, measured = (
+        {'params': params, 'batch_stats': {name: {'mean': m[i], 'var': var[i]} for i, name in enumerate('az')}}
+        for m in (mean, new)
+    )
+    expected = np.mean(np.abs(new[1] - mean[1]) / np.sqrt(var[1] + 1e-5))
+    assert shift_of(module, own, measured, (4, 4, 3)) == pytest.approx(expected, rel=1e-5)
+    plain = nn.Dense(3)
+    assert shift_of(plain, plain.init(jax.random.key(0), images), {}, (4, 4, 3)) == 0.0
 
 
 def test_weak_classes_have_less_than_half_of_the_accuracy():

@@ -56,6 +56,26 @@ def moments(module: nn.Module, variables: dict, images: jax.Array, count: jax.Ar
     return measured
 
 
+def first_layer(module: nn.Module, variables: dict, image_shape: tuple[int, ...]) -> tuple[str, ...] | None:
+    """Finds the path of the BatchNorm layer that is called first; None if there is none.
+
+    Args:
+        module: Classifier.
+        variables: Its variables.
+        image_shape: (H, W, C).
+    """
+    paths: list[tuple[str, ...]] = []
+
+    def intercept(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        if isinstance(context.module, nn.BatchNorm) and context.method_name == '__call__':
+            paths.append(context.module.path)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(intercept):
+        jax.eval_shape(module.apply, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    return paths[0] if paths else None
+
+
 class Statistics:
     """Measures the BatchNorm statistics of models of one architecture."""
 
