@@ -18,11 +18,12 @@ from aft_jax.defenses import (
     anp,
     defender,
     fp,
-    fst,
     ft,
     mcr,
     nad,
+    new_head,
     reference,
+    sau,
 )
 from aft_jax.pipeline.stages import defense_settings
 from aft_jax.training.loop import fit
@@ -53,7 +54,7 @@ def record_stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Trained]:
         recorded[stage.name] = Trained(stage, fit(run, stage))
         return recorded[stage.name].fitted
 
-    for module in (aft, aft_universal, anp, fp, fst, ft, mcr, nad, reference):
+    for module in (aft, aft_universal, anp, fp, ft, mcr, nad, new_head, reference, sau):
         monkeypatch.setattr(module, 'fit', recording_fit)
     return recorded
 
