@@ -19,6 +19,7 @@ from aft_jax.defenses import (
     defender,
     fp,
     ft,
+    ft_sam,
     mcr,
     nad,
     new_head,
@@ -54,7 +55,7 @@ def record_stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Trained]:
         recorded[stage.name] = Trained(stage, fit(run, stage))
         return recorded[stage.name].fitted
 
-    for module in (aft, aft_universal, anp, fp, ft, mcr, nad, new_head, reference, sau):
+    for module in (aft, aft_universal, anp, fp, ft, ft_sam, mcr, nad, new_head, reference, sau):
         monkeypatch.setattr(module, 'fit', recording_fit)
     return recorded
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from aft_jax.config.aft import AFT_SECTION, filled_section, preset_section
 from aft_jax.config.fields import (
+    BELOW_ONE,
     IN_PIXELS,
     NOT_NEGATIVE,
     OPEN_SHARE,
@@ -46,6 +47,14 @@ DEFENSES: dict[str, Any] = {
         'learning_rates': _LEARNING_RATES,
         'schedule': _SCHEDULE,
         'max_grad_norm': _MAX_GRAD_NORM,
+    },
+    'ft_sam': {
+        'rho': Field(2.0, 'Radius of the neighbourhood of the weights, relative to each weight.', NOT_NEGATIVE),
+        'smoothing': Field(0.1, 'Probability that the labels give to the wrong classes together.', BELOW_ONE),
+        'epochs': _epochs(100),
+        'learning_rates': _LEARNING_RATES._replace(default=(0.01,)),
+        'schedule': _SCHEDULE,
+        'max_grad_norm': _MAX_GRAD_NORM._replace(default=0.0),
     },
     'd3': {
         'weight': Field(10.0, 'Weight of the clean loss beside the distance of the head.', POSITIVE),

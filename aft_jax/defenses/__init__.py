@@ -8,13 +8,14 @@ To add a defense, write its file, add its line to DEFENSES, and add the defaults
 `config/defenses.py`, in a section with the name of the entry.
 """
 
-from aft_jax.defenses import aft, aft_universal, anp, d3, fp, fst, ft, mcr, nad, pbe, sau
+from aft_jax.defenses import aft, aft_universal, anp, d3, fp, fst, ft, ft_sam, mcr, nad, pbe, sau
 from aft_jax.defenses.defender import DefenderData, Defense, DefenseSettings, PoisonScores, Purified
 
 __all__ = ['DEFENSES', 'DefenderData', 'Defense', 'DefenseSettings', 'PoisonScores', 'Purified']
 
 DEFENSES: dict[str, Defense] = {
     'ft': Defense(ft.purify, ft.FtOptions),
+    'ft_sam': Defense(ft_sam.purify, ft_sam.FtSamOptions),
     'fst': Defense(fst.purify, fst.FstOptions, needs_head=True),
     'd3': Defense(d3.purify, d3.D3Options, needs_head=True),
     'aft': Defense(aft.purify, aft.AftOptions),
