@@ -20,6 +20,7 @@ from aft_jax.defenses import (
     fp,
     ft,
     ft_sam,
+    i_bau,
     mcr,
     nad,
     new_head,
@@ -55,7 +56,7 @@ def record_stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Trained]:
         recorded[stage.name] = Trained(stage, fit(run, stage))
         return recorded[stage.name].fitted
 
-    for module in (aft, aft_universal, anp, fp, ft, ft_sam, mcr, nad, new_head, reference, sau):
+    for module in (aft, aft_universal, anp, fp, ft, ft_sam, i_bau, mcr, nad, new_head, reference, sau):
         monkeypatch.setattr(module, 'fit', recording_fit)
     return recorded
 

@@ -110,6 +110,26 @@ DEFENSES: dict[str, Any] = {
         'epochs': _epochs(100),
         'learning_rates': _ADAM_RATES._replace(default=(0.0001,)),
     },
+    'i_bau': {
+        'rounds': Field(5, 'Rounds of searching a perturbation for all images and unlearning it.', POSITIVE),
+        'search_learning_rate': Field(10.0, 'Learning rate of the perturbation.', POSITIVE),
+        'penalty': Field(0.001, "Weight of the perturbation's squared L2 norm.", NOT_NEGATIVE),
+        'radius': Field(
+            0.0, 'Largest L2 norm of the perturbation, in units of [0, 1] pixels; 0 for no bound.', NOT_NEGATIVE
+        ),
+        'perturbed_share': Field(0.01, "Share of a batch's images with the perturbation.", POSITIVE_SHARE),
+        'inner_learning_rate': Field(0.1, 'Learning rate of the step that is differentiated.', POSITIVE),
+        'fixed_point_steps': Field(5, 'Terms of the implicit gradient.', POSITIVE),
+        'learning_rates': _ADAM_RATES._replace(default=(0.001,)),
+    },
+    'clp': {
+        'thresholds': Field(
+            (3.0,),
+            "Gains of channels above their layer's mean that are pruned, in standard deviations, to choose from by "
+            '`tuning`. A single one needs no images.',
+            each(NOT_NEGATIVE),
+        ),
+    },
     # The options of AFT are those of the rounds after the first.
     'pbe': filled_section('default', epochs=4, adversarial_epochs=4.0, recalibrate=False)
     | {

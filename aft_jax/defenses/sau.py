@@ -135,9 +135,8 @@ def sau_step(
     unlearned = (perturbed_labels != labels) & (perturbed_labels != infected_labels)
 
     def objective(params):
-        logits = module.apply(
-            {'params': params, 'batch_stats': state.batch_stats}, jnp.concatenate([images, perturbed])
-        )
+        model = logits_function(module, {'params': params, 'batch_stats': state.batch_stats})
+        logits = model(jnp.concatenate([images, perturbed]))
         clean, adversarial = logits[:size], logits[size:]
         avoidance = jnp.where(unlearned, avoidance_loss(adversarial, perturbed_labels), 0.0).mean()
         loss = (
