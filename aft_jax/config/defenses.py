@@ -122,6 +122,14 @@ DEFENSES: dict[str, Any] = {
         'fixed_point_steps': Field(5, 'Terms of the implicit gradient.', POSITIVE),
         'learning_rates': _ADAM_RATES._replace(default=(0.001,)),
     },
+    'rnp': {
+        'unlearning_epochs': _epochs(20, 'Unlearning: largest number of epochs.'),
+        'unlearning_rate': Field(0.01, 'Unlearning: learning rate, a tenth of it after 10 epochs.', POSITIVE),
+        'stop_accuracy': Field(0.2, 'Unlearning: training accuracy at which it ends.', SHARE_OR_ZERO),
+        'recovering_epochs': _epochs(20, 'Recovering: epochs of the masks.'),
+        'recovering_rate': Field(0.2, 'Recovering: learning rate of the masks.', POSITIVE),
+        'recover_weight': Field(0.2, 'Recovering: weight of the cross-entropy.', POSITIVE),
+    },
     'clp': {
         'thresholds': Field(
             (3.0,),

@@ -8,7 +8,7 @@ To add a defense, write its file, add its line to DEFENSES, and add the defaults
 `config/defenses.py`, in a section with the name of the entry.
 """
 
-from aft_jax.defenses import aft, aft_universal, anp, clp, d3, fp, fst, ft, ft_sam, i_bau, mcr, nad, pbe, sau
+from aft_jax.defenses import aft, aft_universal, anp, clp, d3, fp, fst, ft, ft_sam, i_bau, mcr, nad, pbe, rnp, sau
 from aft_jax.defenses.defender import DefenderData, Defense, DefenseSettings, PoisonScores, Purified
 
 __all__ = ['DEFENSES', 'DefenderData', 'Defense', 'DefenseSettings', 'PoisonScores', 'Purified']
@@ -27,6 +27,7 @@ DEFENSES: dict[str, Defense] = {
     'anp': Defense(anp.purify, anp.AnpOptions),
     'sau': Defense(sau.purify, sau.SauOptions),
     'i_bau': Defense(i_bau.purify, i_bau.IbauOptions),
+    'rnp': Defense(rnp.purify, rnp.RnpOptions),
     'clp': Defense(clp.purify, clp.ClpOptions),
     'pbe': Defense(pbe.purify, pbe.PbeOptions, trains_on='untrusted_training_set'),
 }
