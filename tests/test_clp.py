@@ -62,8 +62,7 @@ def test_find_pairs_follows_the_data(module, expected):
         assert [pair.epsilon for pair in pairs if pair.norm == ('late_norm',)] == [1e-3]
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize('depth', [18, 50])
+@pytest.mark.parametrize(('depth', 'dtype'), [(18, jnp.bfloat16), (50, jnp.float32)])
 def test_find_pairs_in_residual_networks(depth, dtype):
     """After activation every convolution has its norm; before it, all but the norms of sums have one."""
     inner = 1 if depth == 18 else 2

@@ -18,10 +18,10 @@ The sum is the Neumann series of (I - dPhi/dd)^-T dL1/dd. d is in units of [0, 1
 classifier is in evaluation mode throughout: BatchNorm keeps the running statistics, and there is no dropout. Images are
 not augmented.
 
-The defaults are those of the authors' code, with which the published figures were made. The code departs from the
-paper's equation. It adds d to 1 % of a batch, rounded down to one image of 100 (here to the nearest, at least one), and
-d has no radius. So most of the effect is fine-tuning. `perturbed_share=1` and a `radius` are the equation. Without an
-argument the code unlearns on test images, which is not reproduced. BackdoorBench has a learning rate of .0001.
+The defaults are those of the authors' code, which departs from the paper's equation. It adds d to 1 % of a batch,
+rounded down (here to the nearest, at least one image), and d has no radius. `perturbed_share=1` and a `radius` are the
+equation. Without an argument the code unlearns on test images, which is not reproduced. BackdoorBench takes a learning
+rate of .0001.
 
 Needs: the infected model and clean images. Costs: a step of the second pass about 13 training steps with 5 terms.
 """

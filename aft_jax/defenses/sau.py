@@ -1,5 +1,5 @@
-"""SAU: shared adversarial unlearning (Wei et al., "Shared Adversarial Training for Backdoor Removal", NeurIPS 2023,
-arXiv 2307.10562).
+"""SAU: shared adversarial unlearning (Wei et al., "Shared Adversarial Unlearning: Backdoor Mitigation by Unlearning
+Shared Adversarial Examples", NeurIPS 2023, arXiv 2307.10562).
 
 An adversarial example of the model f is shared if it moves the infected model f_0 to the same wrong label. A triggered
 image is one of them as long as f has the backdoor. SAU finds shared examples and makes f leave the labels of f_0 there:
