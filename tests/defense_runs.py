@@ -18,11 +18,15 @@ from aft_jax.defenses import (
     anp,
     defender,
     fp,
-    fst,
     ft,
+    ft_sam,
+    i_bau,
     mcr,
     nad,
+    new_head,
     reference,
+    rnp,
+    sau,
 )
 from aft_jax.pipeline.stages import defense_settings
 from aft_jax.training.loop import fit
@@ -53,7 +57,7 @@ def record_stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Trained]:
         recorded[stage.name] = Trained(stage, fit(run, stage))
         return recorded[stage.name].fitted
 
-    for module in (aft, aft_universal, anp, fp, fst, ft, mcr, nad, reference):
+    for module in (aft, aft_universal, anp, fp, ft, ft_sam, i_bau, mcr, nad, new_head, reference, rnp, sau):
         monkeypatch.setattr(module, 'fit', recording_fit)
     return recorded
 

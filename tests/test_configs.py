@@ -100,6 +100,8 @@ def test_names_of_explains_the_first_wrong_name():
         *[('data.size', value) for value in (-1, 4097)],
         *[('attack.sig.delta', value) for value in (0.0, 1.01)],
         ('fst.alpha', -1e-9),
+        ('d3.weight', 0.0),
+        ('rnp.stop_accuracy', 1.01),
         ('attack.wanet.grid', 1),
         ('batch_size', 0),
         ('train.momentum', 1.0),

@@ -4,10 +4,12 @@ import jax
 import numpy as np
 import pytest
 import scipy.special
+from defense_runs import lines, run_defense
 from toys import Linear
 
 from aft_jax.config import resolve
 from aft_jax.defenses import DEFENSES, DefenderData, defender
+from aft_jax.errors import Preempted
 from aft_jax.pipeline.stages import defense_settings
 
 
@@ -58,6 +60,44 @@ def test_defense_settings_have_every_field_of_the_section(config, name):
     section.pop('preset', None)
     assert values == {field: tuple(v) if isinstance(v, list) else v for field, v in section.items()}
     hash(options)  # jitted steps are cached by it
+
+
+class StopsAfter:
+    """A watch that lets a run take a number of calls and then stops it."""
+
+    signal = 15
+
+    def __init__(self, calls: int):
+        self.left = calls
+
+    def must_stop(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [
+        ('ft_sam', {'epochs': 2}),
+        ('d3', {'epochs': 2}),
+        ('sau', {'epochs': 2, 'steps': 2}),
+        ('rnp', {'unlearning_epochs': 2, 'recovering_epochs': 2}),
+        ('i_bau', {'rounds': 1, 'fixed_point_steps': 2}),
+    ],
+)
+def test_purify_stopped_and_started_again_equals_an_uninterrupted_run(
+    name, options, config, make_run, held_data, assert_trees_close
+):
+    """It stops after two steps, and again before its end."""
+    config[name].update(options)
+    whole, cut = make_run('whole'), make_run('cut')
+    expected = run_defense(name, whole, held_data, config)
+    for _ in range(2):
+        with pytest.raises(Preempted):
+            run_defense(name, cut._replace(watch=StopsAfter(1)), held_data, config)
+    actual = run_defense(name, cut, held_data, config)
+    assert_trees_close(actual.variables, expected.variables)
+    assert lines(cut) == lines(whole) and len(lines(whole)) >= 6
 
 
 def test_choose_measures_candidates_on_the_held_out_images(make_run, held_data):

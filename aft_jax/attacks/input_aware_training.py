@@ -1,7 +1,6 @@
 """The two training stages of the input-aware attack: the mask network, then classifier and generator together."""
 
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,6 +12,7 @@ from aft_jax.attacks.input_aware import Networks
 from aft_jax.attacks.input_aware_networks import networks_for
 from aft_jax.attacks.input_aware_steps import JointState, joint_step, mask_step
 from aft_jax.attacks.training import AttackSettings, AttackTraining
+from aft_jax.training import optimiser as optimisers
 from aft_jax.training import state
 from aft_jax.training.loop import fit
 from aft_jax.training.stage import Phase, Run, TrainingStage
@@ -98,11 +98,4 @@ def scheduled(rate: float, steps: int, schedule: str) -> optax.ScalarOrSchedule:
 
 def adam(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """Builds the optimiser of both networks, with the authors' betas (0.5, 0.9)."""
-    inner = optax.adam(rate, b1=0.5, b2=0.9)
-
-    def step(updates: Any, opt_state: Any, params: Any = None) -> tuple[Any, Any]:
-        # Optax raises a float to the power of its integer count, which strict promotion forbids.
-        with jax.numpy_dtype_promotion('standard'):
-            return inner.update(updates, opt_state, params)
-
-    return optax.GradientTransformation(inner.init, step)
+    return optimisers.adam(rate, b1=0.5, b2=0.9)

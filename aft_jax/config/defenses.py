@@ -4,6 +4,8 @@ from typing import Any
 
 from aft_jax.config.aft import AFT_SECTION, filled_section, preset_section
 from aft_jax.config.fields import (
+    BELOW_ONE,
+    IN_PIXELS,
     NOT_NEGATIVE,
     OPEN_SHARE,
     POSITIVE,
@@ -25,6 +27,7 @@ _LEARNING_RATES = Field(
     'Learning rates to choose from by `tuning`, weakest first. A single one trains on all clean images.',
     RISING_POSITIVE,
 )
+_ADAM_RATES = _LEARNING_RATES._replace(doc=_LEARNING_RATES.doc.replace('Learning rates', 'Learning rates of Adam'))
 
 
 def _epochs(default: int, doc: str = 'Epochs.') -> Field:
@@ -44,6 +47,22 @@ DEFENSES: dict[str, Any] = {
         'learning_rates': _LEARNING_RATES,
         'schedule': _SCHEDULE,
         'max_grad_norm': _MAX_GRAD_NORM,
+    },
+    'ft_sam': {
+        'rho': Field(2.0, 'Radius of the neighbourhood of the weights, relative to each weight.', NOT_NEGATIVE),
+        'smoothing': Field(0.1, 'Probability that the labels give to the wrong classes together.', BELOW_ONE),
+        'epochs': _epochs(100),
+        'learning_rates': _LEARNING_RATES._replace(default=(0.01,)),
+        'schedule': _SCHEDULE,
+        'max_grad_norm': _MAX_GRAD_NORM._replace(default=0.0),
+    },
+    'd3': {
+        'weight': Field(10.0, 'Weight of the clean loss beside the distance of the head.', POSITIVE),
+        'threshold': Field(0.1, 'Cross-entropy of an image below which it has no gradient.', NOT_NEGATIVE),
+        'epochs': _epochs(100),
+        'learning_rates': _LEARNING_RATES._replace(default=(0.01,)),
+        'schedule': _SCHEDULE,
+        'max_grad_norm': _MAX_GRAD_NORM._replace(default=0.0),
     },
     'nad': {
         'teacher_epochs': _epochs(10, 'Epochs of the teacher.'),
@@ -78,6 +97,46 @@ DEFENSES: dict[str, Any] = {
             0.2, 'Weight of the loss without noise; the loss with noise has the rest.', SHARE_OR_ZERO
         ),
         'learning_rate': Field(0.2, 'Learning rate of the masks.', POSITIVE),
+    },
+    'sau': {
+        'eps': Field(0.2, 'Radius of the perturbations, Linf, in units of [0, 1] pixels.', IN_PIXELS),
+        'step_size': Field(0.2, 'Length of a step of the perturbations, in the same units.', IN_PIXELS),
+        'steps': Field(5, 'Steps of the perturbations.', POSITIVE),
+        'attack_weight': Field(0.01, 'Perturbations: weight of fooling both models.', NOT_NEGATIVE),
+        'sharing_weight': Field(1.0, 'Perturbations: weight of equal predictions of both models.', NOT_NEGATIVE),
+        'clean_weight': Field(1.0, 'Training: weight of clean images.', NOT_NEGATIVE),
+        'adversarial_weight': Field(0.0, 'Training: weight of perturbed images with true labels.', NOT_NEGATIVE),
+        'unlearning_weight': Field(1.0, "Training: weight of leaving the infected model's labels.", NOT_NEGATIVE),
+        'epochs': _epochs(100),
+        'learning_rates': _ADAM_RATES._replace(default=(0.0001,)),
+    },
+    'i_bau': {
+        'rounds': Field(5, 'Rounds of searching a perturbation for all images and unlearning it.', POSITIVE),
+        'search_learning_rate': Field(10.0, 'Learning rate of the perturbation.', POSITIVE),
+        'penalty': Field(0.001, "Weight of the perturbation's squared L2 norm.", NOT_NEGATIVE),
+        'radius': Field(
+            0.0, 'Largest L2 norm of the perturbation, in units of [0, 1] pixels; 0 for no bound.', NOT_NEGATIVE
+        ),
+        'perturbed_share': Field(0.01, "Share of a batch's images with the perturbation.", POSITIVE_SHARE),
+        'inner_learning_rate': Field(0.1, 'Learning rate of the step that is differentiated.', POSITIVE),
+        'fixed_point_steps': Field(5, 'Terms of the implicit gradient.', POSITIVE),
+        'learning_rates': _ADAM_RATES._replace(default=(0.001,)),
+    },
+    'rnp': {
+        'unlearning_epochs': _epochs(20, 'Unlearning: largest number of epochs.'),
+        'unlearning_rate': Field(0.01, 'Unlearning: learning rate, a tenth of it after 10 epochs.', POSITIVE),
+        'stop_accuracy': Field(0.2, 'Unlearning: training accuracy at which it ends.', SHARE_OR_ZERO),
+        'recovering_epochs': _epochs(20, 'Recovering: epochs of the masks.'),
+        'recovering_rate': Field(0.2, 'Recovering: learning rate of the masks.', POSITIVE),
+        'recover_weight': Field(0.2, 'Recovering: weight of the cross-entropy.', POSITIVE),
+    },
+    'clp': {
+        'thresholds': Field(
+            (3.0,),
+            "Gains of channels above their layer's mean that are pruned, in standard deviations, to choose from by "
+            '`tuning`. A single one needs no images.',
+            each(NOT_NEGATIVE),
+        ),
     },
     # The options of AFT are those of the rounds after the first.
     'pbe': filled_section('default', epochs=4, adversarial_epochs=4.0, recalibrate=False)

@@ -8,14 +8,16 @@ To add a defense, write its file, add its line to DEFENSES, and add the defaults
 `config/defenses.py`, in a section with the name of the entry.
 """
 
-from aft_jax.defenses import aft, aft_universal, anp, fp, fst, ft, mcr, nad, pbe
+from aft_jax.defenses import aft, aft_universal, anp, clp, d3, fp, fst, ft, ft_sam, i_bau, mcr, nad, pbe, rnp, sau
 from aft_jax.defenses.defender import DefenderData, Defense, DefenseSettings, PoisonScores, Purified
 
 __all__ = ['DEFENSES', 'DefenderData', 'Defense', 'DefenseSettings', 'PoisonScores', 'Purified']
 
 DEFENSES: dict[str, Defense] = {
     'ft': Defense(ft.purify, ft.FtOptions),
+    'ft_sam': Defense(ft_sam.purify, ft_sam.FtSamOptions),
     'fst': Defense(fst.purify, fst.FstOptions, needs_head=True),
+    'd3': Defense(d3.purify, d3.D3Options, needs_head=True),
     'aft': Defense(aft.purify, aft.AftOptions),
     'aft_universal': Defense(aft_universal.purify, aft_universal.UniversalAftOptions),
     'aft_released': Defense(aft_universal.purify, aft_universal.UniversalAftOptions),
@@ -23,5 +25,9 @@ DEFENSES: dict[str, Defense] = {
     'mcr': Defense(mcr.purify, mcr.McrOptions),
     'fp': Defense(fp.purify, ft.FtOptions, needs_feature_maps=True),
     'anp': Defense(anp.purify, anp.AnpOptions),
+    'sau': Defense(sau.purify, sau.SauOptions),
+    'i_bau': Defense(i_bau.purify, i_bau.IbauOptions),
+    'rnp': Defense(rnp.purify, rnp.RnpOptions),
+    'clp': Defense(clp.purify, clp.ClpOptions),
     'pbe': Defense(pbe.purify, pbe.PbeOptions, trains_on='untrusted_training_set'),
 }

@@ -23,7 +23,6 @@ were no better. There .01 cost 2.6 to 3.7 points and left 3 to 14 %, and 0 cost 
 Needs: the infected model and clean images. Costs: one training step a batch, for each learning rate.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,15 +31,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from aft_jax.data.augment import AugmentOptions, augment
-from aft_jax.data.order import count_steps
-from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified, require_head, start_training, tune
+from aft_jax.data.augment import AugmentOptions
+from aft_jax.defenses.defender import DefenderData, DefenseSettings, Purified, require_head
+from aft_jax.defenses.new_head import draw_uniform, head_step, purify_with_new_head
 from aft_jax.models.head import HeadPath, layer_at, replace_layer
 from aft_jax.randomness import key_for
-from aft_jax.training.loop import fit
-from aft_jax.training.stage import Fitted, Phase, Run, TrainingStage
+from aft_jax.training.stage import Run
 from aft_jax.training.state import Batch, Metrics, TrainState
-from aft_jax.training.steps import accuracy, advance, apply_training, cross_entropy
+from aft_jax.training.steps import cross_entropy
 
 
 class FstOptions(NamedTuple):
@@ -75,31 +73,9 @@ def purify(run: Run, name: str, data: DefenderData, settings: DefenseSettings) -
     """
     options: FstOptions = settings.options
     head = require_head('fst', data.module, data.images.shape[1:])
-    infected_kernel = layer_at(data.variables['params'], head)['kernel']
     params = draw_head(key_for(run.seed, f'{name}/head'), data.variables['params'], head)
-
-    def train(name: str, kept: DefenderData, learning_rate: float) -> Fitted:
-        steps = count_steps(len(kept.labels), options.epochs, settings.batch_size)
-        before, optimiser = start_training(kept, settings, steps, learning_rate)
-        step = partial(
-            fst_step,
-            module=kept.module,
-            optimiser=optimiser,
-            head=head,
-            alpha=options.alpha,
-            augmentation=settings.augment,
-        )
-        stage = TrainingStage(
-            name=name,
-            state=before,
-            phases=[Phase(step, steps)],
-            arrays=kept.arrays,
-            batch_size=settings.batch_size,
-            constants=infected_kernel,
-        )
-        return fit(run, stage)
-
-    return tune(run, name, data._replace(variables=data.variables | {'params': params}), train, settings)
+    loss = partial(fst_loss, alpha=options.alpha)
+    return purify_with_new_head(run, name, data, settings, head=head, params=params, loss=loss)
 
 
 def draw_head(key: jax.Array, params: Any, head: HeadPath) -> Any:
@@ -111,13 +87,23 @@ def draw_head(key: jax.Array, params: Any, head: HeadPath) -> Any:
         head: Path of the head.
     """
     layer = layer_at(params, head)
-    bound = layer['kernel'].shape[0] ** -0.5
-    keys = jax.random.split(key, len(layer))
-    drawn = {
-        name: jax.random.uniform(keys[i], layer[name].shape, minval=-bound, maxval=bound)
-        for i, name in enumerate(sorted(layer))
-    }
-    return replace_layer(params, head, drawn)
+    return replace_layer(params, head, draw_uniform(key, layer, layer['kernel'].shape[0] ** -0.5))
+
+
+def fst_loss(
+    logits: jax.Array, labels: jax.Array, kernel: jax.Array, infected_kernel: jax.Array, *, alpha: float
+) -> jax.Array:
+    """Computes the loss of FST.
+
+    Args:
+        logits: float32 [B, K].
+        labels: int32 [B].
+        kernel: Kernel of the head, float32 [d, K].
+        infected_kernel: Kernel of the infected head, float32 [d, K].
+        alpha: Weight of the penalty.
+    """
+    penalty = alpha * jnp.sum(kernel * infected_kernel)
+    return cross_entropy(logits, labels) + penalty
 
 
 def fst_step(
@@ -131,41 +117,14 @@ def fst_step(
     alpha: float,
     augmentation: AugmentOptions,
 ) -> tuple[TrainState, Metrics]:
-    """Takes one step of FST.
-
-    Args:
-        state: State before the step.
-        batch: 'images' float32 [B, H, W, C] in [0, 1], 'labels' int32 [B], and 'constants', the kernel [d, K] of the
-            infected head.
-        key: PRNG key of this step.
-        module: Classifier.
-        optimiser: Optimiser of the classifier.
-        head: Path of the head.
-        alpha: Weight of the penalty.
-        augmentation: Options of `augment`.
-
-    Returns:
-        The state after the step; metrics with 'head_cosine', the cosine between the head's kernel and the infected one
-        after the step.
-    """
-    augment_key, dropout_key = jax.random.split(key)
-    labels, infected_kernel = batch['labels'], batch['constants']
-    images = augment(augment_key, batch['images'], augmentation)
-
-    def objective(params):
-        logits, batch_stats = apply_training(module, state, params, images, dropout_key)
-        penalty = alpha * jnp.sum(layer_at(params, head)['kernel'] * infected_kernel)
-        return cross_entropy(logits, labels) + penalty, (logits, batch_stats)
-
-    (loss, (logits, batch_stats)), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
-    after = advance(state, gradient, batch_stats, optimiser)
-    layer = layer_at(after.params, head)
-    norm = jnp.linalg.norm(infected_kernel)
-    kernel = layer['kernel'] * (norm / jnp.linalg.norm(layer['kernel']))
-    metrics = {
-        'loss': loss,
-        'grad_norm': optax.tree.norm(gradient),
-        'accuracy': accuracy(logits, labels),
-        'head_cosine': jnp.sum(kernel * infected_kernel) / jnp.square(norm),
-    }
-    return replace(after, params=replace_layer(after.params, head, layer | {'kernel': kernel})), metrics
+    """Takes one step of FST with a penalty of weight `alpha`; the other arguments are those of `head_step`."""
+    return head_step(
+        state,
+        batch,
+        key,
+        module=module,
+        optimiser=optimiser,
+        head=head,
+        loss=partial(fst_loss, alpha=alpha),
+        augmentation=augmentation,
+    )

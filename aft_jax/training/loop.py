@@ -57,7 +57,10 @@ def fit(run: Run, stage: TrainingStage) -> Fitted:
         orders = [Order(run.seed, f'{stage.name}/{i}', num_images, stage.batch_size) for i in range(stage.num_streams)]
         feed = Feed(run.mesh, stage.arrays, orders, options.placement)
         constants, key = sharding.replicate(run.mesh, (stage.constants, key_for(run.seed, stage.name)))
-        compiled = [compile_steps(run.mesh, phase.step, run.compiler_options) for phase in stage.phases]
+        # Phases that take turns share two programs.
+        steps = dict.fromkeys(phase.step for phase in stage.phases)
+        programs = {step: compile_steps(run.mesh, step, run.compiler_options) for step in steps}
+        compiled = [programs[phase.step] for phase in stage.phases]
         hooks = stage.eval_hooks + ((run.eval_hook,) if run.eval_hook and stage.trains_model else ())
         if step == 0:
             started += _evaluate(run, stage, 0, state, [hook for hook in hooks if hook.at_start])

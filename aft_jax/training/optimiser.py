@@ -1,7 +1,8 @@
-"""SGD as the papers use it, and the options of a training."""
+"""SGD and Adam as the papers use them, and the options of a training."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -62,6 +63,24 @@ def sgd(
         rate = lambda count: decay(jnp.asarray(count, jnp.float32))  # noqa: E731
     clip = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
     return optax.chain(*clip, optax.add_decayed_weights(weight_decay), optax.sgd(rate, momentum=momentum))
+
+
+def adam(rate: optax.ScalarOrSchedule, *, b1: float = 0.9, b2: float = 0.999) -> optax.GradientTransformation:
+    """Builds Adam without weight decay, as torch.optim.Adam computes it.
+
+    Args:
+        rate: Learning rate, or a schedule of it.
+        b1: Share of the mean gradient that is kept.
+        b2: Share of the mean squared gradient that is kept.
+    """
+    inner = optax.adam(rate, b1=b1, b2=b2)
+
+    def update(updates: Any, opt_state: Any, params: Any = None) -> tuple[Any, Any]:
+        # Optax raises a float to the power of its integer count, which strict promotion forbids.
+        with jax.numpy_dtype_promotion('standard'):
+            return inner.update(updates, opt_state, params)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def one_cycle(peak: float, steps: int) -> optax.Schedule:
