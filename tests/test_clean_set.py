@@ -85,10 +85,14 @@ def test_tainted_selects_labels_with_several_suspicious_outliers():
 
     for index in (0, 3, 5, 7):
         change(index)
-    change(9, margin=2.0)
+    change(9, margin=1.9)
     change(11, outlier=False)
-    # Two of a label may be chance. If the infected model does not predict the label, it is only wrong.
-    for index in (20, 21, 40, 41, 42):
+    # One of a label may be chance. If the infected model does not predict the label, it is only wrong.
+    for index in (20, 40, 41, 42):
         change(index)
     infected[40] = infected[41] = [-0.01, -6, -6]
     np.testing.assert_array_equal(tainted(Evidence(outliers, infected, reference), labels), [0, 3, 5, 7])
+    # Now label 1 has three: its share is not three times the mean of the others.
+    change(21)
+    change(22)
+    np.testing.assert_array_equal(tainted(Evidence(outliers, infected, reference), labels), [])

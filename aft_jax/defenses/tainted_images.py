@@ -9,7 +9,8 @@ backdoor alive through any fine-tuning, FST included. But they are also the best
     2. A reference model (`defenses.reference`) is trained on the others, so its backdoor is erased.
     3. An image that was put aside is tainted if the infected model predicts its label, and the reference another one,
        with a difference of the log-probabilities of the label of at least MARGIN.
-    4. Chance makes a few images look so. Only labels count that have several of them, and more than their share.
+    4. Chance makes a few images look so. Only labels count that have several of them, and a larger share of them than
+       other labels.
 
 Images whose trigger leaves the features alone, such as a small rotation, are not found. Neither are those of an
 all-to-all backdoor if each label has few of them.
@@ -35,9 +36,9 @@ from aft_jax.training.stage import Run
 # Share of the images that is put aside, and steps of the reference.
 CANDIDATES, REFERENCE_STEPS = 0.2, 300
 # Difference of the log-probabilities of the label from which an image looks tainted.
-MARGIN = 3.0
-# Number of such images, and share of the images of a label, from which the label counts.
-MIN_IMAGES, MIN_SHARE = 3, 0.12
+MARGIN = 2.0
+# A label counts if so many of its images look tainted, such a share of them, and so many times the others' mean share.
+MIN_IMAGES, MIN_SHARE, MIN_CONTRAST = 3, 0.05, 3.0
 _DEVIATION_FLOOR = 1e-6
 
 
@@ -110,10 +111,13 @@ def tainted(evidence: Evidence, labels: np.ndarray) -> np.ndarray:
     aside = np.zeros(len(labels), bool)
     aside[np.argsort(-outliers, kind='stable')[: candidates(len(labels))]] = True
     suspicious &= aside
-    for label in np.unique(labels):
+    present = np.unique(labels)
+    shares = np.array([suspicious[labels == label].mean() for label in present])
+    for i, label in enumerate(present):
         of_label = labels == label
-        found = int(suspicious[of_label].sum())
-        if found < MIN_IMAGES or found < MIN_SHARE * of_label.sum():
+        others = np.delete(shares, i)
+        least = max(MIN_SHARE, MIN_CONTRAST * others.sum() / max(1, len(others)))
+        if suspicious[of_label].sum() < MIN_IMAGES or shares[i] < least:
             suspicious[of_label] = False
     return np.flatnonzero(suspicious).astype(np.int32)
 
