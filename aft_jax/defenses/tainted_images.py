@@ -73,7 +73,10 @@ def find_tainted(run: Run, name: str, data: DefenderData, settings: DefenseSetti
     rest = np.sort(np.argsort(-outliers, kind='stable')[candidates(len(outliers)) :])
     trusted = data._replace(images=data.images[rest], labels=data.labels[rest])
     settings = with_shift(settings, data.images.shape[1:])
-    settings = settings._replace(options=settings.options._replace(reference_steps=REFERENCE_STEPS))
+    options = settings.options._replace(reference_steps=REFERENCE_STEPS)
+    # Fewer images than a batch may be left.
+    largest = len(rest) // run.mesh.size * run.mesh.size
+    settings = settings._replace(options=options, batch_size=min(settings.batch_size, largest))
     reference = fit_reference(run, name, trusted, settings).state.variables
     return tainted(Evidence(outliers, infected, function(reference, data.images)[1]), data.labels)
 
