@@ -189,8 +189,7 @@ def without_tainted(run: Run, experiment: Experiment) -> Experiment:
     """Leaves out images that look tainted. The experiment has a given model."""
     config, scenario, given, _ = experiment
     assert given is not None
-    infected = InfectedModel(given.variables, attack=None, seconds=0.0)
-    scenario, left = leave_out_tainted(run, scenario, infected, config)
+    scenario, left = leave_out_tainted(run, scenario, given.variables, config)
     config = given_model.fit_batch_size(config, len(scenario.clean), run.mesh)
     return Experiment(config, scenario, given, left)
 

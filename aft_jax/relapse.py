@@ -67,12 +67,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, value in positive.items():
         if value <= 0:
             raise UserError(f'--{name}={value} must be positive.')
-    flags.runs, flags.benign = (
-        [user_path(text, flag) for text in texts]
-        for flag, texts in (('--runs', flags.runs), ('--benign', flags.benign))
-    )
-    if len({path.name for path in flags.runs}) < len(flags.runs):
-        raise UserError('--runs has two directories of the same name; rename one of them.')
+    flags.runs = saved_run.read_runs(flags.runs)
+    flags.benign = [user_path(text, '--benign') for text in flags.benign]
     flags.workdir = user_path(flags.workdir, '--workdir')
     return flags
 

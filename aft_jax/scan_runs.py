@@ -21,7 +21,7 @@ from typing import Any
 from aft_jax import cli, files
 from aft_jax.analysis import scan_stage, scan_table
 from aft_jax.config import UNPURIFIED
-from aft_jax.errors import UserError, user_path
+from aft_jax.errors import user_path
 from aft_jax.pipeline import saved_run
 from aft_jax.report import requirements, scan_figure
 from aft_jax.results import record, table_rows
@@ -42,9 +42,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument('--defenses', default='')
     flags = parser.parse_args(arguments)
     flags.defenses = saved_run.read_defenses(flags.defenses)
-    flags.runs = [user_path(text, '--runs') for text in flags.runs]
-    if len({path.name for path in flags.runs}) < len(flags.runs):
-        raise UserError('--runs has two directories of the same name; rename one of them.')
+    flags.runs = saved_run.read_runs(flags.runs)
     flags.workdir = user_path(flags.workdir, '--workdir')
     return flags
 

@@ -81,23 +81,15 @@ def measure(
         run = saved_run.load(directory, mesh, datasets, defenses)
         tools = tools_for(run.scenario.module, mesh, min(run.config.run.eval_batch_size, count), tools)
         benign_variables = control_of(run, controls)
-        shared = {
-            'run': run.directory.name,
-            'dataset': run.config.dataset,
-            'model': run.config.model.name,
-            'attack': run.config.attack.name,
-            'label_mode': run.config.attack.label_mode,
-            'seed': run.config.seed,
-        }
         for defense, variables in {UNPURIFIED: run.infected.variables, **run.purified}.items():
-            yield shared | {'defense': defense} | score_row(run, variables, tools.scorer, eps, count)
+            yield run.names | {'defense': defense} | score_row(run, variables, tools.scorer, eps, count)
             measured = observation_rows(
                 run, variables, benign_variables, tools.probe, norms=norms, eps=eps, count=count
             )
             for row in measured:
                 # The control is the same for every model of the run.
                 if defense == UNPURIFIED or 'control' not in row:
-                    yield shared | {'defense': defense} | row
+                    yield run.names | {'defense': defense} | row
 
 
 def tools_for(module: nn.Module, mesh: Mesh, batch_size: int, last: Tools | None) -> Tools:

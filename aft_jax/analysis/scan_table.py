@@ -27,15 +27,9 @@ def rows_of(run: SavedRun, defense: str, scan: Scan, scores: ModelScores) -> lis
         scan: Its scan.
         scores: Its scores.
     """
-    config, attack = run.config, run.infected.attack
-    all2one = attack is not None and config.attack.label_mode == 'all2one'
-    model = {
-        'run': run.directory.name,
-        'dataset': config.dataset,
-        'model': config.model.name,
-        'attack': config.attack.name,
-        'label_mode': config.attack.label_mode,
-        'seed': config.seed,
+    attack = run.infected.attack
+    all2one = run.config.attack.label_mode == 'all2one'
+    model = run.names | {
         'defense': defense,
         'acc': scores.acc,
         'asr': scores.asr,

@@ -148,7 +148,7 @@ def _logits(module: nn.Module, models: dict) -> tuple[Logits, Logits]:
 
 
 def _values(part: Perturbation | SoftMask) -> Any:
-    """Returns what the gradient is taken of."""
+    """Returns the arrays of a change that the search optimises."""
     return (part.opacity, part.pattern) if isinstance(part, SoftMask) else part.values
 
 

@@ -30,6 +30,7 @@ import numpy as np
 from aft_jax.defenses.aft import with_shift
 from aft_jax.defenses.defender import DefenderData, DefenseSettings
 from aft_jax.defenses.reference import fit_reference
+from aft_jax.runtime.sharding import largest_batch
 from aft_jax.training.prediction import BatchedFunction
 from aft_jax.training.stage import Run
 
@@ -46,12 +47,12 @@ class Evidence(NamedTuple):
     """What the two models say about the images.
 
     Attributes:
-        outliers: Outlier score of each image, [N].
+        aside: Whether an image was put aside, bool [N].
         infected: Log-probabilities of the infected model, [N, K].
         reference: Log-probabilities of the reference model, [N, K].
     """
 
-    outliers: np.ndarray
+    aside: np.ndarray
     infected: np.ndarray
     reference: np.ndarray
 
@@ -69,21 +70,22 @@ def find_tainted(run: Run, name: str, data: DefenderData, settings: DefenseSetti
         partial(_features_and_logs, data.module), data.module, run.mesh, run.options.eval_batch_size
     )
     features, infected = function(data.variables, data.images)
-    outliers = outlier_scores(features, data.labels)
-    rest = np.sort(np.argsort(-outliers, kind='stable')[candidates(len(outliers)) :])
-    trusted = data._replace(images=data.images[rest], labels=data.labels[rest])
+    aside = put_aside(outlier_scores(features, data.labels))
+    trusted = data._replace(images=data.images[~aside], labels=data.labels[~aside])
     settings = with_shift(settings, data.images.shape[1:])
     options = settings.options._replace(reference_steps=REFERENCE_STEPS)
     # Fewer images than a batch may be left.
-    largest = len(rest) // run.mesh.size * run.mesh.size
+    largest = largest_batch(run.mesh, len(trusted.labels))
     settings = settings._replace(options=options, batch_size=min(settings.batch_size, largest))
     reference = fit_reference(run, name, trusted, settings).state.variables
-    return tainted(Evidence(outliers, infected, function(reference, data.images)[1]), data.labels)
+    return tainted(Evidence(aside, infected, function(reference, data.images)[1]), data.labels)
 
 
-def candidates(count: int) -> int:
-    """Computes how many of `count` images are put aside."""
-    return round(CANDIDATES * count)
+def put_aside(outliers: np.ndarray) -> np.ndarray:
+    """Selects the share CANDIDATES of the images with the highest outlier scores [N]: bool [N]."""
+    aside = np.zeros(len(outliers), bool)
+    aside[np.argsort(-outliers, kind='stable')[: round(CANDIDATES * len(outliers))]] = True
+    return aside
 
 
 def outlier_scores(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -103,16 +105,14 @@ def tainted(evidence: Evidence, labels: np.ndarray) -> np.ndarray:
     """Selects the tainted images by what the models say; int32 indices in ascending order.
 
     Args:
-        evidence: Outlier scores and log-probabilities.
+        evidence: Images put aside, and log-probabilities.
         labels: int32 [N].
     """
-    outliers, infected, reference = evidence
+    aside, infected, reference = evidence
     order = np.arange(len(labels))
     suspicious = infected.argmax(axis=1) == labels
     suspicious &= reference.argmax(axis=1) != labels
     suspicious &= infected[order, labels] - reference[order, labels] >= MARGIN
-    aside = np.zeros(len(labels), bool)
-    aside[np.argsort(-outliers, kind='stable')[: candidates(len(labels))]] = True
     suspicious &= aside
     present = np.unique(labels)
     shares = np.array([suspicious[labels == label].mean() for label in present])

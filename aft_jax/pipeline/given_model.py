@@ -23,6 +23,7 @@ from aft_jax.interchange.program import Program
 from aft_jax.interchange.torch_program import TorchProgram
 from aft_jax.pipeline import given_program, saved_run
 from aft_jax.pipeline.given_program import FromProgram
+from aft_jax.runtime.sharding import largest_batch
 
 log = logging.getLogger(__name__)
 # Clean images that are needed to purify a model and to measure the result.
@@ -191,7 +192,7 @@ def check_count(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
 
 def fit_batch_size(config: ml_collections.ConfigDict, count: int, mesh: Mesh) -> ml_collections.ConfigDict:
     """Lowers a batch size that is larger than the number of clean training images, with a warning."""
-    size = count // mesh.size * mesh.size
+    size = largest_batch(mesh, count)
     if config.batch_size <= count or not size:
         return config
     log.warning('batch_size=%d is larger than the %d training images; it is %d here.', config.batch_size, count, size)

@@ -13,7 +13,7 @@ from aft_jax import data, validation
 from aft_jax.config import as_options, default_config, resolve, split_names
 from aft_jax.data.dataset import Dataset
 from aft_jax.defenses import DEFENSES
-from aft_jax.errors import UserError, check_choice
+from aft_jax.errors import UserError, check_choice, user_path
 from aft_jax.models.cpu_compilation import compiler_options
 from aft_jax.pipeline import stages
 from aft_jax.pipeline.scenario import InfectedModel, Scenario
@@ -39,6 +39,18 @@ def read_defenses(text: str) -> list[str] | None:
     return [name for name in names if name != INFECTED_ONLY] if names else None
 
 
+def read_runs(texts: Sequence[str]) -> list[Path]:
+    """Parses a flag --runs of directories whose names tell them apart.
+
+    Raises:
+        UserError: A path cannot be used, or two directories have the same name.
+    """
+    runs = [user_path(text, '--runs') for text in texts]
+    if len({path.name for path in runs}) < len(runs):
+        raise UserError('--runs has two directories of the same name; rename one of them.')
+    return runs
+
+
 class SavedRun(NamedTuple):
     """A finished run.
 
@@ -55,6 +67,18 @@ class SavedRun(NamedTuple):
     scenario: Scenario
     infected: InfectedModel
     purified: dict[str, dict]
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """Fields that name the run in tables."""
+        return {
+            'run': self.directory.name,
+            'dataset': self.config.dataset,
+            'model': self.config.model.name,
+            'attack': self.config.attack.name,
+            'label_mode': self.config.attack.label_mode,
+            'seed': self.config.seed,
+        }
 
 
 class Datasets:

@@ -9,7 +9,7 @@ import numpy as np
 from aft_jax.defenses.defender import DefenderData
 from aft_jax.defenses.tainted_images import find_tainted
 from aft_jax.models.custom import shows_features
-from aft_jax.pipeline.scenario import InfectedModel, Scenario
+from aft_jax.pipeline.scenario import Scenario
 from aft_jax.pipeline.stages import defense_settings
 from aft_jax.training.stage import Run
 
@@ -30,14 +30,14 @@ NO_TAINTED = Tainted({}, np.zeros((0, 0, 0, 0), np.uint8))
 
 
 def leave_out_tainted(
-    run: Run, scenario: Scenario, infected: InfectedModel, config: ml_collections.ConfigDict
+    run: Run, scenario: Scenario, variables: dict, config: ml_collections.ConfigDict
 ) -> tuple[Scenario, Tainted]:
     """Finds the tainted images, for the training and for the evaluation, and leaves them out.
 
     Args:
         run: Experiment.
         scenario: Data and module.
-        infected: Given model.
+        variables: Variables of the given model.
         config: Resolved config.
 
     Returns:
@@ -48,7 +48,7 @@ def leave_out_tainted(
         return scenario, NO_TAINTED
     images = np.concatenate([dataset.train_images[clean], dataset.test_images])
     labels = np.concatenate([dataset.train_labels[clean], dataset.test_labels])
-    data = DefenderData(scenario.module, infected.variables, images, labels)
+    data = DefenderData(scenario.module, variables, images, labels)
     found = find_tainted(run, 'tainted', data, defense_settings('aft', config))
     training, evaluation = found[found < len(clean)], found[found >= len(clean)] - len(clean)
     kept = np.setdiff1d(np.arange(len(dataset.test_labels)), evaluation)

@@ -55,7 +55,7 @@ class GivenFacts(NamedTuple):
     class_names: tuple[str, ...]
     warning: str
     doubt: str = ''
-    tainted: dict[str, list[int]] = {}  # noqa: RUF012
+    tainted: dict[str, list[int]] = {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,6 +81,11 @@ def wait_on_virtual_devices(mesh: Mesh, tree: Any) -> Any:
     return jax.block_until_ready(tree) if virtual else tree
 
 
+def largest_batch(mesh: Mesh, count: int) -> int:
+    """Computes the largest batch size of at most `count` images that divides over the devices; 0 if there is none."""
+    return count // mesh.size * mesh.size
+
+
 def check_batch_size(mesh: Mesh, batch_size: int, field: str) -> None:
     """Checks that the number of devices divides the batch size; the UserError names sizes that work."""
     count = mesh.size
